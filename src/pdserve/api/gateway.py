@@ -1,0 +1,60 @@
+"""What the HTTP edge needs from the server behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pdserve.core.events import LifeEvent
+from pdserve.core.ids import RequestId
+from pdserve.core.messages import TokenDelta
+from pdserve.core.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """The served model. ``eos_token_ids`` end a choice unless the client says ``ignore_eos``."""
+
+    name: str
+    max_model_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    created: int
+
+
+class Gateway(Protocol):
+    """The server, as the HTTP edge sees it. One event loop; no call blocks.
+
+    Errors of `stream` are those of ``core.errors``: `OverloadedError` and `UnavailableError` before
+    the first token, `GenerationError` after it.
+    """
+
+    card: ModelCard
+
+    def submit(self, request: Request) -> AsyncIterator[TokenDelta]:
+        """Start the request and yield its tokens, all choices interleaved, each in index order.
+
+        Closing the iterator (or cancelling the task that reads it) aborts what is still running.
+        """
+        ...
+
+    def stop_choice(self, request_id: RequestId, choice: int) -> None:
+        """A stop string ended this choice: no more of its tokens are wanted (nor yielded)."""
+        ...
+
+    def cluster(self) -> Mapping[str, Any]:
+        """JSON document of ``/cluster``."""
+        ...
+
+    def timeline(self, request_id: RequestId) -> tuple[LifeEvent, ...] | None:
+        """Life events of a recent request, oldest first; None if unknown or forgotten."""
+        ...
+
+    def is_ready(self) -> bool:
+        """True if a new request would find workers."""
+        ...
+
+    def metrics_text(self) -> bytes:
+        """Prometheus exposition."""
+        ...

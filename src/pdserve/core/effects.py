@@ -1,0 +1,297 @@
+"""What machines hear (inputs) and what they ask of their driver (effects).
+
+A machine is `handle(input, now) -> list[Effect]` and nothing else touches it. The live driver
+performs effects with a real engine, transport and clock; a simulator turns them into future inputs.
+The order of effects is the order in which the driver performs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.events import LifeEvent
+from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, WorkerId
+from pdserve.core.layout import KvLayout
+from pdserve.core.messages import ChunkDigest, Message, Ticket, TokenDelta
+from pdserve.core.request import Request, Role
+from pdserve.core.step import StepPlan, StepResult
+
+# --- inputs of any node -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message from another node; links deliver in order, each at most once."""
+
+    sender: WorkerId
+    sender_epoch: Epoch
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer set by `SetTimer` ran out. A replaced or cancelled timer never fires."""
+
+    timer: str
+
+
+# --- inputs of a worker -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First input of every machine: the driver is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Answer to `RunStep`."""
+
+    result: StepResult
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferSent:
+    """Answer to `BindTransfer` and `FinishTransfer`: every block is written. No write will follow."""
+
+    attempt: AttemptId
+    chunks: tuple[ChunkDigest, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """A write failed. No write will follow."""
+
+    attempt: AttemptId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStopped:
+    """Answer to `StopTransfer`: no write will follow."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferVerified:
+    """Answer to `VerifyTransfer`. ``detail`` is None if every digest matched."""
+
+    attempt: AttemptId
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The link to a peer process closed. It may still be alive, and may still write."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
+# --- inputs of the router ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """The client went away, or a stop string ended these choices (None: all)."""
+
+    request_id: RequestId
+    choices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUp:
+    """A worker process is ready. A higher epoch of a known id replaces the old one."""
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    layout: KvLayout | None
+    num_blocks: int
+    max_model_tokens: int
+    pid: int
+    device: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker process is dead (child exit seen, or killed). It will not write again."""
+
+    worker: WorkerId
+    epoch: Epoch
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class BeginDrain:
+    """Refuse new requests from now on; running ones finish."""
+
+
+# --- effects of any node ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send to a node. If there is no link, the message is dropped: a `PeerLost` or a worker's
+    death says so, never the send itself."""
+
+    to: WorkerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """(Re)set the named timer to fire at ``at_s``."""
+
+    timer: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    timer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A life event. Workers' reach the gateway as `Life`; the router's go straight to its log."""
+
+    event: LifeEvent
+
+
+# --- effects of a worker ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run this step on the engine thread. At most one is under way; `StepDone` answers it."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenTransfer:
+    """From the next step on, remember which layers of the attempt's blocks are finished.
+
+    ``block_ids`` are the sequence's blocks here, ``cached_blocks`` of which (from the front) are
+    finished already: prefix hits. ``one_shot``: send nothing before the last layer of the last
+    chunk.
+    """
+
+    attempt: AttemptId
+    peer: WorkerId
+    block_ids: tuple[BlockId, ...]
+    cached_blocks: int
+    one_shot: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BindTransfer:
+    """The destination is known: write what is finished, then each layer as it finishes.
+
+    `TransferSent` answers once the last chunk's last layer is written."""
+
+    ticket: Ticket
+    peer: WorkerId
+    peer_epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class StopTransfer:
+    """Write no more for this attempt; `TransferStopped` answers, also if it was unknown."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyTransfer:
+    """Compare what lies in the attempt's received blocks with the digests of the trailer.
+
+    ``block_ids[i]`` is block ``first_block + i`` of the sequence. On a device pool this also moves
+    the bytes from the landing zone to the device."""
+
+    attempt: AttemptId
+    first_block: int
+    block_ids: tuple[BlockId, ...]
+    chunks: tuple[ChunkDigest, ...]
+
+
+# --- effects of the router --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Tokens for a client, in index order per choice; these the gateway has *taken*."""
+
+    request_id: RequestId
+    deltas: tuple[TokenDelta, ...]
+
+
+class Refusal:
+    """Kinds of `Fail`, mapped to HTTP once, in ``api.errors``."""
+
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    TOO_LONG = "too_long"
+    DRAINING = "draining"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """The request ends without (or after a part of) its answer. ``retry_after_s`` for overload."""
+
+    request_id: RequestId
+    kind: str
+    detail: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    """The worker hangs or is silent: kill the process; `WorkerLost` follows."""
+
+    worker: WorkerId
+    epoch: Epoch
+    detail: str
+
+
+Input = (
+    Started
+    | Received
+    | TimerFired
+    | StepDone
+    | TransferSent
+    | TransferFailed
+    | TransferStopped
+    | TransferVerified
+    | PeerLost
+    | Submit
+    | ClientGone
+    | WorkerUp
+    | WorkerLost
+    | BeginDrain
+)
+Effect = (
+    Send
+    | SetTimer
+    | CancelTimer
+    | Log
+    | RunStep
+    | OpenTransfer
+    | BindTransfer
+    | StopTransfer
+    | VerifyTransfer
+    | Deliver
+    | Fail
+    | KillWorker
+)

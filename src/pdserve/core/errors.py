@@ -1,0 +1,89 @@
+"""Every error that pdserve raises on purpose.
+
+::
+
+    PdserveError
+    ├── ConfigError            a flag, file or combination that cannot work; says what to change
+    │   └── MissingExtraError  an optional library is not installed; names the extra
+    ├── ModelError             a model folder or file that cannot be served; says why
+    │   └── PullError          a model could not be fetched or converted
+    ├── RequestError           the client's fault; ``param`` names the field          -> 400
+    │   ├── ContextLengthError prompt and answer do not fit the model                 -> 400
+    │   ├── AuthError          missing or wrong API key                               -> 401
+    │   └── NotFoundError      unknown model or request id                            -> 404
+    ├── OverloadedError        no room now; ``retry_after_s``                         -> 429
+    ├── UnavailableError       nobody left to serve, or draining                      -> 503
+    ├── GenerationError        the answer broke off after it began      -> 500 or an error event
+    ├── OutOfBlocksError       the block pool cannot give that many (caught by the batch machine)
+    ├── ProtocolError          a peer said something it may not: the link is closed
+    └── TransferError          a write to a peer's pool failed: the attempt is resumed
+
+Mapped to HTTP in one place, ``api.errors``.
+"""
+
+from __future__ import annotations
+
+
+class PdserveError(Exception):
+    """Base of the tree."""
+
+
+class ConfigError(PdserveError):
+    pass
+
+
+class MissingExtraError(ConfigError):
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional library: pip install 'pdserve[{extra}]'")
+
+
+class ModelError(PdserveError):
+    pass
+
+
+class PullError(ModelError):
+    pass
+
+
+class RequestError(PdserveError):
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    pass
+
+
+class AuthError(RequestError):
+    pass
+
+
+class NotFoundError(RequestError):
+    pass
+
+
+class OverloadedError(PdserveError):
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(PdserveError):
+    pass
+
+
+class GenerationError(PdserveError):
+    pass
+
+
+class OutOfBlocksError(PdserveError):
+    pass
+
+
+class ProtocolError(PdserveError):
+    pass
+
+
+class TransferError(PdserveError):
+    pass

@@ -1,0 +1,293 @@
+"""Everything that nodes say to each other.
+
+Router and workers, and workers among themselves, exchange these frozen values and nothing else.
+They hold ids and numbers only; `transport.wire` gives them a versioned, size-limited encoding.
+
+The hand-off of one attempt, from prefill worker P to decode worker D::
+
+    P -> D  Header     the attempt is next to run; here is all that D must know
+    D -> P  Ticket     blocks to write into (or TicketRefused)
+    P => D  bytes      one-sided, layer by layer, while later layers compute
+    P -> D  Trailer    token 0 of each choice, digests of the bytes
+    D -> P  Accepted   verified: D owns the attempt (or HandoffRejected); the router hears it too
+
+Either side may end it early. P says `HandoffAbort`, and only once it will write no more. D says
+`Revoke` when the lease runs out, quarantines the blocks, and waits for `RevokeAck` or for word that
+P is dead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdserve.core.events import LifeEvent
+from pdserve.core.ids import AttemptId, BlockHash, BlockId, Epoch, RequestId, WorkerId
+from pdserve.core.layout import KvLayout
+from pdserve.core.request import FinishReason, Job, SamplingParams
+from pdserve.core.step import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """Output token ``index`` of one choice. ``finish`` ends the choice with this token."""
+
+    request_id: RequestId
+    epoch: Epoch
+    choice: int
+    index: int
+    token_id: int
+    finish: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+# --- router -> worker -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartJob:
+    """Prefill this, then hand it to ``job.decode_worker`` (or keep it, if local)."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAttempt:
+    """Forget the attempt (all of its choices, or only ``choices``) wherever it stands."""
+
+    attempt: AttemptId
+    choices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The process ``(worker, epoch)`` is known dead: it will neither write nor speak again."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """Take no new work; say so in the next report. Running work finishes."""
+
+
+# --- worker -> router -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one step."""
+
+    deltas: tuple[TokenDelta, ...]
+
+
+class FailureKind(StrEnum):
+    """Why an attempt ended without an answer. Each leads to the same resume, chosen by the router."""
+
+    REFUSED = "refused"
+    """The decode worker refused the ticket, or did not grant it in time."""
+    HANDOFF = "handoff"
+    """The transfer failed, or its digest did not match."""
+    OUT_OF_BLOCKS = "out_of_blocks"
+    """A decode-role worker ran out of blocks and gives back its youngest choice."""
+    DRAINING = "draining"
+    ENGINE = "engine"
+    """The engine failed in a step of this attempt."""
+    INVALID = "invalid"
+    """The job can never run on this worker. Not retried: the client gets the detail."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed:
+    """The worker has let go of these choices. ``choices`` None: all choices of the attempt."""
+
+    attempt: AttemptId
+    kind: FailureKind
+    detail: str
+    choices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketGranted:
+    """The decode worker reserved ``num_blocks`` for the attempt. Replaces the router's credit."""
+
+    attempt: AttemptId
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Life events of a worker, oldest first."""
+
+    events: tuple[LifeEvent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a worker holds now. Sent on change, at most every few ms, and as a heartbeat.
+
+    ``last_route_seq`` is the `Job.route_seq` of the last job that the figures include; the router
+    re-applies only later ones. ``step_age_s`` is the age of the running step (0 when idle) and
+    ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
+    allocated at once (unused, or cached and unreferenced: ``cached_blocks`` of them);
+    ``quarantined_blocks`` wait for a writer's word.
+    """
+
+    seq: int
+    last_route_seq: int
+    pending_prefill_tokens: int
+    num_waiting: int
+    num_running: int
+    free_blocks: int
+    total_blocks: int
+    cached_blocks: int
+    quarantined_blocks: int
+    open_leases: int
+    num_preemptions: int
+    num_steps: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+    transfer_bytes: int
+    step_age_s: float
+    step_expected_s: float
+    draining: bool
+
+
+# --- worker <-> worker: the hand-off ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Opens a hand-off. The KV of all of ``token_ids`` will come; the next token index follows.
+
+    ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
+    sender's numerics class. ``opaque`` marks a payload that only an engine of the same kind reads:
+    no blocks, no layers, the bytes come as `OpaquePayload` messages.
+    """
+
+    attempt: AttemptId
+    choices: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams
+    cache_salt: str
+    trace_context: str
+    block_hashes: tuple[BlockHash, ...]
+    layout: KvLayout
+    digest_algorithm: str
+    opaque: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Write block i of the sequence, for i >= ``first_block``, into ``block_ids[i - first_block]``.
+
+    Blocks before ``first_block`` are already here and pinned. The lease is a duration on the
+    granter's own clock, renewed by `LeaseRenew`.
+    """
+
+    attempt: AttemptId
+    first_block: int
+    block_ids: tuple[BlockId, ...]
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketRefused:
+    attempt: AttemptId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenew:
+    """The writer is alive and still computing."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkDigest:
+    """Digests of blocks ``[first_block, first_block + num_blocks)`` as sent, one per layer."""
+
+    first_block: int
+    num_blocks: int
+    layers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trailer:
+    """All bytes are written. ``tokens`` holds the next token of each choice that goes on."""
+
+    attempt: AttemptId
+    tokens: tuple[TokenDelta, ...]
+    chunks: tuple[ChunkDigest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaquePayload:
+    """A slice of a foreign engine's payload; ``last`` closes it and is followed by the trailer."""
+
+    attempt: AttemptId
+    offset: int
+    data: bytes
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The decode worker owns the attempt from here on. Goes to the prefill worker and the router."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffRejected:
+    """What arrived is not what was sent. The blocks are freed: the writer had finished."""
+
+    attempt: AttemptId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffAbort:
+    """The writer gives up and promises that it will write no more."""
+
+    attempt: AttemptId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """The lease ran out or the attempt was aborted here: stop writing, and say when you have."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeAck:
+    attempt: AttemptId
+
+
+Message = (
+    StartJob
+    | AbortAttempt
+    | WorkerGone
+    | DrainWorker
+    | Tokens
+    | AttemptFailed
+    | TicketGranted
+    | Life
+    | LoadReport
+    | Header
+    | Ticket
+    | TicketRefused
+    | LeaseRenew
+    | Trailer
+    | OpaquePayload
+    | Accepted
+    | HandoffRejected
+    | HandoffAbort
+    | Revoke
+    | RevokeAck
+)

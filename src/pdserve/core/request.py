@@ -1,0 +1,130 @@
+"""What a client asked for (`Request`) and what a worker is told to do about it (`Job`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
+
+
+class RoutePreference(StrEnum):
+    """The client's wish in ``X-Pdserve-Route``."""
+
+    AUTO = "auto"
+    SPLIT = "split"
+    LOCAL = "local"
+
+
+class Role(StrEnum):
+    """What the router sends a worker. A routing fact: every native worker can do both phases."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Validated at the edge; a worker trusts it.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is always
+    set: the edge draws one for a request without. Token i of choice c uses random number
+    f(seed, c, i), so that a resume needs no generator state. ``logprobs`` is the number of most
+    likely tokens to report beside the chosen one (None: report nothing). ``stop_token_ids`` holds
+    what the client gave, ``eos_token_ids`` what the model has; ``ignore_eos`` disables the latter.
+    Neither can end a choice before ``min_tokens``, and none of them can then be sampled.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a choice."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
+
+    @property
+    def needs_history(self) -> bool:
+        """True if sampling must see the ids of earlier tokens."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt with its parameters, as the gateway submits it to the router."""
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    num_choices: int = 1
+    cache_salt: str = ""
+    route: RoutePreference = RoutePreference.AUTO
+    trace_context: str = ""
+
+    @property
+    def max_tokens_total(self) -> int:
+        """Prompt and answer of one choice, in tokens."""
+        return len(self.prompt_token_ids) + self.params.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One attempt, as the router hands it to a prefill worker.
+
+    ``token_ids`` is the prompt followed by the tokens that the gateway has already taken, so a
+    first try and a resume are the same thing. All ``choices`` share these tokens: choices that have
+    diverged are resumed by jobs of their own. ``route_seq`` counts the jobs that the router has
+    sent to this prefill worker (`LoadReport` repeats it).
+    """
+
+    request_id: RequestId
+    epoch: Epoch
+    choices: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams
+    prefill_worker: WorkerId
+    decode_worker: WorkerId
+    cache_salt: str = ""
+    trace_context: str = ""
+    route_seq: int = 0
+
+    @property
+    def attempt(self) -> AttemptId:
+        return AttemptId(self.request_id, self.epoch)
+
+    @property
+    def is_local(self) -> bool:
+        """True if both phases run on one worker and nothing is handed off."""
+        return self.prefill_worker == self.decode_worker
+
+    @property
+    def next_index(self) -> int:
+        """Index of the next output token of each choice."""
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,93 @@
+"""One forward pass: what the batch machine asks of a model runner, and what comes back.
+
+A plan is complete in itself. The runner keeps no state per sequence, which is what makes a resume,
+a hand-off and a recompute the same to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.ids import AttemptId, BlockId, StepId
+from pdserve.core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec:
+    """Draw output token ``index`` of each of ``choices`` from the logits of the row's last token.
+
+    ``history`` holds prompt and output token ids so far, and only if a penalty needs them;
+    its first ``num_prompt_tokens`` entries are the prompt (presence and frequency penalties count
+    output tokens only, the repetition penalty counts both, as vLLM does).
+    """
+
+    params: SamplingParams
+    choices: tuple[int, ...]
+    index: int
+    history: tuple[int, ...] | None = None
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start`` + 1, ...
+
+    ``block_ids`` is the sequence's table from position 0 and covers the last new token. KV of the
+    new tokens is written, KV of ``[0, start)`` is read. ``sample`` is None for a chunk that does not
+    reach the end of the known tokens.
+    """
+
+    attempt: AttemptId
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[BlockId, ...]
+    sample: SampleSpec | None
+    pushes: bool = False
+    """True if a transfer is open for this row: the layer sink pushes its blocks."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """``copies`` (source, destination block) are done in all layers before the forward pass."""
+
+    step_id: StepId
+    rows: tuple[StepRow, ...]
+    copies: tuple[tuple[BlockId, BlockId], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities before temperature and filters (as OpenAI and vLLM report them).
+
+    ``top`` holds (token id, log-probability), most likely first; ``rank`` of the chosen token
+    counts from 1.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """``tokens[i]`` belongs to ``plan.rows[i]``: one entry per choice of its sample spec, in order;
+    empty for a row that samples nothing. ``error`` is set, and ``tokens`` empty, if the step failed.
+    """
+
+    step_id: StepId
+    tokens: tuple[tuple[SampledToken, ...], ...]
+    error: str | None = None
