@@ -1,0 +1,57 @@
+"""What a machine is told once, at its birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.layout import KvLayout
+from pdserve.core.request import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Settings of one worker process's machine. Durations are seconds on its own clock.
+
+    ``max_step_tokens`` bounds a step of a worker without running decodes (Splitwise, sec. IV-B:
+    2,048); ``mixed_chunk_tokens`` bounds the prompt tokens of a step that also decodes.
+    ``one_shot_tokens``: a transfer of fewer tokens waits for the last layer (Splitwise, sec. IV-C:
+    512). ``lease_s`` is how long a ticket is held without a sign of its writer;
+    ``ticket_timeout_s`` how long a finished prefill waits for a ticket before the router is asked
+    for another decode worker.
+    """
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    layout: KvLayout
+    num_blocks: int
+    max_model_tokens: int
+    max_step_tokens: int = 2048
+    mixed_chunk_tokens: int = 512
+    max_running: int = 256
+    one_shot_tokens: int = 512
+    lease_s: float = 10.0
+    ticket_timeout_s: float = 10.0
+    heartbeat_s: float = 0.5
+    report_interval_s: float = 0.01
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    """Settings of the router. Durations are seconds.
+
+    ``queue_timeout_s``: a request that no worker has begun by then is refused (429);
+    ``max_queued_requests``: so is one that finds this many waiting. ``report_timeout_s``: a worker
+    silent for this long is killed; ``step_timeout_s``: so is one whose step is older than this and
+    than ten times what it expected. ``max_attempts`` bounds the resumes that one choice may need
+    because of failures (not of preemption).
+    """
+
+    queue_timeout_s: float = 30.0
+    max_queued_requests: int = 1024
+    report_timeout_s: float = 3.0
+    step_timeout_s: float = 30.0
+    max_attempts: int = 8
+    no_worker_timeout_s: float = 5.0
