@@ -1,0 +1,1 @@
+"""Accounting of KV blocks by number: who holds which, which prefixes are where. No tensors."""

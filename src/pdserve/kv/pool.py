@@ -1,0 +1,214 @@
+"""Who holds which block of one worker's KV pool, and which prefixes can be found in it.
+
+The life of a block: it starts *free*. `BlockPool.allocate` makes it *referenced*, with one
+reference, for the sequence that will fill it. Once it is full (and, if it came over a link, once it
+is verified), `BlockPool.publish` enters it in the prefix index under its chained hash; from then on
+`BlockPool.match` finds it and further sequences take references with `BlockPool.acquire`. When the
+last reference goes, an indexed block becomes *cached*: it keeps its content until the space is
+wanted, least recently used first; a block that is not indexed becomes free at once.
+
+A block that was promised to a writer on another worker and is no longer wanted goes into
+*quarantine* instead: the writer may still write into it, so nobody else may have it until the
+writer has said that it will not (`BlockPool.release_quarantine`).
+
+Every block is in exactly one of these four states. The pool holds numbers only, never memory, and
+its answers are a pure function of the calls made so far, so that a replay makes the same ones. All
+operations take constant time per block. Misuse (double free, acquiring a free block) is a bug of
+the caller and fails an assertion.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from pdserve.core.errors import OutOfBlocksError
+from pdserve.core.ids import BlockHash, BlockId
+
+
+class BlockPool:
+    """Reference counts, prefix index, LRU and quarantine over ``num_blocks`` blocks.
+
+    ``block_size`` is in tokens. Without ``prefix_cache`` nothing is indexed: `publish` does nothing
+    and `match` finds nothing.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        assert num_blocks >= 0, num_blocks
+        assert block_size >= 1, block_size
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        # A stack whose top is the end: the lowest block comes first, and what was freed last is
+        # used first, so memory that was never touched stays untouched as long as possible.
+        self._free = [BlockId(block) for block in range(num_blocks - 1, -1, -1)]
+        self._references = [0] * num_blocks
+        self._hash_of: list[BlockHash | None] = [None] * num_blocks
+        self._block_of: dict[BlockHash, BlockId] = {}
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest first
+        self._quarantined: dict[BlockId, None] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give: free ones, and cached ones that it may evict."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks without a reference that the prefix index still knows: evictable."""
+        return len(self._cached)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks out of circulation because a writer may still write into them."""
+        return len(self._quarantined)
+
+    @property
+    def num_referenced(self) -> int:
+        """Blocks with at least one reference."""
+        return self.num_blocks - self.num_free - self.num_quarantined
+
+    def ref_count(self, block: BlockId) -> int:
+        """References to the block; 0 if it is free, cached or in quarantine."""
+        self._assert_in_pool(block)
+        return self._references[block]
+
+    def is_indexed(self, block: BlockId) -> bool:
+        """True if `match` can find the block."""
+        self._assert_in_pool(block)
+        return self._hash_of[block] is not None
+
+    def match(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
+        """Blocks of the longest prefix of ``hashes`` that is indexed. Changes nothing.
+
+        `acquire` them before the next `allocate`, which may otherwise evict them.
+        """
+        found = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def acquire(self, blocks: Sequence[BlockId]) -> None:
+        """One more reference on each of these blocks, all of them referenced or cached."""
+        for block in blocks:
+            self._assert_in_pool(block)
+            if self._references[block] == 0:
+                assert block in self._cached, f"acquired block {block}, which nobody holds"
+                del self._cached[block]
+            self._references[block] += 1
+
+    def allocate(self, num_blocks: int) -> list[BlockId]:
+        """Blocks with one reference each: free ones first, then the least recently used cached.
+
+        Raises `OutOfBlocksError`, and changes nothing, if fewer than ``num_blocks`` can be had.
+        """
+        assert num_blocks >= 0, num_blocks
+        if num_blocks > self.num_free:
+            raise OutOfBlocksError(
+                f"{num_blocks} KV blocks are needed and {self.num_free} of {self.num_blocks} can "
+                "be had: wait for running requests, or give the worker a larger KV pool"
+            )
+        taken = []
+        for _ in range(num_blocks):
+            block = self._free.pop() if self._free else self._evict()
+            self._references[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """One reference less on each block of a sequence's table, given from its first to its last.
+
+        A block without references is cached if it is indexed, and free otherwise. The last block
+        of the table is the first to be evicted: a prefix is of no use without its head.
+        """
+        for block in reversed(blocks):
+            self._assert_in_pool(block)
+            assert self._references[block] > 0, f"released block {block}, which nobody holds"
+            self._references[block] -= 1
+            if self._references[block] > 0:
+                continue
+            if self._hash_of[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def publish(self, block: BlockId, block_hash: BlockHash) -> None:
+        """Let `match` find this referenced block, which is full and will not be written again.
+
+        If another block has the hash already, that one stays and this one remains unindexed: it
+        goes to the free list when its last reference does. Publishing twice changes nothing.
+        """
+        self._assert_in_pool(block)
+        assert self._references[block] > 0, f"published block {block}, which nobody holds"
+        if not self.prefix_cache or self._hash_of[block] == block_hash:
+            return
+        assert self._hash_of[block] is None, f"published block {block} under a second hash"
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def quarantine(self, blocks: Sequence[BlockId]) -> None:
+        """Take blocks out of circulation because a writer may still write into them.
+
+        Each has exactly one reference, which ends here, and is not indexed.
+        """
+        for block in blocks:
+            self._assert_in_pool(block)
+            references = self._references[block]
+            assert references == 1, f"quarantined block {block} with {references} references"
+            assert self._hash_of[block] is None, f"quarantined block {block}, which is indexed"
+            self._references[block] = 0
+            self._quarantined[block] = None
+
+    def release_quarantine(self, blocks: Sequence[BlockId]) -> None:
+        """The writer of these blocks has promised to stop, or is dead: they are free again."""
+        for block in reversed(blocks):
+            assert block in self._quarantined, f"block {block} is not in quarantine"
+            del self._quarantined[block]
+            self._free.append(block)
+
+    def clear_cache(self) -> None:
+        """Forget every prefix. Cached blocks become free; referenced ones stay, unindexed."""
+        while self._cached:
+            self._free.append(self._evict())
+        for block in self._block_of.values():
+            self._hash_of[block] = None
+        self._block_of.clear()
+
+    def check(self) -> None:
+        """Assert every invariant. Time is linear in the pool: for tests and debugging."""
+        free = set(self._free)
+        cached = set(self._cached)
+        quarantined = set(self._quarantined)
+        referenced = {block for block, count in enumerate(self._references) if count > 0}
+        assert len(free) == len(self._free), "a block is twice in the free list"
+        assert all(count >= 0 for count in self._references), "a negative reference count"
+        states = (free, cached, quarantined, referenced)
+        assert sum(len(state) for state in states) == self.num_blocks, (
+            "a block is in no state or in two"
+        )
+        assert set().union(*states) == set(range(self.num_blocks)), "a block is in no state"
+        indexed = {block for block, name in enumerate(self._hash_of) if name is not None}
+        assert indexed == set(self._block_of.values()), "index and blocks disagree"
+        assert len(indexed) == len(self._block_of), "a block is indexed twice"
+        for name, block in self._block_of.items():
+            assert self._hash_of[block] == name, f"block {block} is indexed under another hash"
+        assert cached <= indexed, "a cached block cannot be found"
+        assert indexed <= cached | referenced, "a free or quarantined block can be found"
+        assert self.prefix_cache or not indexed, "an index without a prefix cache"
+        assert self.num_referenced == len(referenced), "the number of referenced blocks is wrong"
+
+    def _evict(self) -> BlockId:
+        """Drop the least recently used cached block from cache and index."""
+        block, _ = self._cached.popitem(last=False)
+        block_hash = self._hash_of[block]
+        assert block_hash is not None
+        del self._block_of[block_hash]
+        self._hash_of[block] = None
+        return block
+
+    def _assert_in_pool(self, block: BlockId) -> None:
+        assert 0 <= block < self.num_blocks, f"block {block} of a pool of {self.num_blocks}"
