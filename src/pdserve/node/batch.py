@@ -1,0 +1,364 @@
+"""The batch machine of a native worker: queues, and what the next step computes.
+
+A sequence waits (`submit`), is admitted when blocks for all its known tokens can be had, is
+prefilled in one or more chunks, and then either decodes here until it finishes, or is *held* for a
+hand-off until the hand-off machine releases it. Sequences that arrive by hand-off start as running
+(`adopt`).
+
+When a running sequence cannot get its next block, the youngest running one gives up its blocks: on
+a decode-role worker it goes back to the router, elsewhere it waits here to be recomputed. What a
+step computes is the batch policy's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pdserve.core.ids import AttemptId, StepId
+from pdserve.core.messages import TokenDelta
+from pdserve.core.request import Job, Role
+from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
+from pdserve.kv.hashing import root_hash
+from pdserve.node.sequence import Sequence, SequenceKey, finish_reason
+from pdserve.node.settings import WorkerSettings
+from pdserve.node.tables import BlockTables
+from pdserve.policy.batch import BatchPolicy, BatchView, PromptView
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a finished step means to the worker node. Lists are in row order.
+
+    ``held``: prefills that are done and wait for their hand-off, with each choice's next token.
+    ``decoding``: sequences that began to decode here. ``failed``: sequences of a step that broke.
+    """
+
+    deltas: list[TokenDelta] = field(default_factory=list)
+    prefilled: list[Sequence] = field(default_factory=list)
+    held: list[tuple[Sequence, tuple[TokenDelta, ...]]] = field(default_factory=list)
+    decoding: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Planned:
+    """A step to run, the sequences that it starts, and the ones that had to give up blocks."""
+
+    plan: StepPlan | None = None
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    handed_back: list[Sequence] = field(default_factory=list)
+    started_decoding: list[Sequence] = field(default_factory=list)
+
+
+class BatchMachine:
+    """Queues of one worker. One step is under way at a time."""
+
+    def __init__(self, settings: WorkerSettings, policy: BatchPolicy) -> None:
+        self.settings = settings
+        self.tables = BlockTables(settings)
+        self.num_preemptions = 0
+        self.num_steps = 0
+        self.running_step: StepPlan | None = None
+        self._policy = policy
+        self._arrivals = 0
+        self._waiting: dict[SequenceKey, Sequence] = {}
+        self._admitted: dict[SequenceKey, Sequence] = {}
+        self._decoding: dict[SequenceKey, Sequence] = {}
+        self._held: dict[SequenceKey, Sequence] = {}
+        self._in_flight: list[Sequence] = []
+
+    # --- arrivals and departures --------------------------------------------------------------
+
+    def submit(self, job: Job, *, hands_off: bool) -> Sequence:
+        """Queue an attempt."""
+        sequence = Sequence(
+            attempt=job.attempt,
+            choices=job.choices,
+            params=job.params,
+            token_ids=list(job.token_ids),
+            num_prompt_tokens=job.num_prompt_tokens,
+            root=root_hash(self.settings.layout, job.cache_salt),
+            arrival=self._next_arrival(),
+            hands_off=hands_off,
+        )
+        self._waiting[sequence.key] = sequence
+        return sequence
+
+    def adopt(self, parent: Sequence, deltas: tuple[TokenDelta, ...]) -> list[Sequence]:
+        """Take over a verified hand-off: one running sequence per choice that goes on.
+
+        ``parent`` holds blocks with the KV of all of its tokens; this call owns their references.
+        """
+        parent.arrival = self._next_arrival()
+        parent.started = True
+        self.tables.publish(parent)
+        return self._branches(parent, [delta for delta in deltas if delta.finish is None])
+
+    def drop(self, attempt: AttemptId, choices: tuple[int, ...] | None = None) -> None:
+        """Forget the attempt's sequences (those of ``choices``), and release their blocks, at the
+        latest when the running step is done. Held sequences are the hand-off machine's: not here.
+        """
+        for queue in (self._waiting, self._admitted, self._decoding):
+            for sequence in [s for s in queue.values() if s.attempt == attempt]:
+                left = () if choices is None else _without(sequence.choices, choices)
+                if left == sequence.choices:
+                    continue
+                del queue[sequence.key]
+                if left:
+                    sequence.choices = left
+                    queue[sequence.key] = sequence
+                else:
+                    self.let_go(sequence)
+
+    def detach(self, sequence: Sequence) -> None:
+        """Take an outbound sequence out of all queues, but keep its blocks: a transfer may still
+        read them. `let_go` gives them back."""
+        for queue in (self._waiting, self._admitted, self._held):
+            if queue.get(sequence.key) is sequence:
+                del queue[sequence.key]
+
+    def let_go(self, sequence: Sequence) -> None:
+        """Release the blocks of a sequence that is in no queue (after the running step)."""
+        if sequence.in_flight:
+            sequence.doomed = True
+        else:
+            self.tables.release(sequence)
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def plan(self) -> Planned:
+        """The next step, if none is under way and there is something to compute."""
+        planned = Planned()
+        if self.running_step is not None:
+            return planned
+        self._make_room(planned)
+        rows: list[StepRow] = []
+        for sequence in list(self._decoding.values())[: self.settings.max_running]:
+            rows.append(self._row(sequence, 1))
+            if not sequence.decode_started:
+                sequence.decode_started = True
+                planned.started_decoding.append(sequence)
+        for grant in self._policy.plan(self._view()).grants:
+            sequence = self._admitted.get(grant.key) or self._waiting[grant.key]
+            if sequence.key in self._waiting:
+                if not self.tables.admit(sequence):
+                    break
+                self._admitted[sequence.key] = self._waiting.pop(sequence.key)
+                if not sequence.started:
+                    sequence.started = True
+                    planned.admitted.append(sequence)
+            remaining = len(sequence.token_ids) - sequence.num_computed
+            rows.append(self._row(sequence, min(grant.num_tokens, remaining)))
+        if rows:
+            self.num_steps += 1
+            planned.plan = self.running_step = StepPlan(
+                step_id=StepId(self.num_steps), rows=tuple(rows), copies=self.tables.take_copies()
+            )
+        return planned
+
+    def step_done(self, result: StepResult) -> StepOutcome:
+        """Account for the step that has just ended."""
+        plan, self.running_step = self.running_step, None
+        assert plan is not None
+        assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
+        in_flight, self._in_flight = self._in_flight, []
+        copied = self.tables.copies_done()
+        outcome = StepOutcome()
+        for index, (sequence, row) in enumerate(zip(in_flight, plan.rows, strict=True)):
+            sequence.in_flight = False
+            if sequence.doomed:
+                self.tables.release(sequence)
+            elif result.error is not None:
+                self._fail(sequence, outcome)
+            else:
+                sequence.num_computed = row.end
+                self.tables.publish(sequence)
+                if row.sample is not None:
+                    self._take(sequence, row.sample, result.tokens[index], outcome)
+        if result.error is not None:  # forks beyond max_running were copied, but had no row
+            for sequence in copied:
+                if self._decoding.get(sequence.key) is sequence:
+                    self._fail(sequence, outcome)
+        return outcome
+
+    # --- figures ------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._admitted) + len(self._decoding)
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        queues = (self._waiting, self._admitted)
+        return sum(len(s.token_ids) - s.num_computed for queue in queues for s in queue.values())
+
+    @property
+    def growth_headroom(self) -> int:
+        """Blocks that can be given away while each running sequence can still grow by one."""
+        return max(0, self.tables.pool.num_free - len(self._decoding))
+
+    @property
+    def is_empty(self) -> bool:
+        queues = (self._waiting, self._admitted, self._decoding, self._held)
+        return not any(queues) and self.running_step is None
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence in a queue, each once."""
+        for queue in (self._waiting, self._admitted, self._decoding, self._held):
+            yield from queue.values()
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _next_arrival(self) -> int:
+        self._arrivals += 1
+        return self._arrivals
+
+    def _view(self) -> BatchView:
+        return BatchView(
+            num_decoding=min(len(self._decoding), self.settings.max_running),
+            prompts=map(self._prompt_view, [*self._admitted.values(), *self._waiting.values()]),
+            num_admitted=len(self._admitted),
+            free_blocks=self.growth_headroom,
+            block_size=self.settings.layout.block_size,
+            max_step_tokens=self.settings.max_step_tokens,
+            mixed_chunk_tokens=self.settings.mixed_chunk_tokens,
+            max_running=self.settings.max_running,
+        )
+
+    def _prompt_view(self, sequence: Sequence) -> PromptView:
+        waits = sequence.key in self._waiting
+        return PromptView(
+            key=sequence.key,
+            num_computed=sequence.num_computed,
+            num_tokens=len(sequence.token_ids),
+            blocks_missing=self.tables.missing_blocks(sequence) if waits else 0,
+        )
+
+    def _make_room(self, planned: Planned) -> None:
+        """A slot for the next token of each running sequence, oldest first."""
+        for sequence in sorted(self._decoding.values(), key=lambda s: s.arrival):
+            while sequence.key in self._decoding and not self.tables.grow(sequence):
+                youngest = max(self._decoding.values(), key=lambda s: s.arrival)
+                self.num_preemptions += 1
+                del self._decoding[youngest.key]
+                self.tables.release(youngest)
+                if self.settings.role is Role.DECODE:
+                    planned.handed_back.append(youngest)
+                else:
+                    planned.preempted.append(youngest)
+                    self._requeue(youngest)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """To the front of the queue, to be recomputed here; all of it is then of our own class."""
+        sequence.num_computed = sequence.num_cached_blocks = sequence.num_published = 0
+        if not sequence.extends_hashes:
+            sequence.extends_hashes, sequence.hashes = True, []
+        self._waiting = {sequence.key: sequence, **self._waiting}
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> StepRow:
+        start = sequence.num_computed
+        end = start + num_tokens
+        sequence.in_flight = True
+        self._in_flight.append(sequence)
+        return StepRow(
+            attempt=sequence.attempt,
+            token_ids=tuple(sequence.token_ids[start:end]),
+            start=start,
+            block_ids=tuple(sequence.block_ids),
+            sample=_sample_spec(sequence) if end == len(sequence.token_ids) else None,
+            pushes=sequence.hands_off,
+        )
+
+    def _take(
+        self,
+        sequence: Sequence,
+        spec: SampleSpec,
+        sampled: tuple[SampledToken, ...],
+        outcome: StepOutcome,
+    ) -> None:
+        """A row drew tokens: finish, go on, fork, or wait for the hand-off."""
+        was_decoding = self._decoding.pop(sequence.key, None) is not None
+        if not was_decoding:
+            del self._admitted[sequence.key]
+            outcome.prefilled.append(sequence)
+        room_tokens = self.settings.max_model_tokens - len(sequence.token_ids) - 1
+        deltas = tuple(
+            TokenDelta(
+                request_id=sequence.attempt.request_id,
+                epoch=sequence.attempt.epoch,
+                choice=choice,
+                index=spec.index,
+                token_id=token.token_id,
+                finish=finish_reason(sequence.params, spec.index, token, room_tokens),
+                logprobs=token.logprobs,
+            )
+            for choice, token in zip(spec.choices, sampled, strict=True)
+            if choice in sequence.choices
+        )
+        if sequence.hands_off:
+            self._held[sequence.key] = sequence
+            outcome.held.append((sequence, deltas))
+            return
+        outcome.deltas.extend(deltas)
+        branches = self._branches(sequence, [delta for delta in deltas if delta.finish is None])
+        if not was_decoding:
+            outcome.decoding.extend(branches)
+
+    def _branches(self, parent: Sequence, live: list[TokenDelta]) -> list[Sequence]:
+        """A running sequence per choice that goes on; the last takes over the parent's table."""
+        if not live:
+            self.tables.release(parent)
+            return []
+        branches = [self._fork(parent, delta) for delta in live[:-1]]
+        parent.choices = (live[-1].choice,)
+        parent.token_ids.append(live[-1].token_id)
+        self._decoding[parent.key] = parent
+        return [*branches, parent]
+
+    def _fork(self, parent: Sequence, delta: TokenDelta) -> Sequence:
+        child = Sequence(
+            attempt=parent.attempt,
+            choices=(delta.choice,),
+            params=parent.params,
+            token_ids=[*parent.token_ids, delta.token_id],
+            num_prompt_tokens=parent.num_prompt_tokens,
+            root=parent.root,
+            arrival=self._next_arrival(),
+            extends_hashes=parent.extends_hashes,
+            hashes=list(parent.hashes),
+            started=True,
+        )
+        if self.tables.fork(parent, child):
+            self._decoding[child.key] = child
+        else:  # recomputed later, most of it from the prefix cache
+            self._requeue(child)
+        return child
+
+    def _fail(self, sequence: Sequence, outcome: StepOutcome) -> None:
+        """A step broke: what it wrote is not to be trusted, the rest of the pool is."""
+        self._decoding.pop(sequence.key, None)
+        self._admitted.pop(sequence.key, None)
+        if not sequence.hands_off:
+            self.tables.release(sequence)
+        outcome.failed.append(sequence)
+
+
+def _without(choices: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(choice for choice in choices if choice not in gone)
+
+
+def _sample_spec(sequence: Sequence) -> SampleSpec:
+    needs_history = sequence.params.needs_history
+    return SampleSpec(
+        params=sequence.params,
+        choices=sequence.choices,
+        index=sequence.next_index,
+        history=tuple(sequence.token_ids) if needs_history else None,
+        num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
+    )

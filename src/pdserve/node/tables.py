@@ -1,0 +1,114 @@
+"""Block tables: which blocks of the pool each sequence holds, and why.
+
+The regions of a sequence's table, from its front: blocks shared through the prefix index (held by
+reference, never written), full blocks of its own (published, so that others can share them), and at
+most one partly filled block, which is its own alone. A fork shares all full blocks and gets a copy
+of the partial one; the source of a copy stays pinned until the step that makes it is done.
+"""
+
+from __future__ import annotations
+
+from pdserve.core.errors import OutOfBlocksError
+from pdserve.core.ids import BlockId
+from pdserve.kv.pool import BlockPool
+from pdserve.node.sequence import Sequence
+from pdserve.node.settings import WorkerSettings
+
+
+class BlockTables:
+    """All block accounting of a native worker's sequences."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.pool = BlockPool(
+            settings.num_blocks, settings.layout.block_size, prefix_cache=settings.prefix_cache
+        )
+        self.queries_tokens = 0
+        self.hits_tokens = 0
+        self._layout = settings.layout
+        self._block_size = settings.layout.block_size
+        self._copies: list[tuple[Sequence, BlockId, BlockId]] = []
+        self._copying: list[tuple[Sequence, BlockId, BlockId]] = []
+
+    def missing_blocks(self, sequence: Sequence) -> int:
+        """Blocks that admitting a waiting sequence would take from the free ones."""
+        shared = sum(self.pool.ref_count(block) > 0 for block in self._cached_prefix(sequence))
+        return self._layout.num_blocks_for(len(sequence.token_ids)) - shared
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all of its tokens, cached ones first."""
+        num_tokens = len(sequence.token_ids)
+        cached = self._cached_prefix(sequence)
+        self.pool.acquire(cached)
+        try:
+            fresh = self.pool.allocate(self._layout.num_blocks_for(num_tokens) - len(cached))
+        except OutOfBlocksError:
+            self.pool.release(cached)
+            return False
+        sequence.block_ids = cached + fresh
+        sequence.num_cached_blocks = sequence.num_published = len(cached)
+        sequence.num_computed = len(cached) * self._block_size
+        self.queries_tokens += num_tokens
+        self.hits_tokens += sequence.num_computed
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Have a slot for the sequence's last token; False if no block can be had."""
+        if len(sequence.token_ids) <= len(sequence.block_ids) * self._block_size:
+            return True
+        try:
+            sequence.block_ids += self.pool.allocate(1)
+        except OutOfBlocksError:
+            return False
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find the blocks that are full now."""
+        num_full = sequence.num_computed // self._block_size
+        if sequence.extends_hashes:
+            sequence.extend_hashes_to(num_full, self._block_size)
+        num_full = min(num_full, len(sequence.hashes))
+        for index in range(sequence.num_published, num_full):
+            self.pool.publish(sequence.block_ids[index], sequence.hashes[index])
+        sequence.num_published = max(sequence.num_published, num_full)
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Give ``child`` the KV of ``parent``; False, and nothing done, if no block can be had."""
+        num_full = parent.num_computed // self._block_size
+        head, tail = parent.block_ids[:num_full], parent.block_ids[num_full:]
+        try:
+            own_tail = self.pool.allocate(len(tail))
+        except OutOfBlocksError:
+            return False
+        self.pool.acquire(head)
+        self.pool.acquire(tail)
+        self._copies += [(child, s, d) for s, d in zip(tail, own_tail, strict=True)]
+        child.block_ids = head + own_tail
+        child.num_computed = parent.num_computed
+        child.num_published = min(parent.num_published, num_full)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back all blocks of a sequence that no step or transfer touches."""
+        unused = [source for owner, source, _ in self._copies if owner is sequence]
+        if unused:
+            self._copies = [copy for copy in self._copies if copy[0] is not sequence]
+            self.pool.release(unused)
+        self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+    def take_copies(self) -> tuple[tuple[BlockId, BlockId], ...]:
+        """Copies that the next step must make: (source, target)."""
+        self._copying, self._copies = self._copies, []
+        return tuple((source, target) for _, source, target in self._copying)
+
+    def copies_done(self) -> list[Sequence]:
+        """The step is over: unpin the sources. Returns the sequences that were copied to."""
+        copying, self._copying = self._copying, []
+        self.pool.release([source for _, source, _ in copying])
+        return [owner for owner, _, _ in copying]
+
+    def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
+        """Blocks that need not be computed again; the last token always is, for its logits."""
+        num_tokens = len(sequence.token_ids)
+        sequence.extend_hashes_to(num_tokens // self._block_size, self._block_size)
+        return self.pool.match(sequence.hashes[: (num_tokens - 1) // self._block_size])

@@ -1,0 +1,101 @@
+"""Which tokens go into the next step of one worker.
+
+Every running sequence decodes one token in every step; a batch policy decides how many prompt
+tokens ride along, and of whom. `FcfsBatching` follows Splitwise (sec. IV-B): prompts first come, first
+served, at most ``max_step_tokens`` of them in a step that only prefills; beside running decodes the
+prompt is cut into chunks of at most ``mixed_chunk_tokens`` so that no decode waits long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.core.ids import AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptView:
+    """A sequence whose known tokens are not all computed. ``key`` (attempt, first choice) names it.
+
+    ``blocks_missing`` is what must still be allocated before any of it can run: 0 once admitted.
+    """
+
+    key: tuple[AttemptId, int]
+    num_computed: int
+    num_tokens: int
+    blocks_missing: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchView:
+    """What a batch policy sees. ``prompts`` come once, in order of arrival, admitted ones first."""
+
+    num_decoding: int
+    prompts: Iterable[PromptView]
+    num_admitted: int
+    free_blocks: int
+    block_size: int
+    max_step_tokens: int
+    mixed_chunk_tokens: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Compute the next ``num_tokens`` tokens of the sequence in this step."""
+
+    key: tuple[AttemptId, int]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    grants: tuple[Grant, ...]
+
+
+class BatchPolicy(Protocol):
+    def plan(self, view: BatchView) -> BatchPlan:
+        """Grants in the order in which blocks are to be given; no key twice."""
+        ...
+
+
+class FcfsBatching:
+    """First come, first served; nobody overtakes a prompt that waits for blocks."""
+
+    def plan(self, view: BatchView) -> BatchPlan:
+        budget = (
+            min(view.mixed_chunk_tokens, view.max_step_tokens - view.num_decoding)
+            if view.num_decoding
+            else view.max_step_tokens
+        )
+        free_blocks = view.free_blocks
+        sequences_left = view.max_running - view.num_decoding - view.num_admitted
+        grants: list[Grant] = []
+        for prompt in view.prompts:
+            if prompt.blocks_missing:
+                if prompt.blocks_missing > free_blocks or sequences_left <= 0:
+                    break
+                free_blocks -= prompt.blocks_missing
+                sequences_left -= 1
+            num_tokens = chunk_tokens(
+                prompt.num_computed, prompt.num_tokens, budget, view.block_size
+            )
+            if num_tokens <= 0:
+                break
+            grants.append(Grant(prompt.key, num_tokens))
+            budget -= num_tokens
+        return BatchPlan(tuple(grants))
+
+
+def chunk_tokens(num_computed: int, num_tokens: int, budget: int, block_size: int) -> int:
+    """Tokens to compute now: all that remain, or a chunk that ends on a block border.
+
+    Chunks end on block borders so that each (layer, block) is finished, and pushed, once.
+    """
+    remaining = num_tokens - num_computed
+    if remaining <= budget:
+        return remaining
+    end = (num_computed + budget) // block_size * block_size
+    return max(0, end - num_computed)
