@@ -1,0 +1,78 @@
+# Everything from a fresh clone: `make serve` runs the server, `make test` runs every check.
+#
+#   make serve ARGS="--prefill 2 --decode 1 --port 9000"
+#   make test            lint, import contracts, every test that is neither slow nor for a GPU
+#   make test-slow       the tests that take minutes
+#   make test-gpu        the tests that need a CUDA device
+#   make lint            ruff, mypy, import contracts
+#
+# PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install. A machine that has
+# one already keeps it with: make serve TORCH= VENV_ARGS=--system-site-packages
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+TORCH ?= torch==2.13.0
+MODEL ?= smollm2-135m
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
+
+.PHONY: help serve test test-slow test-gpu lint pull clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
+	@sed -n '/^#   make/s/^# *//p' Makefile
+
+serve: $(READY)
+	@case " $(ARGS)" in *" --model"*) ;; *) $(BIN)/pdserve pull $(MODEL) ;; esac
+	@exec $(BIN)/pdserve serve $(ARGS)
+
+pull: $(READY)
+	$(BIN)/pdserve pull $(MODEL)
+
+test: lint pull
+	$(BIN)/python -m pytest
+
+test-slow: $(TEST_READY) pull
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-gpu: $(TEST_READY) pull
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(TEST_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The venv is made anew only if it is missing; installing is repeated only if what it reads changes.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "pdserve needs Python 3.11 or newer and $(PYTHON) is not one:" \
+	    "apt-get install python3 python3-venv, or make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) has no venv module: apt-get install python3-venv" \
+	    "(or python3.X-venv for another Python)"; exit 1; }
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) pip
+	$(INSTALL) $(TORCH) --editable .
+	@touch $@
+
+$(TEST_READY): pyproject.toml constraints.txt | $(READY)
+	$(INSTALL) --group test
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,278 @@
+"""What the user asked for: one frozen `ServeConfig`, resolved once, before anything starts.
+
+Each option is a field of `ServeConfig`, and the field is all there is to an option: its name gives
+the flag (``--kv-blocks``), the environment variable (``PDSERVE_KV_BLOCKS``) and the key in the
+``[serve]`` table of the TOML file (``kv_blocks``); its metadata gives the help text. A flag wins
+over the environment, the environment over the file, the file over the default, and `Resolved`
+remembers which one it was, so that start-up can print it.
+
+What one look at the options can refuse is refused here. What needs the model (a pool that is too
+small for ``--max-model-len``) or an import (an engine that is not there) is refused by
+``serve.deployment``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import WorkerId
+from pdserve.core.layout import DTYPE_BYTES
+from pdserve.core.request import Role
+
+ENVIRONMENT_PREFIX = "PDSERVE_"
+MAX_WORKERS = 64
+KV_TILE_TOKENS = 64
+"""Attention walks the KV in tiles of this many tokens, and a block must not straddle two."""
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``1073741824``, ``"512MiB"`` or ``"2GB"``. Raises `ValueError`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("a size such as 512MiB or 2GB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _whole(value: object) -> int:
+    try:
+        if isinstance(value, str):
+            return int(value)
+    except ValueError:
+        pass
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("a whole number")
+
+
+def _seconds(value: object) -> float:
+    try:
+        if isinstance(value, str):
+            return float(value)
+    except ValueError:
+        pass
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError("a number of seconds")
+
+
+def _option(default: Any, parse: Callable[[object], Any], text: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Options of ``pdserve serve``. Raises `ConfigError` if they cannot work together."""
+
+    model: str = _option(
+        "smollm2-135m", _text, "known model, or folder in Hugging Face layout (Llama family)"
+    )
+    served_model_name: str | None = _option(None, _text, "model name that clients use")
+    host: str = _option("127.0.0.1", _text, "address to listen on")
+    port: int = _option(8000, _whole, "port to listen on; 0 takes a free one")
+    api_key: str | None = _option(None, _text, "key that clients must send as bearer token")
+    prefill: int = _option(
+        1, _whole, "prefill workers (if any of the three counts is given, the others are 0)"
+    )
+    decode: int = _option(1, _whole, "decode workers")
+    mixed: int = _option(0, _whole, "mixed workers")
+    engine: str = _option("torch", _text, "compute engine of the workers")
+    device: str = _option(
+        "cpu", _text, "device as torch names it; several, comma-separated, are dealt out in turn"
+    )
+    dtype: str = _option("bf16", _text, "bf16 or fp32")
+    numerics: str = _option("exact", _text, "exact: equal bit by bit however batched; or fast")
+    threads: int | None = _option(None, _whole, "CPU threads per worker (default: cores / workers)")
+    transport: str = _option("shm", _text, "how KV moves between workers")
+    block_size: int = _option(16, _whole, "tokens per KV block; divides 64")
+    kv_blocks: int | None = _option(None, _whole, "KV blocks per worker")
+    kv_memory: int | None = _option(
+        None, parse_size, "KV pool per worker, such as 512MiB (default: up to 1GiB)"
+    )
+    max_model_len: int | None = _option(None, _whole, "longest prompt and answer, in tokens")
+    max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
+    drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
+    record: str | None = _option(None, _text, "folder to record every input of every node in")
+    log_format: str = _option("text", _text, "text or json")
+
+    def __post_init__(self) -> None:
+        self._check_workers()
+        self._check_memory()
+        self._check_words()
+        for name in ("queue_timeout", "drain_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{flag_of(name)} must be 0 or more seconds")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; ports go from 0 to 65535")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("--threads must be at least 1; leave it out to share the cores")
+
+    def _check_workers(self) -> None:
+        for role in Role:
+            if getattr(self, role.value) < 0:
+                raise ConfigError(f"--{role.value} must not be negative")
+        total = self.prefill + self.decode + self.mixed
+        if total == 0:
+            raise ConfigError(
+                "no worker would be started, so nobody could serve: give at least one of "
+                "--prefill, --decode and --mixed (each kind can do both phases if it must)"
+            )
+        if total > MAX_WORKERS:
+            raise ConfigError(
+                f"{total} workers are more than the {MAX_WORKERS} that one gateway links to each "
+                "other; start fewer"
+            )
+
+    def _check_memory(self) -> None:
+        if self.block_size < 1 or KV_TILE_TOKENS % self.block_size:
+            raise ConfigError(
+                f"--block-size is {self.block_size}; it must divide {KV_TILE_TOKENS}, because "
+                f"attention reads the KV in tiles of {KV_TILE_TOKENS} tokens: 8, 16, 32 or 64"
+            )
+        if self.kv_blocks is not None and self.kv_memory is not None:
+            raise ConfigError("--kv-blocks and --kv-memory say the same thing; give one of them")
+        for name in ("kv_blocks", "kv_memory", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag_of(name)} must be at least 1")
+        if self.max_step_tokens < self.block_size:
+            raise ConfigError(
+                f"--max-step-tokens is {self.max_step_tokens}, less than one block of "
+                f"{self.block_size} tokens: no prompt could ever be read"
+            )
+
+    def _check_words(self) -> None:
+        choices = {
+            "dtype": tuple(sorted(DTYPE_BYTES)),
+            "numerics": ("exact", "fast"),
+            "log_format": ("text", "json"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{flag_of(name)} is {value!r}; it is one of {', '.join(allowed)}"
+                )
+        if self.transport == "inproc":
+            raise ConfigError(
+                "--transport inproc moves KV inside one process, and pdserve serve starts a "
+                "process per worker; use shm"
+            )
+        if not all(self.devices):
+            raise ConfigError(f"--device is {self.device!r}; name a device between the commas")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices to deal out to the workers in turn."""
+        return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def worker_slots(self) -> tuple[tuple[WorkerId, Role], ...]:
+        """Every worker to start, with its home role: ``prefill-0``, ..., ``decode-0``, ..."""
+        return tuple(
+            (WorkerId(f"{role.value}-{number}"), role)
+            for role in Role
+            for number in range(getattr(self, role.value))
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A config, and for each of its fields where it came from: flag, environment, file, default."""
+
+    config: ServeConfig
+    sources: Mapping[str, str]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(option, value, source) of every field, secrets masked, for people to read."""
+        shown: list[tuple[str, str, str]] = []
+        for name in OPTIONS:
+            value = getattr(self.config, name)
+            text = "***" if name == "api_key" and value else "-" if value is None else str(value)
+            shown.append((name, text, self.sources[name]))
+        return shown
+
+
+OPTIONS: Mapping[str, Field[Any]] = {item.name: item for item in fields(ServeConfig)}
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(
+    flags: Mapping[str, str | None],
+    environment: Mapping[str, str],
+    file: Path | None = None,
+) -> Resolved:
+    """Merge the four sources. ``flags`` maps field names to what was typed (None: not given).
+
+    Raises `ConfigError` naming the option, the place and what it should have been.
+    """
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(OPTIONS, "default")
+
+    def take(name: str, raw: object, source: str, shown: str) -> None:
+        try:
+            values[name] = OPTIONS[name].metadata["parse"](raw)
+        except ValueError as error:
+            raise ConfigError(f"{shown} is {raw!r}; it must be {error}") from None
+        sources[name] = source
+
+    if file is not None:
+        for name, raw in _read_table(file).items():
+            take(name, raw, "file", f"{name} in {file}")
+    for name in OPTIONS:
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if environment.get(variable):
+            take(name, environment[variable], "environment", variable)
+    for name, typed in flags.items():
+        if typed is not None:
+            take(name, typed, "flag", flag_of(name))
+    counts = [role.value for role in Role]
+    if any(name in values for name in counts):
+        for name in counts:
+            values.setdefault(name, 0)
+    return Resolved(config=ServeConfig(**values), sources=sources)
+
+
+def _read_table(file: Path) -> dict[str, object]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    table = document.get("serve", {})
+    strangers = sorted(set(document) - {"serve"})
+    if strangers or not isinstance(table, dict):
+        raise ConfigError(
+            f"{file} must hold one table, [serve], with the options in it"
+            + (f"; it also has {', '.join(strangers)}" if strangers else "")
+        )
+    for name in table:
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{file} has an unknown option {name!r}{hint}")
+    return table
