@@ -16,6 +16,7 @@
     ├── GenerationError        the answer broke off after it began      -> 500 or an error event
     ├── OutOfBlocksError       the block pool cannot give that many (caught by the batch machine)
     ├── ProtocolError          a peer said something it may not: the link is closed
+    │   └── ProofError         its first frame does not prove the cluster secret
     └── TransferError          a write to a peer's pool failed: the attempt is resumed
 
 Mapped to HTTP in one place, ``api.errors``.
@@ -82,6 +83,10 @@ class OutOfBlocksError(PdserveError):
 
 
 class ProtocolError(PdserveError):
+    pass
+
+
+class ProofError(ProtocolError):
     pass
 
 
