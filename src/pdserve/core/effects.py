@@ -53,7 +53,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSent:
-    """Answer to `BindTransfer` and `FinishTransfer`: every block is written. No write will follow."""
+    """Answer to `BindTransfer`: every block is written. No write will follow."""
 
     attempt: AttemptId
     chunks: tuple[ChunkDigest, ...]
@@ -86,6 +86,14 @@ class TransferVerified:
 @dataclass(frozen=True, slots=True)
 class PeerLost:
     """The link to a peer process closed. It may still be alive, and may still write."""
+
+    worker: WorkerId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """A link to a peer process is open (again)."""
 
     worker: WorkerId
     epoch: Epoch
@@ -275,6 +283,7 @@ Input = (
     | TransferStopped
     | TransferVerified
     | PeerLost
+    | PeerUp
     | Submit
     | ClientGone
     | WorkerUp

@@ -15,7 +15,7 @@ Scalar = str | int | float | bool
 
 
 class LifeName(StrEnum):
-    """Moments of a request's life, in the order in which an undisturbed split request meets them."""
+    """Moments of a request's life, in the order in which a split request meets them."""
 
     SUBMITTED = "submitted"
     ROUTED = "routed"
@@ -36,7 +36,7 @@ class LifeName(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LifeEvent:
-    """One moment. ``detail`` is sorted by key; which keys occur is listed in docs/request-life.md."""
+    """One moment. ``detail`` is sorted by key; docs/request-life.md lists the keys."""
 
     name: LifeName
     request_id: RequestId

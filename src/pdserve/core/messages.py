@@ -83,7 +83,7 @@ class Tokens:
 
 
 class FailureKind(StrEnum):
-    """Why an attempt ended without an answer. Each leads to the same resume, chosen by the router."""
+    """Why an attempt ended without an answer. Each leads to the same resume by the router."""
 
     REFUSED = "refused"
     """The decode worker refused the ticket, or did not grant it in time."""
@@ -236,7 +236,7 @@ class OpaquePayload:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The decode worker owns the attempt from here on. Goes to the prefill worker and the router."""
+    """The decode worker owns the attempt now. Goes to the prefill worker and to the router."""
 
     attempt: AttemptId
 

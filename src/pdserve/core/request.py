@@ -36,8 +36,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are drawn. Validated at the edge; a worker trusts it.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is always
-    set: the edge draws one for a request without. Token i of choice c uses random number
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
+    always set: the edge draws one for a request without. Token i of choice c uses random number
     f(seed, c, i), so that a resume needs no generator state. ``logprobs`` is the number of most
     likely tokens to report beside the chosen one (None: report nothing). ``stop_token_ids`` holds
     what the client gave, ``eos_token_ids`` what the model has; ``ignore_eos`` disables the latter.

@@ -33,8 +33,8 @@ class StepRow:
     """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start`` + 1, ...
 
     ``block_ids`` is the sequence's table from position 0 and covers the last new token. KV of the
-    new tokens is written, KV of ``[0, start)`` is read. ``sample`` is None for a chunk that does not
-    reach the end of the known tokens.
+    new tokens is written, KV of ``[0, start)`` is read. ``sample`` is None for a chunk that does
+    not reach the end of the known tokens.
     """
 
     attempt: AttemptId
@@ -85,7 +85,7 @@ class SampledToken:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """``tokens[i]`` belongs to ``plan.rows[i]``: one entry per choice of its sample spec, in order;
-    empty for a row that samples nothing. ``error`` is set, and ``tokens`` empty, if the step failed.
+    empty for a row that samples nothing. If the step failed, ``error`` says why.
     """
 
     step_id: StepId

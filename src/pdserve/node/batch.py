@@ -8,6 +8,9 @@ hand-off until the hand-off machine releases it. Sequences that arrive by hand-o
 When a running sequence cannot get its next block, the youngest running one gives up its blocks: on
 a decode-role worker it goes back to the router, elsewhere it waits here to be recomputed. What a
 step computes is the batch policy's decision.
+
+When a step breaks, its rows are suspects: each is run again in a step of its own, so that only the
+one that breaks the engine is lost.
 """
 
 from __future__ import annotations
@@ -31,13 +34,15 @@ class StepOutcome:
     """What a finished step means to the worker node. Lists are in row order.
 
     ``held``: prefills that are done and wait for their hand-off, with each choice's next token.
-    ``decoding``: sequences that began to decode here. ``failed``: sequences of a step that broke.
+    ``decoding``: sequences that began to decode here. ``suspects``: sequences of a step that broke,
+    which will be run again one by one. ``failed``: sequences that broke a step all alone.
     """
 
     deltas: list[TokenDelta] = field(default_factory=list)
     prefilled: list[Sequence] = field(default_factory=list)
     held: list[tuple[Sequence, tuple[TokenDelta, ...]]] = field(default_factory=list)
     decoding: list[Sequence] = field(default_factory=list)
+    suspects: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
 
 
@@ -68,6 +73,7 @@ class BatchMachine:
         self._decoding: dict[SequenceKey, Sequence] = {}
         self._held: dict[SequenceKey, Sequence] = {}
         self._in_flight: list[Sequence] = []
+        self._suspects: list[Sequence] = []
 
     # --- arrivals and departures --------------------------------------------------------------
 
@@ -115,6 +121,7 @@ class BatchMachine:
     def detach(self, sequence: Sequence) -> None:
         """Take an outbound sequence out of all queues, but keep its blocks: a transfer may still
         read them. `let_go` gives them back."""
+        sequence.detached = True
         for queue in (self._waiting, self._admitted, self._held):
             if queue.get(sequence.key) is sequence:
                 del queue[sequence.key]
@@ -134,6 +141,26 @@ class BatchMachine:
         if self.running_step is not None:
             return planned
         self._make_room(planned)
+        rows = self._suspect_row() or self._rows(planned)
+        if rows:
+            self.num_steps += 1
+            planned.plan = self.running_step = StepPlan(
+                step_id=StepId(self.num_steps), rows=tuple(rows), copies=self.tables.take_copies()
+            )
+        return planned
+
+    def _suspect_row(self) -> list[StepRow]:
+        """The next suspect that is still running, alone."""
+        while self._suspects:
+            sequence = self._suspects.pop(0)
+            queues = (self._admitted, self._decoding)
+            if any(queue.get(sequence.key) is sequence for queue in queues):
+                remaining = len(sequence.token_ids) - sequence.num_computed
+                return [self._row(sequence, min(remaining, self.settings.max_step_tokens))]
+        return []
+
+    def _rows(self, planned: Planned) -> list[StepRow]:
+        """Every running sequence's next token, and the prompt chunks that the policy grants."""
         rows: list[StepRow] = []
         for sequence in list(self._decoding.values())[: self.settings.max_running]:
             rows.append(self._row(sequence, 1))
@@ -151,12 +178,7 @@ class BatchMachine:
                     planned.admitted.append(sequence)
             remaining = len(sequence.token_ids) - sequence.num_computed
             rows.append(self._row(sequence, min(grant.num_tokens, remaining)))
-        if rows:
-            self.num_steps += 1
-            planned.plan = self.running_step = StepPlan(
-                step_id=StepId(self.num_steps), rows=tuple(rows), copies=self.tables.take_copies()
-            )
-        return planned
+        return rows
 
     def step_done(self, result: StepResult) -> StepOutcome:
         """Account for the step that has just ended."""
@@ -164,23 +186,20 @@ class BatchMachine:
         assert plan is not None
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         in_flight, self._in_flight = self._in_flight, []
-        copied = self.tables.copies_done()
         outcome = StepOutcome()
+        if result.error is not None:
+            self._step_broke(in_flight, outcome)
+            return outcome
+        self.tables.copies_done()
         for index, (sequence, row) in enumerate(zip(in_flight, plan.rows, strict=True)):
             sequence.in_flight = False
             if sequence.doomed:
                 self.tables.release(sequence)
-            elif result.error is not None:
-                self._fail(sequence, outcome)
             else:
                 sequence.num_computed = row.end
                 self.tables.publish(sequence)
-                if row.sample is not None:
+                if row.sample is not None and not sequence.detached:
                     self._take(sequence, row.sample, result.tokens[index], outcome)
-        if result.error is not None:  # forks beyond max_running were copied, but had no row
-            for sequence in copied:
-                if self._decoding.get(sequence.key) is sequence:
-                    self._fail(sequence, outcome)
         return outcome
 
     # --- figures ------------------------------------------------------------------------------
@@ -340,13 +359,22 @@ class BatchMachine:
             self._requeue(child)
         return child
 
-    def _fail(self, sequence: Sequence, outcome: StepOutcome) -> None:
-        """A step broke: what it wrote is not to be trusted, the rest of the pool is."""
-        self._decoding.pop(sequence.key, None)
-        self._admitted.pop(sequence.key, None)
-        if not sequence.hands_off:
-            self.tables.release(sequence)
-        outcome.failed.append(sequence)
+    def _step_broke(self, in_flight: list[Sequence], outcome: StepOutcome) -> None:
+        """What the step wrote is not to be trusted; nothing counts as computed, so it is redone."""
+        self.tables.copies_failed()
+        for sequence in in_flight:
+            sequence.in_flight = False
+            if sequence.doomed:
+                self.tables.release(sequence)
+            elif sequence.detached:
+                continue
+            elif len(in_flight) > 1:
+                outcome.suspects.append(sequence)
+            else:
+                self._decoding.pop(sequence.key, None)
+                self._admitted.pop(sequence.key, None)
+                outcome.failed.append(sequence)
+        self._suspects += outcome.suspects
 
 
 def _without(choices: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:

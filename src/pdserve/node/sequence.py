@@ -5,7 +5,8 @@ it is forked, and each choice has a sequence of its own.
 
 Who owns its blocks: the sequence, from admission until it is released. ``in_flight`` says that the
 running step reads or writes them; a sequence that is dropped meanwhile is only ``doomed``, and its
-blocks are released when the step is done.
+blocks are released when the step is done. ``detached``: a hand-off that ended early holds the
+blocks; the sequence runs no more steps.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     in_flight: bool = False
     doomed: bool = False
+    detached: bool = False
     started: bool = False
     decode_started: bool = False
 

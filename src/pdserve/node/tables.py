@@ -101,11 +101,17 @@ class BlockTables:
         self._copying, self._copies = self._copies, []
         return tuple((source, target) for _, source, target in self._copying)
 
-    def copies_done(self) -> list[Sequence]:
-        """The step is over: unpin the sources. Returns the sequences that were copied to."""
+    def copies_done(self) -> None:
+        """The step is over: unpin the sources."""
         copying, self._copying = self._copying, []
         self.pool.release([source for _, source, _ in copying])
-        return [owner for owner, _, _ in copying]
+
+    def copies_failed(self) -> None:
+        """The step broke: make the copies in the next one, for those that still live."""
+        copying, self._copying = self._copying, []
+        kept = [copy for copy in copying if not copy[0].doomed]
+        self.pool.release([copy[1] for copy in copying if copy[0].doomed])
+        self._copies = kept + self._copies
 
     def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
         """Blocks that need not be computed again; the last token always is, for its logits."""

@@ -1,9 +1,9 @@
 """Which tokens go into the next step of one worker.
 
 Every running sequence decodes one token in every step; a batch policy decides how many prompt
-tokens ride along, and of whom. `FcfsBatching` follows Splitwise (sec. IV-B): prompts first come, first
-served, at most ``max_step_tokens`` of them in a step that only prefills; beside running decodes the
-prompt is cut into chunks of at most ``mixed_chunk_tokens`` so that no decode waits long.
+tokens ride along, and of whom. `FcfsBatching` follows Splitwise (sec. IV-B): prompts first come,
+first served, at most ``max_step_tokens`` of them in a step that only prefills; beside running
+decodes the prompt is cut into chunks of at most ``mixed_chunk_tokens``: no decode waits long.
 """
 
 from __future__ import annotations

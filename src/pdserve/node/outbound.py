@@ -1,0 +1,290 @@
+"""The sending half of a hand-off, on the worker that prefills.
+
+The life of one: the attempt is next to run, so a `Header` goes out and the transfer is opened
+(*open*). The ticket and the end of the prefill come in either order; once both are there, token 0
+leaves for the client. When all bytes are written the `Trailer` follows, and `Accepted` ends it. If
+anything goes wrong before that, the transfer is stopped first (*stopping*), and only when no write
+can follow are the blocks released and the peer told.
+
+The sequence's blocks stay referenced until then. What a failed hand-off has computed is in the
+prefix cache, so the resume that the router starts finds it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.effects import (
+    BindTransfer,
+    CancelTimer,
+    OpenTransfer,
+    StopTransfer,
+    TransferSent,
+)
+from pdserve.core.events import LifeName
+from pdserve.core.ids import AttemptId, Epoch, WorkerId
+from pdserve.core.messages import (
+    AttemptFailed,
+    ChunkDigest,
+    FailureKind,
+    HandoffAbort,
+    Header,
+    LeaseRenew,
+    RevokeAck,
+    Ticket,
+    TokenDelta,
+    Tokens,
+    Trailer,
+)
+from pdserve.core.request import Job
+from pdserve.node.batch import BatchMachine
+from pdserve.node.outbox import Outbox
+from pdserve.node.sequence import Sequence
+from pdserve.node.settings import WorkerSettings
+
+DIGEST_ALGORITHM = "xxh3_128"
+
+
+@dataclass(slots=True)
+class Outbound:
+    """One hand-off. ``deltas``: the next token of each choice, once prefill is done. ``chunks``:
+    digests, once all is written. ``keeps_sequence``: it goes on here after the transfer stops."""
+
+    job: Job
+    sequence: Sequence
+    ticket: Ticket | None = None
+    deltas: tuple[TokenDelta, ...] | None = None
+    chunks: tuple[ChunkDigest, ...] | None = None
+    num_bytes: int = 0
+    first_tokens_sent: bool = False
+    trailer_sent: bool = False
+    stopping: bool = False
+    revoked: bool = False
+    tells_peer: bool = True
+    keeps_sequence: bool = False
+    detail: str = ""
+
+
+class OutboundHandoffs:
+    """All hand-offs that leave this worker."""
+
+    def __init__(self, settings: WorkerSettings, batch: BatchMachine) -> None:
+        self._settings = settings
+        self._batch = batch
+        self._open: dict[AttemptId, Outbound] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def sequences(self) -> list[Sequence]:
+        """Sequences whose blocks a hand-off holds."""
+        return [handoff.sequence for handoff in self._open.values() if not handoff.keeps_sequence]
+
+    # --- forward ------------------------------------------------------------------------------
+
+    def open(self, job: Job, sequence: Sequence, out: Outbox) -> None:
+        """The attempt has its blocks and runs in the next step."""
+        self._open[job.attempt] = Outbound(job, sequence)
+        out.send(
+            job.decode_worker,
+            Header(
+                attempt=job.attempt,
+                choices=sequence.choices,
+                token_ids=job.token_ids,
+                num_prompt_tokens=job.num_prompt_tokens,
+                params=job.params,
+                cache_salt=job.cache_salt,
+                trace_context=job.trace_context,
+                block_hashes=tuple(sequence.hashes),
+                layout=self._settings.layout,
+                digest_algorithm=DIGEST_ALGORITHM,
+            ),
+        )
+        out.add(
+            OpenTransfer(
+                attempt=job.attempt,
+                peer=job.decode_worker,
+                block_ids=tuple(sequence.block_ids),
+                cached_blocks=sequence.num_cached_blocks,
+                one_shot=len(job.token_ids) < self._settings.one_shot_tokens,
+            )
+        )
+        out.log(LifeName.HANDOFF_OPENED, job.attempt, peer=job.decode_worker)
+
+    def granted(self, ticket: Ticket, peer: WorkerId, peer_epoch: Epoch, out: Outbox) -> None:
+        handoff = self._from_peer(ticket.attempt, peer)
+        if handoff is None or handoff.stopping or handoff.ticket is not None:
+            return
+        handoff.ticket = ticket
+        out.add(CancelTimer(_ticket_timer(ticket.attempt)))
+        out.add(BindTransfer(ticket, peer, peer_epoch))
+        out.set_timer(_lease_timer(ticket.attempt), ticket.lease_s / 3)
+        out.log(
+            LifeName.HANDOFF_GRANTED,
+            ticket.attempt,
+            blocks=len(ticket.block_ids),
+            reused_blocks=ticket.first_block,
+        )
+        self._advance(handoff, out)
+
+    def prefilled(self, sequence: Sequence, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
+        """The last chunk is computed, and the next token of each choice drawn."""
+        handoff = self._open.get(sequence.attempt)
+        if handoff is None or handoff.stopping:
+            return
+        handoff.deltas = deltas
+        if all(delta.finish is not None for delta in deltas):
+            if deltas:
+                out.tell_router(Tokens(deltas))
+            self._stop(handoff, "every choice ended with its first token", out)
+            return
+        if handoff.ticket is None:
+            out.set_timer(_ticket_timer(sequence.attempt), self._settings.ticket_timeout_s)
+        self._advance(handoff, out)
+
+    def sent(self, event: TransferSent, out: Outbox) -> None:
+        handoff = self._open.get(event.attempt)
+        if handoff is None or handoff.stopping:
+            return
+        handoff.chunks = event.chunks
+        handoff.num_bytes = event.num_bytes
+        self._advance(handoff, out)
+
+    def accepted(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
+        handoff = self._from_peer(attempt, peer)
+        if handoff is None or not handoff.trailer_sent or handoff.stopping:
+            return
+        out.log(LifeName.HANDOFF_CLOSED, attempt, ok=True, bytes=handoff.num_bytes)
+        self._forget(handoff, out)
+
+    def _advance(self, handoff: Outbound, out: Outbox) -> None:
+        """Send what is due: token 0 with the ticket, the trailer with the last byte."""
+        if handoff.ticket is None or handoff.deltas is None:
+            return
+        attempt = handoff.job.attempt
+        if not handoff.first_tokens_sent:
+            handoff.first_tokens_sent = True
+            out.tell_router(Tokens(handoff.deltas))
+        if handoff.chunks is not None and not handoff.trailer_sent:
+            handoff.trailer_sent = True
+            out.add(CancelTimer(_lease_timer(attempt)))
+            trailer = Trailer(attempt=attempt, tokens=handoff.deltas, chunks=handoff.chunks)
+            out.send(handoff.job.decode_worker, trailer)
+
+    # --- backward -----------------------------------------------------------------------------
+
+    def fail(
+        self,
+        attempt: AttemptId,
+        kind: FailureKind,
+        detail: str,
+        out: Outbox,
+        *,
+        peer: WorkerId | None = None,
+        tells_peer: bool = True,
+    ) -> None:
+        """The hand-off cannot go on: stop it, and give the attempt back to the router."""
+        handoff = self._open.get(attempt) if peer is None else self._from_peer(attempt, peer)
+        if handoff is None or handoff.stopping:
+            return
+        out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail))
+        handoff.tells_peer = tells_peer
+        self._stop(handoff, detail, out)
+
+    def peer_lost(self, peer: WorkerId, detail: str, out: Outbox) -> None:
+        for attempt, handoff in list(self._open.items()):
+            if handoff.job.decode_worker == peer:
+                handoff.tells_peer = False
+                self.fail(attempt, FailureKind.HANDOFF, detail, out, tells_peer=False)
+
+    def abort(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> bool:
+        """The router wants no more of these choices. False if the attempt is not handed off here.
+
+        Choices that D adopts all the same are dropped when the router hears `Accepted`.
+        """
+        handoff = self._open.get(attempt)
+        if handoff is None or handoff.keeps_sequence:
+            return False
+        left = [c for c in handoff.job.choices if choices is not None and c not in choices]
+        if not left and not handoff.stopping:
+            self._stop(handoff, "aborted", out)
+        return True
+
+    def keep(self, sequence: Sequence, detail: str, out: Outbox) -> None:
+        """Give the hand-off up, but let the sequence go on here."""
+        handoff = self._open.get(sequence.attempt)
+        if handoff is None or handoff.stopping:
+            return
+        sequence.hands_off = False
+        handoff.keeps_sequence = True
+        self._stop(handoff, detail, out)
+
+    def revoked(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
+        """The decode worker takes the ticket back. Unknown attempts have settled long ago."""
+        handoff = self._from_peer(attempt, peer)
+        if handoff is None:
+            out.send(peer, RevokeAck(attempt))
+            return
+        handoff.revoked = True
+        self.fail(attempt, FailureKind.HANDOFF, "the ticket was revoked", out)
+
+    def transfer_failed(self, attempt: AttemptId, detail: str, out: Outbox) -> None:
+        self.fail(attempt, FailureKind.HANDOFF, detail, out)
+
+    def stopped(self, attempt: AttemptId, out: Outbox) -> None:
+        """No write will follow: tell the peer, release the blocks."""
+        handoff = self._open.get(attempt)
+        if handoff is None or not handoff.stopping:
+            return
+        out.log(LifeName.HANDOFF_CLOSED, attempt, ok=False, detail=handoff.detail)
+        if handoff.revoked:
+            out.send(handoff.job.decode_worker, RevokeAck(attempt))
+        elif handoff.tells_peer:
+            detail = handoff.detail
+            out.send(handoff.job.decode_worker, HandoffAbort(attempt=attempt, detail=detail))
+        self._forget(handoff, out)
+
+    def timer_fired(self, timer: str, out: Outbox) -> bool:
+        """True if the timer was one of these hand-offs'."""
+        for attempt, handoff in self._open.items():
+            if timer == _lease_timer(attempt):
+                if handoff.ticket is not None and not handoff.stopping:
+                    out.send(handoff.job.decode_worker, LeaseRenew(attempt))
+                    out.set_timer(timer, handoff.ticket.lease_s / 3)
+                return True
+            if timer == _ticket_timer(attempt):
+                detail = f"no ticket within {self._settings.ticket_timeout_s:g} s"
+                self.fail(attempt, FailureKind.REFUSED, detail, out)
+                return True
+        return False
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _from_peer(self, attempt: AttemptId, peer: WorkerId) -> Outbound | None:
+        handoff = self._open.get(attempt)
+        return handoff if handoff is not None and handoff.job.decode_worker == peer else None
+
+    def _stop(self, handoff: Outbound, detail: str, out: Outbox) -> None:
+        """No write may follow. The sequence runs no further step, unless it is kept."""
+        handoff.stopping = True
+        handoff.detail = detail
+        attempt = handoff.job.attempt
+        out.add(CancelTimer(_lease_timer(attempt)))
+        out.add(CancelTimer(_ticket_timer(attempt)))
+        if not handoff.keeps_sequence:
+            self._batch.detach(handoff.sequence)
+        out.add(StopTransfer(attempt))
+
+    def _forget(self, handoff: Outbound, out: Outbox) -> None:
+        del self._open[handoff.job.attempt]
+        if not handoff.keeps_sequence:
+            self._batch.detach(handoff.sequence)
+            self._batch.let_go(handoff.sequence)
+
+
+def _lease_timer(attempt: AttemptId) -> str:
+    return f"renew {attempt}"
+
+
+def _ticket_timer(attempt: AttemptId) -> str:
+    return f"ticket {attempt}"
