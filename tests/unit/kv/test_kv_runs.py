@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.core.ids import BlockId
@@ -18,6 +18,7 @@ pieces = st.lists(
 pairs = pieces | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12)
 
 
+@settings(derandomize=True, deadline=None)
 @given(pairs)
 def test_runs_copy_the_same_and_cannot_be_joined(copies: list[tuple[int, int]]) -> None:
     runs = coalesce([BlockId(s) for s, _ in copies], [BlockId(t) for _, t in copies])

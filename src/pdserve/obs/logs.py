@@ -1,0 +1,127 @@
+"""Log lines: one line an event, for people (``text``) or for machines (``json``), on stderr.
+
+`setup` is called once by each process, before anything is logged. `log_life_event` is a listener of
+the `LifeLog`; at the gateway it turns every life event into a line such as::
+
+    12:00:01.123 finished req-1#1 gateway reason=stop
+
+Everything else is logged with the standard library's ``logging`` below the logger ``pdserve``. A
+line's time is the wall clock of the process that writes it (local time in text, UTC in JSON); the
+monotonic time of a life event is in the JSON line as ``at_s``. Values that hold spaces, quotes or
+line breaks are quoted, so what a client sends cannot forge a line. Only a traceback takes more than
+one line, and only in text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from typing import Any, TextIO
+
+from pdserve.core.errors import ConfigError
+from pdserve.core.events import LifeEvent, LifeName, Scalar
+
+LOGGER_NAME = "pdserve"
+FORMATS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error", "critical")
+_HANDLER_NAME = "pdserve-lines"
+_PLAIN = re.compile(r"[^\s\"\\=\x00-\x1f\x80-\x9f\u2028\u2029]+")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x80-\x9f\u2028\u2029]")
+
+
+def setup(format: str = "text", level: str = "info", stream: TextIO | None = None) -> None:  # noqa: A002
+    """Send everything below the logger ``pdserve`` to ``stream`` (stderr), one line an event.
+
+    A later call replaces an earlier one. Raises `ConfigError` for an unknown format or level.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown log format {format!r}: use one of {', '.join(FORMATS)}")
+    if level.lower() not in LEVELS:
+        raise ConfigError(f"unknown log level {level!r}: use one of {', '.join(LEVELS)}")
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler.setFormatter(JsonLines() if format == "json" else TextLines())
+    logger = logging.getLogger(LOGGER_NAME)
+    teardown()
+    handler.set_name(_HANDLER_NAME)
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+def teardown() -> None:
+    """Undo `setup`."""
+    logger = logging.getLogger(LOGGER_NAME)
+    for handler in [handler for handler in logger.handlers if handler.name == _HANDLER_NAME]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
+def log_life_event(event: LifeEvent) -> None:
+    """Log a life event: a failure as warning, everything else as info."""
+    level = logging.WARNING if event.name is LifeName.FAILED else logging.INFO
+    logger = logging.getLogger(LOGGER_NAME)
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s", _life_text(event), extra={"life_event": event})
+
+
+class TextLines(logging.Formatter):
+    """``time message``, with the level in between from warning on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        head = f"{clock}.{int(record.msecs):03d}"
+        level = f" {record.levelname.lower()}" if record.levelno >= logging.WARNING else ""
+        line = f"{head}{level} {_one_line(record.getMessage())}"
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; a life event has ``request_id``, ``epoch``, ``node``, ``detail``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        document: dict[str, Any] = {
+            "time": f"{utc}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        event: LifeEvent | None = getattr(record, "life_event", None)
+        if event is not None:
+            document |= {
+                "event": event.name.value,
+                "request_id": event.request_id,
+                "epoch": event.epoch,
+                "node": event.node,
+                "at_s": event.at_s,
+                "detail": dict(event.detail),
+            }
+        else:
+            document["message"] = record.getMessage()
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def _life_text(event: LifeEvent) -> str:
+    parts = [event.name.value, f"{_quoted(event.request_id)}#{event.epoch}", _quoted(event.node)]
+    parts += [f"{key}={_quoted(value)}" for key, value in event.detail]
+    return " ".join(parts)
+
+
+def _quoted(value: Scalar) -> str:
+    """The value, as a JSON string if it would not stay one word."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _one_line(message: str) -> str:
+    return _UNPRINTABLE.sub(lambda match: json.dumps(match.group())[1:-1], message)
