@@ -19,7 +19,9 @@ from dataclasses import dataclass
 class PoolExport:
     """How a peer reaches a pool. ``fds`` travel as SCM_RIGHTS, ``token`` inside the frame.
 
-    The receiver of an export owns the received descriptors until `Transport.attach` takes them.
+    Whoever holds an export owns its descriptors. `Pool.export` makes new ones each time: the
+    owner's side closes them once they are sent. The receiver owns what it received until
+    `Transport.attach` takes (and closes) them, whether that succeeds or not.
     """
 
     transport: str
@@ -44,11 +46,14 @@ class Pool(ABC):
 
     @abstractmethod
     def export(self) -> PoolExport:
-        """What a peer needs to attach. May be called once per peer."""
+        """What one peer needs to attach. Called once per peer; raises `TransferError` if closed."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the memory. Peers that still have it attached write into nothing that is used."""
+        """Let go of the memory. Peers that still have it attached write into nothing that is used.
+
+        Views of ``memory`` that others still hold stay valid; the bytes go with the last of them.
+        """
 
 
 class RemotePool(ABC):
@@ -56,10 +61,10 @@ class RemotePool(ABC):
 
     @abstractmethod
     def write(self, source: memoryview, regions: Sequence[Region]) -> None:
-        """Copy the regions; visible to the owner when this returns.
+        """Copy the regions of ``source`` (writable, contiguous); visible to the owner on return.
 
-        Raises `TransferError` if the peer is gone or a region lies outside either pool; then
-        nothing of that region is written.
+        Raises `TransferError` if this side is closed, if the peer is known to be gone, or if a
+        region lies outside either pool; then nothing of the call is written.
         """
 
     @abstractmethod
@@ -73,7 +78,7 @@ class Transport(ABC):
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> Pool:
-        """Zeroed memory for a KV pool."""
+        """Zeroed, page-aligned memory for a KV pool. Raises `ConfigError` if it cannot be had."""
 
     @abstractmethod
     def attach(self, export: PoolExport) -> RemotePool:
