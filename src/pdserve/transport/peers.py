@@ -1,0 +1,27 @@
+"""Who else is there: what the gateway tells each worker about the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.ids import Epoch, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAddress:
+    """A worker process that is up, and the abstract socket name on which it takes links."""
+
+    worker: WorkerId
+    epoch: Epoch
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """All workers that are up, the receiver among them. Replaces what was said before.
+
+    Of each pair the worker with the smaller id connects. It is a frame of the link, not of the
+    machines: a machine hears of peers by `PeerUp` and `PeerLost`.
+    """
+
+    workers: tuple[PeerAddress, ...]
