@@ -57,6 +57,17 @@ def test_late_events_of_a_forgotten_request_push_nobody_out(event) -> None:
     assert log.timeline("b") is not None
 
 
+def test_a_request_known_by_halves_is_forgotten_by_its_end_too(event) -> None:
+    log = LifeLog(max_requests=2)
+    log.append(event("routed", 0.0, request="a"))
+    log.append(event("submitted", 1.0, request="b"))
+    log.append(event("finished", 2.0, request="b"))
+    log.append(event("finished", 3.0, request="a"))
+    log.append(event("submitted", 4.0, request="c"))
+    assert log.timeline("b") is None
+    assert log.timeline("a") is not None
+
+
 def test_events_that_overtake_the_submission_are_kept(split_life) -> None:
     log = LifeLog(max_requests=1)
     log.append(split_life[3])

@@ -227,6 +227,22 @@ def test_any_part_of_a_life_in_any_order_leaves_nothing(
     totals = samples(metrics)
     ends = totals["vllm:request_success_total"] + totals.get("pdserve:requests_rejected_total", 0.0)
     assert ends == 1
+    assert all(value >= 0.0 for value in totals.values())
+
+
+def test_a_delivery_out_of_order_is_no_negative_gap(metrics: Metrics, event) -> None:
+    metrics.on_event(event("submitted", 0.0))
+    metrics.on_tokens("req-1", 1, 2.0)
+    metrics.on_tokens("req-1", 1, 1.0)
+    assert histogram(metrics, "vllm:inter_token_latency_seconds") == (1, 0.0)
+
+
+def test_events_of_two_workers_may_overtake_each_other(metrics: Metrics, split_life) -> None:
+    for moment in (split_life[0], *split_life[-2:0:-1]):
+        metrics.on_event(moment)
+    assert histogram(metrics, "vllm:request_queue_time_seconds") == (1, 0.1)
+    assert histogram(metrics, "vllm:request_prefill_time_seconds") == (1, 0.3)
+    assert samples(metrics, outcome="accepted")["pdserve:handoffs_total"] == 1
 
 
 @settings(derandomize=True, deadline=None)
@@ -261,14 +277,14 @@ def test_a_report_sets_gauges_and_adds_growth(metrics: Metrics) -> None:
     assert samples(metrics, worker="d0", role="decode")["pdserve:worker_up"] == 1
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_counters_go_on_after_a_restart(metrics: Metrics, told: bool) -> None:
+@pytest.mark.parametrize(("told", "counted"), [(True, 2), (True, 9), (False, 2)])
+def test_counters_go_on_after_a_restart(metrics: Metrics, told: bool, counted: int) -> None:
     metrics.on_report("d0", Role.DECODE, REPORT)
     if told:
         metrics.on_worker("d0", Role.DECODE, up=False)
         metrics.on_worker("d0", Role.DECODE, up=True)
-    metrics.on_report("d0", Role.DECODE, replace(REPORT, num_preemptions=2))
-    assert samples(metrics, engine="d0")["vllm:num_preemptions_total"] == 7
+    metrics.on_report("d0", Role.DECODE, replace(REPORT, num_preemptions=counted))
+    assert samples(metrics, engine="d0")["vllm:num_preemptions_total"] == 5 + counted
 
 
 def test_a_lost_worker_shows_no_load(metrics: Metrics) -> None:
