@@ -1,0 +1,109 @@
+"""What the router knows of each worker: its last report, and what it has promised since.
+
+The books never drift. A job sent to a worker counts until a report says that it is included (jobs
+and reports are numbered, links keep order). Blocks promised on a decode worker count until that
+worker says `TicketGranted` (a local job: until its prefill has started); from then until the next
+report the granted blocks count instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdserve.core.effects import WorkerUp
+from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.messages import LoadReport
+from pdserve.policy.route import ClusterView, WorkerView
+
+
+@dataclass(slots=True)
+class WorkerBook:
+    """One live worker process. ``unreported``: (route_seq, prompt tokens) of jobs that no report
+    includes yet. ``promised``: blocks by attempt, not yet granted."""
+
+    up: WorkerUp
+    heard_at_s: float
+    report: LoadReport | None = None
+    route_seq: int = 0
+    killed: bool = False
+    unreported: list[tuple[int, int]] = field(default_factory=list)
+    promised: dict[AttemptId, int] = field(default_factory=dict)
+    granted_blocks: int = 0
+    num_granted: int = 0
+
+    @property
+    def accepts(self) -> bool:
+        return not self.killed and (self.report is None or not self.report.draining)
+
+    @property
+    def free_blocks(self) -> int:
+        free = self.up.num_blocks if self.report is None else self.report.free_blocks
+        return free - self.granted_blocks - sum(self.promised.values())
+
+    @property
+    def pending_tokens(self) -> int:
+        reported = 0 if self.report is None else self.report.pending_prefill_tokens
+        return reported + sum(tokens for _, tokens in self.unreported)
+
+    @property
+    def num_decoding(self) -> int:
+        reported = 0 if self.report is None else self.report.num_running
+        return reported + len(self.promised) + self.num_granted
+
+    def debit_job(self, num_tokens: int) -> int:
+        """A job is sent: its number."""
+        self.route_seq += 1
+        self.unreported.append((self.route_seq, num_tokens))
+        return self.route_seq
+
+    def grant(self, attempt: AttemptId, num_blocks: int | None = None) -> None:
+        """The worker has reserved blocks for the attempt (None: as many as were promised)."""
+        promised = self.promised.pop(attempt, 0)
+        self.granted_blocks += promised if num_blocks is None else num_blocks
+        self.num_granted += 1
+
+    def take_report(self, report: LoadReport, now: float) -> None:
+        self.report = report
+        self.heard_at_s = now
+        self.granted_blocks = self.num_granted = 0
+        self.unreported = [job for job in self.unreported if job[0] > report.last_route_seq]
+
+    def view(self) -> WorkerView:
+        return WorkerView(
+            worker=self.up.worker,
+            role=self.up.role,
+            pending_tokens=self.pending_tokens,
+            num_decoding=self.num_decoding,
+            free_blocks=self.free_blocks,
+            numerics="" if self.up.layout is None else self.up.layout.numerics,
+        )
+
+
+class ClusterBooks:
+    """All live workers, by id."""
+
+    def __init__(self) -> None:
+        self.workers: dict[WorkerId, WorkerBook] = {}
+
+    def view(self, now: float) -> ClusterView:
+        books = sorted(self.workers.values(), key=lambda book: book.up.worker)
+        return ClusterView(now, tuple(book.view() for book in books if book.accepts))
+
+    def forget(self, attempt: AttemptId, worker: WorkerId) -> None:
+        """The attempt is over: what was promised for it on the worker is free again."""
+        book = self.workers.get(worker)
+        if book is not None:
+            book.promised.pop(attempt, None)
+
+    @property
+    def max_blocks(self) -> int:
+        return max((book.up.num_blocks for book in self.workers.values()), default=0)
+
+    @property
+    def max_model_tokens(self) -> int:
+        return max((book.up.max_model_tokens for book in self.workers.values()), default=0)
+
+    def blocks_for(self, num_tokens: int, num_choices: int) -> int:
+        """Blocks that a decode worker needs for the tokens and one more of each choice."""
+        sizes = [b.up.layout.block_size for b in self.workers.values() if b.up.layout is not None]
+        return -(-num_tokens // max(sizes, default=1)) + num_choices

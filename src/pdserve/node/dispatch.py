@@ -1,0 +1,116 @@
+"""Starting and ending attempts: the part of the router that talks to workers.
+
+`begin` sends a job and debits the books; `end` and `abort` undo that. An attempt that ends before
+its choices are finished leaves them waiting for a route, at the head of the queue.
+"""
+
+from __future__ import annotations
+
+from pdserve.core.events import LifeName
+from pdserve.core.ids import Epoch, RequestId
+from pdserve.core.messages import AbortAttempt, StartJob
+from pdserve.core.request import Job
+from pdserve.node.books import ClusterBooks
+from pdserve.node.lives import Attempt, Life
+from pdserve.node.outbox import Outbox
+from pdserve.policy.route import Route, RouteAsk, RoutePolicy
+
+HANDOFF_FAILURES_BEFORE_STAYING = 2
+
+
+class Dispatch:
+    """The queue of requests that wait for a route, and all attempts under way."""
+
+    def __init__(self, books: ClusterBooks, policy: RoutePolicy) -> None:
+        self.lives: dict[RequestId, Life] = {}
+        self.waiting: dict[RequestId, None] = {}
+        self._books = books
+        self._policy = policy
+
+    def wait_first(self, life: Life) -> None:
+        """Resumes go before requests that have not begun."""
+        self.waiting = {life.request.request_id: None, **self.waiting}
+
+    def route_waiting(self, out: Outbox) -> None:
+        """Send what the policy finds room for, first come first served."""
+        for request_id in list(self.waiting):
+            life = self.lives[request_id]
+            for group in life.unrouted():
+                ask = self._ask(life, group)
+                route = self._policy.choose(self._books.view(out.now), ask)
+                if route is None:
+                    return
+                self._begin(life, group, route, ask, out)
+            del self.waiting[request_id]
+
+    def abort(
+        self, life: Life, epoch: Epoch, out: Outbox, choices: tuple[int, ...] | None = None
+    ) -> None:
+        """The owner forgets the attempt, or only these choices of it."""
+        owner = life.attempts[epoch].owner
+        out.send(owner, AbortAttempt(life.attempt_id(epoch), choices))
+        if choices is None:
+            self.end(life, epoch)
+
+    def end(self, life: Life, epoch: Epoch) -> None:
+        """The attempt works on nothing any more."""
+        attempt = life.attempts.pop(epoch)
+        self._books.forget(attempt.job.attempt, attempt.job.decode_worker)
+
+    def forget(self, life: Life) -> None:
+        """The request is over."""
+        for epoch in list(life.attempts):
+            self.end(life, epoch)
+        self.waiting.pop(life.request.request_id, None)
+        del self.lives[life.request.request_id]
+
+    def _ask(self, life: Life, group: tuple[int, ...]) -> RouteAsk:
+        request = life.request
+        num_tokens = len(request.prompt_token_ids) + len(life.choices[group[0]].taken)
+        return RouteAsk(
+            num_tokens=num_tokens,
+            num_blocks=self._books.blocks_for(num_tokens, len(group)),
+            preference=request.route,
+            last_prefill=life.last_prefill,
+            numerics=life.numerics,
+            avoid_decode=tuple(life.avoid),
+            in_place=life.failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
+        )
+
+    def _begin(
+        self, life: Life, group: tuple[int, ...], route: Route, ask: RouteAsk, out: Outbox
+    ) -> None:
+        request = life.request
+        epoch = Epoch(life.next_epoch)
+        life.next_epoch += 1
+        prefill, decode = self._books.workers[route.prefill], self._books.workers[route.decode]
+        taken = life.choices[group[0]].taken
+        job = Job(
+            request_id=request.request_id,
+            epoch=epoch,
+            choices=group,
+            token_ids=request.prompt_token_ids + tuple(taken),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            params=request.params,
+            prefill_worker=route.prefill,
+            decode_worker=route.decode,
+            cache_salt=request.cache_salt,
+            trace_context=request.trace_context,
+            route_seq=prefill.debit_job(ask.num_tokens),
+        )
+        decode.promised[job.attempt] = ask.num_blocks
+        life.attempts[epoch] = Attempt(job, owner=route.prefill)
+        life.last_prefill = route.prefill
+        life.numerics = prefill.view().numerics
+        for index in group:
+            life.choices[index].epoch = epoch
+        out.log(
+            LifeName.ROUTED,
+            job.attempt,
+            prefill=route.prefill,
+            decode=route.decode,
+            local=job.is_local,
+            reason=route.reason,
+            taken_tokens=len(taken),
+        )
+        out.send(route.prefill, StartJob(job))

@@ -1,0 +1,99 @@
+"""The router's memory of one request: what the client has, and which attempts are under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdserve.core.ids import AttemptId, Epoch, WorkerId
+from pdserve.core.messages import TokenDelta
+from pdserve.core.request import FinishReason, Job, Request
+
+
+@dataclass(slots=True)
+class Choice:
+    """``taken``: output tokens that the client has or will have: the truth. ``epoch``: the attempt
+    whose tokens are taken next, or None while the choice waits for a route."""
+
+    index: int
+    taken: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    epoch: Epoch | None = None
+
+
+@dataclass(slots=True)
+class Attempt:
+    """``owner`` is the one worker that answers for it: the prefill worker until the decode worker
+    has said `Accepted`."""
+
+    job: Job
+    owner: WorkerId
+    started: bool = False
+    accepted: bool = False
+
+
+@dataclass(slots=True)
+class Life:
+    """One request. ``failures`` counts failed attempts (preemptions apart), ``failed_handoffs``
+    those in which a hand-off failed, and ``avoid`` the decode workers of these."""
+
+    request: Request
+    submitted_at_s: float
+    choices: list[Choice]
+    attempts: dict[Epoch, Attempt] = field(default_factory=dict)
+    next_epoch: int = 1
+    failures: int = 0
+    failed_handoffs: int = 0
+    engine_failures: int = 0
+    avoid: list[WorkerId] = field(default_factory=list)
+    last_prefill: WorkerId | None = None
+    numerics: str | None = None
+    first_token_at_s: float | None = None
+
+    @classmethod
+    def of(cls, request: Request, now: float) -> Life:
+        choices = [Choice(index) for index in range(request.num_choices)]
+        return cls(request=request, submitted_at_s=now, choices=choices)
+
+    @property
+    def is_done(self) -> bool:
+        return all(choice.finish is not None for choice in self.choices)
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(choice.taken for choice in self.choices)
+
+    @property
+    def has_started(self) -> bool:
+        """True once a worker computes, or has computed, anything for the client."""
+        return self.has_tokens or any(attempt.started for attempt in self.attempts.values())
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(choice.taken) for choice in self.choices)
+
+    def unrouted(self) -> list[tuple[int, ...]]:
+        """Groups of choices that wait for a route: those without tokens together, others alone."""
+        waiting = [c for c in self.choices if c.finish is None and c.epoch is None]
+        fresh = tuple(c.index for c in waiting if not c.taken)
+        groups = [fresh] if fresh else []
+        return groups + [(c.index,) for c in waiting if c.taken]
+
+    def take(self, delta: TokenDelta) -> bool:
+        """True if the token is the next one of its choice's current attempt."""
+        if not 0 <= delta.choice < len(self.choices):
+            return False
+        choice = self.choices[delta.choice]
+        wanted = (choice.epoch, len(choice.taken))
+        if choice.finish is not None or (delta.epoch, delta.index) != wanted:
+            return False
+        choice.taken.append(delta.token_id)
+        choice.finish = delta.finish
+        return True
+
+    def live_choices(self, epoch: Epoch) -> tuple[int, ...]:
+        """Choices that the attempt still works on."""
+        choices = (c for c in self.choices if c.epoch == epoch and c.finish is None)
+        return tuple(choice.index for choice in choices)
+
+    def attempt_id(self, epoch: Epoch) -> AttemptId:
+        return AttemptId(self.request.request_id, epoch)

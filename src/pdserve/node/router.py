@@ -1,0 +1,399 @@
+"""The router: who serves a request, and what happens when that fails.
+
+A request waits until the route policy finds room, is sent to a prefill worker as a `Job`, and is
+followed through its tokens. What the router has *taken* (the current epoch's next index) is the
+truth. Whenever an attempt ends early - a worker died, a hand-off failed, a decode worker ran out of
+blocks - the router raises the epoch and starts the next one from prompt + taken tokens. There is no
+other recovery.
+
+One worker owns an attempt at any time, so an abort has one address: the owner, who frees both
+sides of a hand-off.
+"""
+
+from __future__ import annotations
+
+from pdserve.core.effects import (
+    BeginDrain,
+    CancelTimer,
+    ClientGone,
+    Deliver,
+    Effect,
+    Fail,
+    Input,
+    KillWorker,
+    Log,
+    Received,
+    Refusal,
+    Started,
+    Submit,
+    TimerFired,
+    WorkerLost,
+    WorkerUp,
+)
+from pdserve.core.events import LifeName
+from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.messages import (
+    AbortAttempt,
+    Accepted,
+    AttemptFailed,
+    FailureKind,
+    LoadReport,
+    Message,
+    TicketGranted,
+    TokenDelta,
+    Tokens,
+    WorkerGone,
+)
+from pdserve.core.messages import Life as LifeMessage
+from pdserve.core.request import FinishReason, Request
+from pdserve.node.books import ClusterBooks, WorkerBook
+from pdserve.node.dispatch import Dispatch
+from pdserve.node.lives import Life
+from pdserve.node.outbox import Outbox
+from pdserve.node.settings import RouterSettings
+from pdserve.policy.route import FewestPendingTokens, RoutePolicy
+
+WATCH_TIMER = "watch"
+WATCH_INTERVAL_S = 0.5
+NO_WORKER_TIMER = "no worker"
+MAX_ENGINE_FAILURES = 2
+MAX_RETRY_AFTER_S = 60.0
+
+
+class RouterNode:
+    """`handle(input, now) -> effects`. Knows no clock, no client, no socket."""
+
+    def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
+        self.settings = settings
+        self.books = ClusterBooks()
+        self.dispatch = Dispatch(self.books, policy or FewestPendingTokens())
+        self.draining = False
+        self._expects_workers = False
+        self._watched_at_s = 0.0
+        self._finished_at_s = 0.0
+        self._finish_interval_s = 1.0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self.dispatch.lives)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a route."""
+        return len(self.dispatch.waiting)
+
+    def handle(self, event: Input, now: float) -> list[Effect]:
+        out = Outbox(GATEWAY, now)
+        match event:
+            case Started():
+                self._watched_at_s = self._finished_at_s = now
+                out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
+            case Submit(request):
+                self._submit(request, out)
+            case ClientGone(request_id, choices):
+                self._client_gone(request_id, choices, out)
+            case WorkerUp():
+                self._worker_up(event, out)
+            case WorkerLost(worker, epoch, detail):
+                self._worker_lost(worker, epoch, detail, out)
+            case Received(sender, epoch, message):
+                book = self.books.workers.get(sender)
+                if book is not None and book.up.epoch == epoch:
+                    self._received(book, message, out)
+            case TimerFired(timer):
+                self._timer_fired(timer, out)
+            case BeginDrain():
+                self.draining = True
+            case _:
+                raise TypeError(f"the router does not take {type(event).__name__}")
+        self.dispatch.route_waiting(out)
+        return out.effects
+
+    # --- clients ------------------------------------------------------------------------------
+
+    def _submit(self, request: Request, out: Outbox) -> None:
+        life = Life.of(request, out.now)
+        self.dispatch.lives[request.request_id] = life
+        out.log(
+            LifeName.SUBMITTED,
+            life.attempt_id(Epoch(0)),
+            prompt_tokens=len(request.prompt_token_ids),
+            choices=request.num_choices,
+            max_tokens=request.params.max_tokens,
+            route=str(request.route),
+        )
+        too_long = self._too_long(request)
+        if self.draining:
+            self._fail(life, Refusal.DRAINING, "the server is shutting down", out)
+        elif too_long is not None:
+            self._fail(life, Refusal.TOO_LONG, too_long, out)
+        elif self.num_queued >= self.settings.max_queued_requests:
+            self._overloaded(life, f"{self.num_queued} requests are waiting already", out)
+        else:
+            self.dispatch.waiting[request.request_id] = None
+            out.set_timer(_queue_timer(request.request_id), self.settings.queue_timeout_s)
+            self._expect_workers(out)
+
+    def _too_long(self, request: Request) -> str | None:
+        """Why no worker could ever serve the request; None while there is no worker to ask."""
+        if not self.books.workers:
+            return None
+        num_tokens, limit = request.max_tokens_total, self.books.max_model_tokens
+        if num_tokens > limit:
+            return f"prompt and max_tokens are {num_tokens} tokens; at most {limit} can be served"
+        prompt_tokens = len(request.prompt_token_ids)
+        num_blocks = self.books.blocks_for(prompt_tokens, request.num_choices)
+        if num_blocks > self.books.max_blocks:
+            return (
+                f"prompt and {request.num_choices} choices need {num_blocks} KV blocks; "
+                f"the largest worker has {self.books.max_blocks}"
+            )
+        return None
+
+    def _client_gone(
+        self, request_id: RequestId, choices: tuple[int, ...] | None, out: Outbox
+    ) -> None:
+        life = self.dispatch.lives.get(request_id)
+        if life is None:
+            return
+        reason = FinishReason.ABORT if choices is None else FinishReason.STOP
+        dropped: dict[Epoch, list[int]] = {}
+        for choice in life.choices:
+            if choice.finish is None and (choices is None or choice.index in choices):
+                choice.finish = reason
+                if choice.epoch is not None:
+                    dropped.setdefault(choice.epoch, []).append(choice.index)
+        for epoch, indexes in dropped.items():
+            left = life.live_choices(epoch)
+            self.dispatch.abort(life, epoch, out, tuple(indexes) if left else None)
+        self._finish_if_done(life, out)
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def _worker_up(self, up: WorkerUp, out: Outbox) -> None:
+        old = self.books.workers.get(up.worker)
+        if old is not None:
+            if old.up.epoch >= up.epoch:
+                return
+            self._worker_lost(up.worker, old.up.epoch, "replaced", out)
+        self.books.workers[up.worker] = WorkerBook(up, heard_at_s=out.now)
+        self._expects_workers = False
+        out.add(CancelTimer(NO_WORKER_TIMER))
+
+    def _worker_lost(self, worker: WorkerId, epoch: Epoch, detail: str, out: Outbox) -> None:
+        book = self.books.workers.get(worker)
+        if book is None or book.up.epoch != epoch:
+            return
+        del self.books.workers[worker]
+        for other in sorted(self.books.workers):
+            out.send(other, WorkerGone(worker, epoch))
+        for life in list(self.dispatch.lives.values()):
+            for attempt_epoch, attempt in list(life.attempts.items()):
+                # Not accepted as far as is known here; the decode worker may have said so to the
+                # prefill worker only, which then owes nothing any more.
+                undecided = attempt.job.decode_worker == worker and not attempt.accepted
+                still_open = attempt_epoch in life.attempts
+                if still_open and (attempt.owner == worker or undecided):
+                    life.failures += 1
+                    if attempt.owner != worker:
+                        out.send(attempt.owner, AbortAttempt(attempt.job.attempt))
+                    self._resume(life, attempt_epoch, None, f"{worker} is gone: {detail}", out)
+        self._expect_workers(out)
+
+    def _received(self, book: WorkerBook, message: Message, out: Outbox) -> None:
+        match message:
+            case Tokens(deltas):
+                self._take(deltas, out)
+            case LoadReport():
+                book.take_report(message, out.now)
+            case LifeMessage(events):
+                for event in events:
+                    out.add(Log(event))
+                    if event.name is LifeName.PREFILL_STARTED:
+                        self._prefill_started(AttemptId(event.request_id, event.epoch), book)
+            case TicketGranted(attempt=attempt, num_blocks=num_blocks):
+                book.grant(attempt, num_blocks)
+            case Accepted(attempt):
+                self._accepted(attempt, book, out)
+            case AttemptFailed():
+                self._attempt_failed(message, book.up.worker, out)
+            case _:
+                pass  # a worker of a newer version; what it says is not for us
+
+    def _take(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
+        taken: dict[RequestId, list[TokenDelta]] = {}
+        for delta in deltas:
+            life = self.dispatch.lives.get(delta.request_id)
+            if life is not None and life.take(delta):
+                taken.setdefault(delta.request_id, []).append(delta)
+        for request_id, mine in taken.items():
+            life = self.dispatch.lives[request_id]
+            if life.first_token_at_s is None:
+                life.first_token_at_s = out.now
+                out.add(CancelTimer(_queue_timer(request_id)))
+                out.log(LifeName.FIRST_TOKEN, life.attempt_id(mine[0].epoch))
+            out.add(Deliver(request_id, tuple(mine)))
+            for epoch in dict.fromkeys(delta.epoch for delta in mine):
+                if not life.live_choices(epoch):
+                    self.dispatch.end(life, epoch)
+            self._finish_if_done(life, out)
+
+    def _prefill_started(self, attempt_id: AttemptId, book: WorkerBook) -> None:
+        life = self.dispatch.lives.get(attempt_id.request_id)
+        attempt = None if life is None else life.attempts.get(attempt_id.epoch)
+        if attempt is not None:
+            attempt.started = True
+            if attempt.job.is_local:
+                book.grant(attempt_id)
+
+    def _accepted(self, attempt_id: AttemptId, book: WorkerBook, out: Outbox) -> None:
+        life = self.dispatch.lives.get(attempt_id.request_id)
+        attempt = None if life is None else life.attempts.get(attempt_id.epoch)
+        worker = book.up.worker
+        if life is None or attempt is None or attempt.job.decode_worker != worker:
+            out.send(worker, AbortAttempt(attempt_id))
+            return
+        attempt.owner = worker
+        attempt.accepted = True
+        live = life.live_choices(attempt_id.epoch)
+        gone = tuple(index for index in attempt.job.choices if index not in live)
+        if gone:
+            out.send(worker, AbortAttempt(attempt_id, gone))
+
+    def _attempt_failed(self, failed: AttemptFailed, sender: WorkerId, out: Outbox) -> None:
+        life = self.dispatch.lives.get(failed.attempt.request_id)
+        attempt = None if life is None else life.attempts.get(failed.attempt.epoch)
+        if life is None or attempt is None or (attempt.accepted and sender != attempt.owner):
+            return
+        if failed.kind is FailureKind.INVALID:
+            self._fail(life, Refusal.TOO_LONG, failed.detail, out)
+            return
+        if failed.kind in (FailureKind.REFUSED, FailureKind.HANDOFF):
+            life.failed_handoffs += 1
+            life.avoid.append(attempt.job.decode_worker)
+        life.engine_failures += failed.kind is FailureKind.ENGINE
+        life.failures += failed.kind not in (FailureKind.OUT_OF_BLOCKS, FailureKind.DRAINING)
+        waited_s = out.now - life.submitted_at_s
+        if life.engine_failures >= MAX_ENGINE_FAILURES:
+            self._fail(life, Refusal.INTERNAL, failed.detail, out)
+        elif (
+            failed.kind is FailureKind.REFUSED
+            and not life.has_tokens
+            and waited_s >= self.settings.queue_timeout_s
+        ):
+            self._overloaded(life, "no decode worker had room", out)
+        else:
+            if sender != attempt.owner:
+                out.send(attempt.owner, AbortAttempt(failed.attempt))
+            detail = f"{failed.kind}: {failed.detail}"
+            self._resume(life, failed.attempt.epoch, failed.choices, detail, out)
+
+    # --- ends and new beginnings --------------------------------------------------------------
+
+    def _resume(
+        self, life: Life, epoch: Epoch, choices: tuple[int, ...] | None, reason: str, out: Outbox
+    ) -> None:
+        """These choices of the attempt need another one."""
+        for index in life.live_choices(epoch):
+            if choices is None or index in choices:
+                life.choices[index].epoch = None
+        if not life.live_choices(epoch):
+            self.dispatch.end(life, epoch)
+        if life.failures > self.settings.max_attempts:
+            self._fail(life, Refusal.INTERNAL, f"gave up after {life.failures} failures", out)
+        elif life.unrouted():
+            taken_tokens = life.num_output_tokens
+            attempt = life.attempt_id(epoch)
+            out.log(LifeName.RESUMED, attempt, reason=reason, taken_tokens=taken_tokens)
+            self.dispatch.wait_first(life)
+
+    def _finish_if_done(self, life: Life, out: Outbox) -> None:
+        if not life.is_done:
+            return
+        interval_s = out.now - self._finished_at_s
+        self._finish_interval_s += 0.2 * (interval_s - self._finish_interval_s)
+        self._finished_at_s = out.now
+        out.log(
+            LifeName.FINISHED,
+            life.attempt_id(Epoch(life.next_epoch - 1)),
+            reason=str(life.choices[0].finish),
+            output_tokens=life.num_output_tokens,
+            choices=len(life.choices),
+        )
+        self._close(life, out)
+
+    def _overloaded(self, life: Life, detail: str, out: Outbox) -> None:
+        wait_s = (self.num_queued + 1) * self._finish_interval_s
+        self._fail(life, Refusal.OVERLOADED, detail, out, min(max(1.0, wait_s), MAX_RETRY_AFTER_S))
+
+    def _fail(
+        self, life: Life, kind: str, detail: str, out: Outbox, retry_after_s: float | None = None
+    ) -> None:
+        for epoch in list(life.attempts):
+            self.dispatch.abort(life, epoch, out)
+        request_id = life.request.request_id
+        attempt = life.attempt_id(Epoch(life.next_epoch - 1))
+        out.log(LifeName.FAILED, attempt, kind=kind, detail=detail)
+        out.add(Fail(request_id=request_id, kind=kind, detail=detail, retry_after_s=retry_after_s))
+        self._close(life, out)
+
+    def _close(self, life: Life, out: Outbox) -> None:
+        out.add(CancelTimer(_queue_timer(life.request.request_id)))
+        self.dispatch.forget(life)
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def _timer_fired(self, timer: str, out: Outbox) -> None:
+        if timer == WATCH_TIMER:
+            self._watch(out)
+        elif timer == NO_WORKER_TIMER:
+            self._expects_workers = False
+            if not self.books.workers:
+                for life in list(self.dispatch.lives.values()):
+                    self._fail(life, Refusal.UNAVAILABLE, "no worker is left", out)
+        else:
+            self._queue_time_up(RequestId(timer.removeprefix("queue ")), out)
+
+    def _queue_time_up(self, request_id: RequestId, out: Outbox) -> None:
+        """Too long without a token: refuse, unless a worker is at it."""
+        life = self.dispatch.lives.get(request_id)
+        if life is None or life.has_tokens:
+            return
+        if life.has_started:
+            out.set_timer(_queue_timer(request_id), self.settings.queue_timeout_s)
+        else:
+            self._overloaded(life, f"not begun within {self.settings.queue_timeout_s:g} s", out)
+
+    def _watch(self, out: Outbox) -> None:
+        """Kill workers that are silent, or whose step takes far longer than it should."""
+        late_s = out.now - self._watched_at_s - WATCH_INTERVAL_S
+        self._watched_at_s = out.now
+        out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
+        for worker, book in sorted(self.books.workers.items()):
+            if late_s > WATCH_INTERVAL_S:  # this process slept: their reports wait in its sockets
+                book.heard_at_s = out.now
+            detail = self._wrong_with(book, out.now)
+            if detail is not None and not book.killed:
+                book.killed = True
+                out.add(KillWorker(worker, book.up.epoch, detail))
+
+    def _wrong_with(self, book: WorkerBook, now: float) -> str | None:
+        silent_s = now - book.heard_at_s
+        if silent_s > self.settings.report_timeout_s:
+            return f"silent for {silent_s:.1f} s"
+        if book.report is not None and book.report.step_age_s > 0:
+            age_s = book.report.step_age_s + silent_s
+            if age_s > max(self.settings.step_timeout_s, 10 * book.report.step_expected_s):
+                return f"a step has taken {age_s:.1f} s"
+        return None
+
+    def _expect_workers(self, out: Outbox) -> None:
+        """With nobody left, clients wait for a restart, but not for ever."""
+        if not self.books.workers and self.dispatch.lives and not self._expects_workers:
+            self._expects_workers = True
+            out.set_timer(NO_WORKER_TIMER, self.settings.no_worker_timeout_s)
+
+
+def _queue_timer(request_id: RequestId) -> str:
+    return f"queue {request_id}"
