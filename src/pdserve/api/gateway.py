@@ -36,6 +36,8 @@ class Gateway(Protocol):
         """Start the request and yield its tokens, all choices interleaved, each in index order.
 
         Closing the iterator (or cancelling the task that reads it) aborts what is still running.
+        A choice that has finished or was stopped is not running: the reader closes the iterator
+        as soon as none is left, without waiting for its end, and that is no abort.
         """
         ...
 

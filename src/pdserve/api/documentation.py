@@ -1,0 +1,106 @@
+"""The published OpenAPI document.
+
+Bodies are read by ``api.body``, not by the framework, so their schemas are put into the document
+here. The framework's own validation error (422) never happens and is not in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
+
+_TEMPLATE = "#/components/schemas/{model}"
+_ERRORS = {
+    400: "A field is wrong, not served, or more than the model can take.",
+    401: "The API key is missing or wrong.",
+    404: "The model is not served here.",
+    413: "The body is too large.",
+    415: "The body is not declared as JSON.",
+    429: "No room now; try again after the seconds in Retry-After.",
+    500: "The answer broke off.",
+    503: "Nobody is left to serve.",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = Field(description="The field at fault.")
+    code: str | None
+
+
+class ErrorDocument(BaseModel):
+    """OpenAI's error shape."""
+
+    error: ErrorDetail
+
+
+def json_route(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """Keyword arguments of a route that reads ``body`` and answers ``response``."""
+    schema = {"$ref": _TEMPLATE.format(model=body.__name__)}
+    return {
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
+        },
+        "responses": {
+            200: {"model": response},
+            **{
+                status: {"model": ErrorDocument, "description": text}
+                for status, text in _ERRORS.items()
+                if status not in (429, 500, 503)
+            },
+        },
+    }
+
+
+def generating_route(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """As `json_route`, for a route that also streams and may be refused for lack of room."""
+    arguments = json_route(body, response)
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    arguments["responses"][200]["content"] = stream
+    for status in (429, 500, 503):
+        arguments["responses"][status] = {"model": ErrorDocument, "description": _ERRORS[status]}
+    arguments["openapi_extra"]["parameters"] = [
+        _header("X-Request-Id", "The client's name for the request.", {"type": "string"}),
+        _header(
+            "X-Pdserve-Route",
+            "Whether two workers or one are to serve the request.",
+            {"type": "string", "enum": ["auto", "split", "local"]},
+        ),
+    ]
+    return arguments
+
+
+def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": description, "schema": schema}
+
+
+def publish(app: FastAPI, bodies: tuple[type[BaseModel], ...]) -> None:
+    """Make ``/openapi.json`` include the schemas of ``bodies``."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+            )
+            _, definitions = models_json_schema(
+                [(body, "validation") for body in bodies], ref_template=_TEMPLATE
+            )
+            components = schema.setdefault("components", {}).setdefault("schemas", {})
+            components.update(definitions["$defs"])
+            for name in ("HTTPValidationError", "ValidationError"):
+                components.pop(name, None)
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,112 @@
+"""One choice: its tokens go in, what the client may see of them comes out.
+
+A token passes the detokenizer, which holds back the bytes of unfinished characters, and then the
+stop strings, which hold back what may be the start of one. What leaves is final: it is never taken
+back, and joined together it is the text of a non-streaming answer.
+
+Why a choice ends is decided here too, because a stop string can only be seen in the text: it wins
+over whatever the worker said of the token that completed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdserve.api.openai.requests import OutputOptions
+from pdserve.core.messages import TokenDelta
+from pdserve.core.request import FinishReason, SamplingParams
+from pdserve.core.step import TokenLogprobs
+from pdserve.text.detokenize import Detokenizer
+from pdserve.text.stop import StopStrings
+from pdserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedToken:
+    """A token with its log-probabilities. ``text_offset`` counts characters of the answer."""
+
+    token_id: int
+    text_offset: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(slots=True)
+class Piece:
+    """News of one choice. ``stop_reason``: the stop string or stop token id of the client's."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    logged: list[LoggedToken]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """All pieces of one choice as one."""
+        return cls(
+            pieces[0].choice,
+            "".join(piece.text for piece in pieces),
+            [token_id for piece in pieces for token_id in piece.token_ids],
+            [token for piece in pieces for token in piece.logged],
+            pieces[-1].finish_reason,
+            pieces[-1].stop_reason,
+        )
+
+
+class ChoiceText:
+    """State of one choice. ``num_tokens`` counts every token, also the one that ended it."""
+
+    def __init__(
+        self, index: int, options: OutputOptions, params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        self._index = index
+        self._options = options
+        self._params = params
+        self._is_verbose = options.with_token_ids or options.num_top_logprobs is not None
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            continues_text=options.continues_text,
+        )
+        self._stops = StopStrings(options.stops, include=options.include_stop)
+        self._num_chars = 0
+        self.num_tokens = 0
+        self.has_ended = False
+
+    def push(self, delta: TokenDelta) -> Piece | None:
+        """What the client is to be told of this token; None if nothing (yet)."""
+        offset = self._num_chars
+        text = self._decode(delta)
+        self._num_chars += len(text)
+        self.num_tokens += 1
+        finish_reason = None if delta.finish is None else delta.finish.value
+        stop_reason: str | int | None = self._stop_token(delta)
+        text = self._stops.feed(text, armed=self.num_tokens > self._params.min_tokens)
+        if self._stops.matched is not None:
+            finish_reason, stop_reason = FinishReason.STOP.value, self._stops.matched
+        elif delta.finish is not None:
+            text += self._stops.finish()
+        self.has_ended = finish_reason is not None
+        if not (text or self._is_verbose or self.has_ended):
+            return None
+        piece = Piece(self._index, text, [delta.token_id], [], finish_reason, stop_reason)
+        if delta.logprobs is not None and self._options.num_top_logprobs is not None:
+            piece.logged.append(LoggedToken(delta.token_id, offset, delta.logprobs))
+        return piece
+
+    def _decode(self, delta: TokenDelta) -> str:
+        """Text that this token completes. A token that ends the choice has none of its own."""
+        if delta.finish is None:
+            return self._detokenizer.push(delta.token_id)
+        if delta.finish is FinishReason.STOP and not self._options.include_stop:
+            return self._detokenizer.flush()
+        return self._detokenizer.push(delta.token_id) + self._detokenizer.flush()
+
+    def _stop_token(self, delta: TokenDelta) -> int | None:
+        if delta.finish is not FinishReason.STOP:
+            return None
+        params = self._params
+        is_eos = not params.ignore_eos and delta.token_id in params.eos_token_ids
+        return None if is_eos else delta.token_id

@@ -1,0 +1,144 @@
+"""``POST /v1/completions``: prompts as text or token ids, one or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pdserve.api.body import read_body
+from pdserve.api.documentation import generating_route
+from pdserve.api.edge import Edge
+from pdserve.api.openai.choice import Piece
+from pdserve.api.openai.logprobs import LogprobWriter
+from pdserve.api.openai.reply import GenerationReply
+from pdserve.api.openai.requests import (
+    Order,
+    answer_tokens,
+    check_choices,
+    check_model,
+    check_vocabulary,
+    client_request_id,
+    make_requests,
+    output_options,
+    sampling_params,
+)
+from pdserve.api.openai.responses import Completion
+from pdserve.api.openai.schema import CompletionBody
+from pdserve.core.errors import RequestError
+
+
+def completions_router(edge: Edge) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post("/v1/completions", **generating_route(CompletionBody, Completion))
+    async def create_completion(request: Request) -> Response:
+        """Write on at the end of each prompt."""
+        body = await read_body(request, CompletionBody, edge.settings.max_body_bytes)
+        order, prompts = await _order(edge, request, body)
+        echoes = [_text_of(edge, prompt) for prompt in prompts] if body.echo else None
+        shape = CompletionShape(order, echoes, LogprobWriter(edge.tokenizer))
+        return GenerationReply(order, shape, edge.gateway, edge.tokenizer)
+
+    return router
+
+
+async def _order(
+    edge: Edge, request: Request, body: CompletionBody
+) -> tuple[Order, list[str | list[int]]]:
+    card, settings = edge.gateway.card, edge.settings
+    check_model(body.model, card)
+    options = output_options(body, settings, body.logprobs, "logprobs", continues_text=True)
+    prompts, is_list = _prompts(body)
+    check_choices(len(prompts), body.n, settings)
+    token_ids = [await _token_ids(edge, prompt, body) for prompt in prompts]
+    params = []
+    for ids in token_ids:
+        default = settings.default_max_tokens
+        max_tokens = answer_tokens(len(ids), body.max_tokens, default, card, "prompt")
+        params.append(sampling_params(body, card, max_tokens, body.logprobs))
+    name, response_id, ids_of_requests = edge.directory.assign(
+        "cmpl", client_request_id(request, body), len(prompts) if is_list else None
+    )
+    order = Order(
+        name=name,
+        response_id=response_id,
+        requests=make_requests(ids_of_requests, token_ids, params, body, request.headers),
+        options=options,
+        stream=body.stream,
+    )
+    return order, prompts
+
+
+def _prompts(body: CompletionBody) -> tuple[list[str | list[int]], bool]:
+    """The prompts, and whether the client sent a list of them. Raises `RequestError`."""
+    prompt = body.prompt
+    is_list = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    prompts = cast("list[str | list[int]]", prompt if is_list else [prompt])
+    if not all(prompts):
+        raise RequestError("prompt: a prompt must not be empty", "prompt")
+    return prompts, is_list
+
+
+async def _token_ids(edge: Edge, prompt: str | list[int], body: CompletionBody) -> list[int]:
+    if isinstance(prompt, list):
+        check_vocabulary(prompt, edge.gateway.card, "prompt")
+        return prompt
+    ids = await edge.encode(prompt, add_special_tokens=body.add_special_tokens)
+    if not ids:
+        raise RequestError("prompt: the prompt has no tokens", "prompt")
+    return ids
+
+
+def _text_of(edge: Edge, prompt: str | list[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return edge.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+class CompletionShape:
+    """JSON of ``/v1/completions``. ``echoes`` holds the text of each prompt to be put in front."""
+
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, order: Order, echoes: Sequence[str] | None, writer: LogprobWriter) -> None:
+        self._order = order
+        self._echoes = echoes
+        self._writer = writer
+        self._begun: set[int] = set()
+
+    def opening(self) -> Sequence[dict[str, Any]]:
+        return ()
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        is_first = piece.choice not in self._begun
+        self._begun.add(piece.choice)
+        return self._choice(piece, is_first=is_first)
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        return self._choice(piece, is_first=True)
+
+    def document_extras(self) -> dict[str, Any]:
+        return {}
+
+    def _choice(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
+        options = self._order.options
+        prompt = piece.choice // self._order.num_choices
+        echo = self._echoes[prompt] if is_first and self._echoes is not None else ""
+        choice: dict[str, Any] = {
+            "index": piece.choice,
+            "text": echo + piece.text,
+            "logprobs": (
+                None if options.num_top_logprobs is None else self._writer.completion(piece.logged)
+            ),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        if options.with_token_ids:
+            choice["token_ids"] = piece.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = self._order.requests[prompt].prompt_token_ids
+        return choice

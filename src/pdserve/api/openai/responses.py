@@ -1,0 +1,87 @@
+"""What the generating routes answer, as the published schema shows it.
+
+Answers are written as plain documents, one per token when streaming; these models are for readers
+and for tests, which hold the documents against them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class _Choice(BaseModel):
+    index: int
+    finish_reason: Literal["stop", "length", "abort"]
+    stop_reason: str | int | None = Field(
+        description="The stop string or stop token id that ended the choice."
+    )
+    token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+
+
+class CompletionLogprobs(BaseModel):
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class CompletionChoice(_Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+
+
+class Completion(BaseModel):
+    """Answer of ``POST /v1/completions``; choices go prompt by prompt."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class LikelyToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatToken]
+
+
+class AnswerMessage(BaseModel):
+    role: str
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Choice):
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(BaseModel):
+    """Answer of ``POST /v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")

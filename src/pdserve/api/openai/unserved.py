@@ -1,0 +1,81 @@
+"""Fields that clients know and this server does not serve.
+
+Each is refused by name: an answer that silently ignores a constraint would be a wrong 200. Fields
+that nobody knows are ignored, as OpenAI's clients expect of compatible servers; so are fields that
+steer other servers' insides (``kv_transfer_params``, ``priority``, ``session_id`` and the like),
+which never reach a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pdserve.core.errors import RequestError
+
+_Harmless = Callable[[Any], bool]
+
+
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
+def _is_text_format(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type", "text") == "text"
+
+
+def _is_text_only(value: Any) -> bool:
+    return not value or value == ["text"]
+
+
+_CONSTRAINTS = "the server cannot constrain the output to a format yet"
+_TOOLS = "the server does not call tools; send tool_choice 'none' or leave it out"
+_VOCABULARY = "use logit_bias to steer single tokens"
+
+_BOTH: dict[str, tuple[_Harmless, str]] = {
+    "response_format": (_is_text_format, "only {'type': 'text'} is served"),
+    "structured_outputs": (_is_empty, _CONSTRAINTS),
+    "guided_json": (_is_empty, _CONSTRAINTS),
+    "guided_regex": (_is_empty, _CONSTRAINTS),
+    "guided_choice": (_is_empty, _CONSTRAINTS),
+    "guided_grammar": (_is_empty, _CONSTRAINTS),
+    "use_beam_search": (_is_empty, "the server samples; ask for n choices instead"),
+    "prompt_logprobs": (lambda value: value is None, "logprobs of the prompt are not served"),
+    "allowed_token_ids": (_is_empty, _VOCABULARY),
+    "bad_words": (_is_empty, _VOCABULARY),
+    "logprob_token_ids": (_is_empty, "logprobs of chosen tokens are not served"),
+    "truncate_prompt_tokens": (lambda value: value is None, "send a prompt that fits the model"),
+}
+_COMPLETIONS: dict[str, tuple[_Harmless, str]] = {
+    "suffix": (_is_empty, "the server only writes on at the end of a prompt"),
+    "best_of": (lambda value: value in (1, None), "ask for n choices and pick one"),
+    "prompt_embeds": (_is_empty, "prompts are text or token ids"),
+}
+_CHAT: dict[str, tuple[_Harmless, str]] = {
+    "functions": (_is_empty, _TOOLS),
+    "function_call": (lambda value: value in ("none", None), _TOOLS),
+    "modalities": (_is_text_only, "only text is served"),
+    "audio": (_is_empty, "only text is served"),
+    "echo": (_is_empty, "only /v1/completions can echo"),
+    "documents": (_is_empty, "put the documents into the messages"),
+    "chat_template": (_is_empty, "the model's own chat template is used"),
+    "chat_template_kwargs": (_is_empty, "the model's own chat template is used"),
+}
+
+
+def refuse_unserved(document: Mapping[str, Any], *, is_chat: bool) -> None:
+    """Raise `RequestError` naming the first field that asks for what is not served."""
+    for field, (is_harmless, remedy) in {**_BOTH, **(_CHAT if is_chat else _COMPLETIONS)}.items():
+        if document.get(field) is not None and not is_harmless(document[field]):
+            raise RequestError(f"{field} is not served: {remedy}", field)
+    if is_chat:
+        _refuse_tools(document)
+
+
+def _refuse_tools(document: Mapping[str, Any]) -> None:
+    """Tools may be listed if none may be called; without tools 'auto' has nothing to choose."""
+    choice = document.get("tool_choice")
+    if document.get("tools") and choice != "none":
+        raise RequestError(f"tools is not served: {_TOOLS}", "tools")
+    if choice not in (None, "none", "auto"):
+        raise RequestError(f"tool_choice is not served: {_TOOLS}", "tool_choice")

@@ -1,0 +1,70 @@
+"""The routes of those who run the server: is it up, what does it do, where did the time go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+import pdserve
+from pdserve.api.edge import Edge
+from pdserve.core.errors import NotFoundError, UnavailableError
+from pdserve.core.ids import RequestId
+from pdserve.obs.timeline import describe
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def operations_router(edge: Edge) -> APIRouter:
+    router = APIRouter(tags=["Operations"])
+    gateway = edge.gateway
+
+    @router.get("/health")
+    @router.get("/ping")
+    @router.post("/ping")
+    async def health() -> dict[str, str]:
+        """200 if a new request would find workers, else 503. ``/ping`` is the same."""
+        if not gateway.is_ready():
+            raise UnavailableError("not ready: no worker can take a request now")
+        return {"status": "ready"}
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """Version of the server."""
+        return {"version": pdserve.__version__}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(gateway.metrics_text(), headers={"Content-Type": _METRICS_TYPE})
+
+    @router.get("/cluster")
+    async def cluster() -> Response:
+        """Workers with their roles, load and blocks."""
+        return _json(gateway.cluster())
+
+    @router.get("/v1/requests/{request_id}/timeline")
+    async def timeline(request_id: str) -> Response:
+        """Phases of a recent request: times, workers, and the router's reasons.
+
+        The id is the response's, or the one that the client gave. For a list of prompts the answer
+        has one timeline per prompt, in ``requests``; ``<id>-<i>`` is one of them.
+        """
+        ids = edge.directory.find(request_id) or (RequestId(request_id),)
+        timelines = [describe(events) for events in map(gateway.timeline, ids) if events]
+        if not timelines:
+            raise NotFoundError(
+                f"no recent request has the id {request_id!r}; only the latest are remembered",
+                "request_id",
+            )
+        if len(ids) == 1:
+            return _json(timelines[0])
+        return _json({"request_id": request_id, "requests": timelines})
+
+    return router
+
+
+def _json(document: Any) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")

@@ -1,0 +1,25 @@
+"""Limits and keys of the HTTP edge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """What the edge accepts. A request beyond a limit is refused with the limit in the message.
+
+    ``max_choices`` bounds the choices of one HTTP request: ``n`` times the number of its prompts.
+    ``max_logprobs`` bounds ``logprobs`` and ``top_logprobs``. ``default_max_tokens`` is what a
+    completion without ``max_tokens`` gets (a chat gets the rest of the context).
+    ``num_remembered_ids`` bounds the names by which timelines can be asked for.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    max_body_bytes: int = 16 * 2**20
+    max_choices: int = 1024
+    max_logprobs: int = 20
+    max_stops: int = 64
+    max_stop_chars: int = 1024
+    default_max_tokens: int = 16
+    num_remembered_ids: int = 16384
