@@ -31,7 +31,7 @@ class StepSink(LayerSink, Protocol):
 
     def begin_step(self, plan: StepPlan) -> None: ...
 
-    def end_step(self, step_id: StepId) -> None: ...
+    def end_step(self, step_id: StepId, ok: bool) -> None: ...
 
 
 class JobThread:
@@ -96,7 +96,7 @@ class EngineThread:
         self,
         thread: JobThread,
         runner: ModelRunner,
-        sink: StepSink | None,
+        sink: StepSink,
         feed: Callable[[Input], None],
     ) -> None:
         self._thread = thread
@@ -111,19 +111,15 @@ class EngineThread:
 
     def _step(self, plan: StepPlan) -> None:
         begun_s = time.monotonic()
+        self._sink.begin_step(plan)
         try:
-            if self._sink is not None:
-                self._sink.begin_step(plan)
-            try:
-                result = self._runner.execute(plan, self._sink)
-            finally:
-                if self._sink is not None:
-                    self._sink.end_step(plan.step_id)
+            result = self._runner.execute(plan, self._sink)
         except Exception as error:
             requests = ",".join(sorted({str(row.attempt) for row in plan.rows}))
             log.exception("step failed: step=%d attempts=%s", plan.step_id, requests)
             result = StepResult(
                 step_id=plan.step_id, tokens=(), error=f"{type(error).__name__}: {error}"
             )
+        self._sink.end_step(plan.step_id, result.error is None)
         done = StepDone(result, time.monotonic() - begun_s)
         post_to_loop(self._loop, lambda: self._feed(done))

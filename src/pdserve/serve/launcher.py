@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.core.ids import Epoch, WorkerId
+from pdserve.serve.links import new_address
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,15 @@ class Child:
     """One process of a worker slot, from exec to exit."""
 
     def __init__(
-        self, command: Sequence[str], start_document: bytes, ended: Callable[[Child], None]
+        self,
+        command: Sequence[str],
+        start_document: bytes,
+        *,
+        said: Callable[[str], None],
+        ended: Callable[[Child], None],
     ) -> None:
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._said = said
         self._ended = ended
         self._partial = b""
         self._process = subprocess.Popen(
@@ -113,8 +120,7 @@ class Child:
         text = line.decode(errors="replace").rstrip()
         if text:
             self.lines.append(text)
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            self._said(text)
 
     def _on_exit(self) -> None:
         loop = asyncio.get_running_loop()
@@ -138,6 +144,7 @@ class _Slot:
 
     worker: WorkerId
     epoch: Epoch
+    address: str = ""
     child: Child | None = None
     restart: asyncio.TimerHandle | None = None
     failures: int = 0
@@ -148,24 +155,28 @@ class _Slot:
 class Launcher:
     """Keeps one process per slot alive until `stop`. Used on the event loop's thread only.
 
-    ``start_document(worker, epoch)`` gives the bytes for its standard input. ``exited`` hears of
-    every end of a process while the launcher is not stopping. ``unusable`` hears of a slot whose
-    process says that it can never work: exit status 2 before it was ever ready; it is not retried.
+    ``start_document(worker, epoch, address)`` gives the bytes for its standard input; the address,
+    new for each process, is where it takes links of other workers. ``exited`` hears of every end of
+    a process while the launcher is not stopping. ``unusable`` hears of a slot whose process says
+    that it can never work: exit status 2 before it was ever ready; it is not started again.
+    ``said`` gets each line that a process writes.
     """
 
     def __init__(
         self,
         workers: Sequence[WorkerId],
-        start_document: Callable[[WorkerId, Epoch], bytes],
+        start_document: Callable[[WorkerId, Epoch, str], bytes],
         *,
         exited: Callable[[WorkerId, Epoch, str], None],
         unusable: Callable[[WorkerId, str], None],
+        said: Callable[[WorkerId, str], None],
         command: Sequence[str] | None = None,
     ) -> None:
         self._slots = {worker: _Slot(worker, Epoch(0)) for worker in workers}
         self._start_document = start_document
         self._exited = exited
         self._unusable = unusable
+        self._said = said
         self._command = worker_command() if command is None else tuple(command)
         self._stopping = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -175,10 +186,10 @@ class Launcher:
         for slot in self._slots.values():
             self._start(slot)
 
-    def pid(self, worker: WorkerId, epoch: Epoch) -> int | None:
-        """Process id of this very process of the slot, or None if it does not run (any more)."""
+    def expects(self, worker: WorkerId, epoch: Epoch) -> str | None:
+        """Address of this very process of the slot, or None if it does not run (any more)."""
         slot = self._slots.get(worker)
-        return slot.child.pid if slot and slot.child and slot.epoch == epoch else None
+        return slot.address if slot and slot.child and slot.epoch == epoch else None
 
     def slots(self) -> tuple[tuple[WorkerId, Epoch, int | None], ...]:
         """(worker, latest epoch, process id or None) of every slot."""
@@ -223,8 +234,14 @@ class Launcher:
         slot.epoch = Epoch(slot.epoch + 1)
         slot.ready_since_s = None
         epoch = slot.epoch
-        document = self._start_document(slot.worker, epoch)
-        slot.child = Child(self._command, document, lambda child: self._on_end(slot, epoch, child))
+        slot.address = new_address()
+        document = self._start_document(slot.worker, epoch, slot.address)
+        slot.child = Child(
+            self._command,
+            document,
+            said=lambda line: self._said(slot.worker, line),
+            ended=lambda child: self._on_end(slot, epoch, child),
+        )
         log.info("worker started: worker=%s epoch=%d pid=%d", slot.worker, epoch, slot.child.pid)
 
     def _on_end(self, slot: _Slot, epoch: Epoch, child: Child) -> None:

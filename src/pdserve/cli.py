@@ -1,0 +1,180 @@
+"""The command line: ``pdserve serve | pull | replay | top`` (and ``worker``, which serve starts).
+
+Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
+prints one JSON document on stdout and nothing else. Each command imports what it needs when it
+runs, so that ``pdserve --help`` is quick and a worker process loads no web server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdserve import __version__
+from pdserve.config import OPTIONS, Resolved, flag_of, resolve
+from pdserve.core.errors import PdserveError
+
+if TYPE_CHECKING:
+    from pdserve.serve.deployment import Deployment
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Gives the exit status."""
+    typed = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if typed == ["worker"]:  # not for people, so the help does not show it
+            return _run_worker()
+        parsed = _parser().parse_args(typed)
+        status: int = parsed.run(parsed)
+    except PdserveError as error:
+        print(f"pdserve: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        return INTERRUPTED_STATUS
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdserve",
+        description="Serve large language models with prefill and decode on different workers.",
+    )
+    parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    pull = commands.add_parser("pull", help="fetch a known model into the cache")
+    pull.add_argument("model", help="name of the model, such as smollm2-135m")
+    pull.add_argument("--json", action="store_true", help="print one JSON document")
+    pull.set_defaults(run=_run_pull)
+    replay = commands.add_parser("replay", help="check a recording made with serve --record")
+    replay.add_argument("folder", type=Path, help="the folder given to --record")
+    replay.add_argument("--json", action="store_true", help="print one JSON document")
+    replay.set_defaults(run=_run_replay)
+    top = commands.add_parser("top", help="watch a running server")
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens")
+    top.add_argument("--api-key", default=os.environ.get("PDSERVE_API_KEY"))
+    top.add_argument("--interval", type=float, default=1.0, help="seconds between looks")
+    top.add_argument("--once", action="store_true", help="look once and end")
+    top.add_argument("--json", action="store_true", help="print one JSON document; implies --once")
+    top.set_defaults(run=_run_top)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a model over an OpenAI-compatible API.",
+        epilog="Each option can also be set in the [serve] table of the --config file, as "
+        "max_model_len = 4096, or in the environment, as PDSERVE_MAX_MODEL_LEN=4096.",
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a [serve] table")
+    for name, option in OPTIONS.items():
+        default = "" if option.default is None else f" (default: {option.default})"
+        serve.add_argument(
+            flag_of(name),
+            metavar=name.rsplit("_", 1)[-1].upper(),
+            help=option.metadata["help"].replace("%", "%%") + default,
+        )
+    serve.set_defaults(run=_run_serve)
+
+
+def _run_serve(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.deployment import deploy
+    from pdserve.serve.server import serve
+
+    flags = {name: getattr(parsed, name) for name in OPTIONS}
+    resolved = resolve(flags, os.environ, parsed.config)
+    deployment = deploy(resolved.config)
+    for_people = resolved.config.log_format == "text"
+    if for_people:
+        _print_config(resolved, deployment)
+
+    def ready(url: str) -> None:
+        if for_people:
+            _print_ready(url, deployment)
+        else:
+            print(json.dumps({"event": "ready", "url": url}), flush=True)
+
+    return serve(deployment, ready)
+
+
+def _print_config(resolved: Resolved, deployment: Deployment) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="pdserve", title_justify="left", show_header=False, box=None)
+    for name, value, source in resolved.rows():
+        if value != "-" or source != "default":
+            table.add_row(name, value, "" if source == "default" else f"({source})")
+    for name, value in deployment.rows():
+        table.add_row(name, value, "", style="bold")
+    Console(highlight=False).print(table)
+    sys.stdout.flush()
+
+
+def _print_ready(url: str, deployment: Deployment) -> None:
+    key = " -H 'Authorization: Bearer '$PDSERVE_API_KEY" if deployment.config.api_key else ""
+    body = json.dumps(
+        {"model": deployment.card.name, "prompt": "The capital of France is", "max_tokens": 16}
+    )
+    print(
+        f"\nready at {url}\ntry it:\n"
+        f"  curl {url}/v1/completions{key} \\\n"
+        f"    -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
+        flush=True,
+    )
+
+
+def _run_worker() -> int:
+    from pdserve.serve.worker_main import main as worker_main
+
+    return worker_main()
+
+
+def _run_pull(parsed: argparse.Namespace) -> int:
+    from pdserve.weights.pull import pull
+
+    folder = pull(parsed.model)
+    if parsed.json:
+        print(json.dumps({"model": parsed.model, "path": str(folder)}))
+    else:
+        print(f"{parsed.model} is in {folder}")
+    return 0
+
+
+def _run_replay(parsed: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from pdserve.serve.replay import replay
+
+    outcomes = replay(parsed.folder)
+    equal = all(outcome.difference is None for outcome in outcomes)
+    if parsed.json:
+        print(json.dumps({"equal": equal, "files": [asdict(outcome) for outcome in outcomes]}))
+    else:
+        for outcome in outcomes:
+            verdict = "equal" if outcome.difference is None else f"DIFFERS\n{outcome.difference}"
+            print(f"{outcome.file}: {outcome.num_inputs} inputs: {verdict}")
+    return 0 if equal else 1
+
+
+def _run_top(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.top import Client, once, watch
+
+    client = Client(parsed.url, parsed.api_key)
+    if parsed.json:
+        print(json.dumps(client.cluster()))
+    elif parsed.once:
+        once(client)
+    else:
+        watch(client, parsed.interval)
+    return 0

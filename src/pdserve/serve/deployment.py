@@ -1,0 +1,192 @@
+"""What a config means on this machine: the model's folder, the size of each pool, the threads.
+
+Everything that can be known without starting a worker is worked out here, once, in the gateway's
+process and without torch, so that what cannot work is refused before anything has begun.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdserve.api.gateway import ModelCard
+from pdserve.config import ServeConfig
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.layout import KvLayout
+from pdserve.core.request import Role
+from pdserve.serve.start import WorkerStart
+from pdserve.transport.registry import TRANSPORTS
+from pdserve.weights.config import ModelConfig
+from pdserve.weights.pull import resolve as resolve_model
+
+DEFAULT_POOL_BYTES = 1 << 30
+POOL_SHARE = 0.4
+"""Of the memory that is free at start, all pools together take at most this share by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A config, resolved. ``max_model_tokens`` fits the model and one worker's pool."""
+
+    config: ServeConfig
+    model_path: Path
+    model: ModelConfig
+    card: ModelCard
+    num_blocks: int
+    block_bytes: int
+    threads: int
+
+    @property
+    def roles(self) -> Mapping[WorkerId, Role]:
+        """Home role of each worker slot."""
+        return dict(self.config.worker_slots)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) of what was worked out, for people to read."""
+        pool_mib = self.num_blocks * self.block_bytes / 2**20
+        tokens = self.num_blocks * self.config.block_size
+        return [
+            ("model folder", str(self.model_path)),
+            ("longest request", f"{self.card.max_model_tokens} tokens"),
+            (
+                "KV pool",
+                f"{self.num_blocks} blocks = {tokens} tokens = {pool_mib:.0f} MiB a worker",
+            ),
+            ("threads", f"{self.threads} a worker"),
+            ("workers", ", ".join(self.roles)),
+        ]
+
+    def worker_start(
+        self, worker: WorkerId, epoch: Epoch, *, secret: bytes, gateway_address: str, address: str
+    ) -> WorkerStart:
+        """What the process of this worker slot is told."""
+        config = self.config
+        number = list(self.roles).index(worker)
+        return WorkerStart(
+            worker=worker,
+            epoch=epoch,
+            role=self.roles[worker],
+            secret=secret,
+            gateway_address=gateway_address,
+            address=address,
+            launcher_pid=os.getpid(),
+            model_path=str(self.model_path),
+            engine=config.engine,
+            device=config.devices[number % len(config.devices)],
+            dtype=config.dtype,
+            numerics=config.numerics,
+            threads=self.threads,
+            transport=config.transport,
+            block_size=config.block_size,
+            num_blocks=self.num_blocks,
+            max_model_tokens=self.card.max_model_tokens,
+            max_step_tokens=config.max_step_tokens,
+            record=config.record,
+            log_format=config.log_format,
+        )
+
+
+def deploy(config: ServeConfig) -> Deployment:
+    """Resolve a config, pulling the model if it is a known one that is missing.
+
+    Raises `ConfigError` or `ModelError` with the reason why this cannot be served here.
+    """
+    if config.transport not in TRANSPORTS:
+        known = ", ".join(sorted(set(TRANSPORTS) - {"inproc"}))
+        raise ConfigError(f"--transport is {config.transport!r}; it is one of {known}")
+    model_path = resolve_model(config.model).resolve()
+    model = ModelConfig.from_folder(model_path)
+    num_workers = len(config.worker_slots)
+    layout = KvLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=config.dtype,
+        numerics="",
+        weights_digest="",
+    )
+    block_bytes = layout.pool_bytes(1)
+    num_blocks = config.kv_blocks or _pool_bytes(config, num_workers) // block_bytes
+    card = ModelCard(
+        name=config.served_model_name or _model_name(config.model),
+        max_model_tokens=_max_model_tokens(config, model, num_blocks),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        created=int(time.time()),
+    )
+    return Deployment(
+        config=config,
+        model_path=model_path,
+        model=model,
+        card=card,
+        num_blocks=num_blocks,
+        block_bytes=block_bytes,
+        threads=config.threads or max(1, num_cores() // num_workers),
+    )
+
+
+def _max_model_tokens(config: ServeConfig, model: ModelConfig, num_blocks: int) -> int:
+    pool_tokens = num_blocks * config.block_size
+    if pool_tokens < 2:
+        raise ConfigError(
+            "the KV pool of a worker does not hold a single block; give more with --kv-memory or "
+            "--kv-blocks"
+        )
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(model.max_model_tokens, pool_tokens)
+    if wanted > model.max_model_tokens:
+        raise ConfigError(
+            f"--max-model-len is {wanted}, and the model was made for at most "
+            f"{model.max_model_tokens} tokens"
+        )
+    if wanted > pool_tokens:
+        raise ConfigError(
+            f"--max-model-len is {wanted}, and the KV pool of a worker holds {pool_tokens} tokens: "
+            f"give more with --kv-memory or --kv-blocks, or lower --max-model-len"
+        )
+    return wanted
+
+
+def _model_name(model: str) -> str:
+    """A folder serves under its own name."""
+    return Path(model).expanduser().resolve().name if os.path.isdir(model) else model
+
+
+def _pool_bytes(config: ServeConfig, num_workers: int) -> int:
+    if config.kv_memory is not None:
+        return config.kv_memory
+    return min(DEFAULT_POOL_BYTES, int(free_memory_bytes() * POOL_SHARE / num_workers))
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use, by affinity and by the container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no container, or one that does not say
+    return cores
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping, by the kernel's account and the container's."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        free = min(free, max(0, limit - used))
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return free

@@ -1,0 +1,149 @@
+"""The gateway's end of the control links: who has come, who is up, who can be told something.
+
+A worker process says hello as soon as it runs and `WorkerUp` once it can serve. Only a process that
+was started and has not ended is let in (``expects``). With each one that comes or goes, all that
+are up are told anew who their peers are, and a worker hears of its peers before it can be sent a
+job that names them. A worker whose link breaks is of no use any more: ``unlinked`` hears of it, and
+has the process killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.core.effects import WorkerUp
+from pdserve.core.errors import ProtocolError
+from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.messages import Message
+from pdserve.serve.links import Identity, Link, Listener, answer, close_fds, receive_hello
+from pdserve.transport.peers import PeerAddress, Peers
+from pdserve.transport.wire import WireMessage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RosterEvents:
+    """Who hears of the workers, on the event loop's thread.
+
+    ``expects`` gives the address on which this process takes links of other workers, or None if
+    there should be no such process.
+    """
+
+    expects: Callable[[WorkerId, Epoch], str | None]
+    up: Callable[[WorkerUp], None]
+    received: Callable[[WorkerId, Epoch, Message], None]
+    unlinked: Callable[[WorkerId, Epoch, str], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One worker process with a link."""
+
+    worker: WorkerId
+    epoch: Epoch
+    address: str
+    link: Link
+    is_up: bool = False
+
+
+class Roster:
+    """Links to all workers of one gateway. Used on the event loop's thread only."""
+
+    def __init__(self, address: str, identity: Identity, events: RosterEvents) -> None:
+        self._identity = identity
+        self._events = events
+        self._members: dict[WorkerId, _Member] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener = Listener(address, lambda link: self._spawn(self._greet(link)))
+
+    def send(self, worker: WorkerId, message: Message) -> None:
+        """Send to a worker that is up; dropped if it is not."""
+        member = self._members.get(worker)
+        if member is not None and member.is_up:
+            member.link.send(message)
+
+    def remove(self, worker: WorkerId, epoch: Epoch) -> None:
+        """The process has ended: close its link, tell the others."""
+        member = self._members.get(worker)
+        if member is not None and member.epoch == epoch:
+            del self._members[worker]
+            member.link.close("the process has ended")
+            if member.is_up:
+                self._tell_peers()
+
+    def close(self) -> None:
+        """Close every link, which tells each worker to end. Nobody hears of it."""
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        members, self._members = self._members, {}
+        for member in members.values():
+            member.link.close("the gateway stops")
+
+    async def _greet(self, link: Link) -> None:
+        try:
+            hello, peer = await receive_hello(link, self._identity)
+            if peer.pool is not None:
+                close_fds(peer.pool.fds)
+            address = self._events.expects(peer.worker, peer.epoch)
+            if address is None or peer.worker in self._members:
+                raise ProtocolError(f"process {peer.epoch} of {peer.worker} is not expected")
+            answer(link, self._identity, hello, None)
+        except ProtocolError as error:
+            link.close(str(error))
+            log.warning("a link was refused: %s", error)
+            return
+        except asyncio.CancelledError:
+            link.close("the gateway stops")
+            raise
+        member = _Member(peer.worker, peer.epoch, address, link)
+        self._members[peer.worker] = member
+        link.open(
+            lambda message: self._on_message(member, message),
+            lambda reason: self._on_end(member, reason),
+        )
+
+    def _on_message(self, member: _Member, message: WireMessage) -> None:
+        if self._members.get(member.worker) is not member:
+            return
+        if member.is_up and isinstance(message, Message):
+            self._events.received(member.worker, member.epoch, message)
+        elif not member.is_up and isinstance(message, WorkerUp) and _is_of(message, member):
+            member.is_up = True
+            self._tell_peers()
+            self._events.up(message)
+        else:
+            member.link.close(f"it sent a {type(message).__name__} out of turn")
+
+    def _on_end(self, member: _Member, reason: str) -> None:
+        if self._members.get(member.worker) is not member:
+            return
+        del self._members[member.worker]
+        if member.is_up:
+            self._tell_peers()
+        self._events.unlinked(member.worker, member.epoch, reason)
+
+    def _tell_peers(self) -> None:
+        members = [member for member in self._members.values() if member.is_up]
+        peers = Peers(
+            tuple(
+                PeerAddress(worker=member.worker, epoch=member.epoch, address=member.address)
+                for member in sorted(members, key=lambda member: member.worker)
+            )
+        )
+        for member in members:
+            member.link.send(peers)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _is_of(up: WorkerUp, member: _Member) -> bool:
+    return (up.worker, up.epoch) == (member.worker, member.epoch)

@@ -1,0 +1,225 @@
+"""``pdserve serve``: everything from a resolved config to exit status 0.
+
+The order of a life: bind the port (so that a taken one is told at once), start the gateway and the
+worker processes, answer HTTP, and say so when every worker is ready. On SIGTERM or SIGINT: refuse
+new requests, let running ones finish for as long as ``--drain-timeout``, end what is left with an
+error, stop HTTP, close the links, see every worker process end. A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from pdserve.api.app import create_app
+from pdserve.api.settings import ApiSettings
+from pdserve.config import ServeConfig
+from pdserve.core.effects import Refusal
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import GATEWAY, Epoch, WorkerId
+from pdserve.node.router import RouterNode
+from pdserve.node.settings import RouterSettings
+from pdserve.obs import logs
+from pdserve.policy.route import FewestPendingTokens
+from pdserve.serve.deployment import Deployment
+from pdserve.serve.gateway import LiveGateway
+from pdserve.serve.launcher import Launcher
+from pdserve.serve.links import Identity, new_address
+from pdserve.serve.recorder import FORMAT, SUFFIX, Birth, FileRecorder
+from pdserve.text.chat import ChatTemplate
+from pdserve.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+WORKER_GRACE_S = 3.0
+HTTP_GRACE_S = 3
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: signals are this module's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises `ConfigError` if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+            bound.listen(2048)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or "
+            "--port (0 takes a free one)"
+        ) from error
+    return bound
+
+
+class Server:
+    """One server process: gateway, HTTP and the launcher of its workers."""
+
+    def __init__(self, deployment: Deployment, ready: Callable[[str], None]) -> None:
+        """``ready`` is called with the base URL once every worker can serve."""
+        self._deployment = deployment
+        self._config: ServeConfig = deployment.config
+        self._ready = ready
+        self._stop = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._failure: str | None = None
+        self._user_error: str | None = None
+        secret = secrets.token_bytes(32)
+        gateway_address = new_address()
+        self._launcher = Launcher(
+            list(deployment.roles),
+            lambda worker, epoch, address: deployment.worker_start(
+                worker, epoch, secret=secret, gateway_address=gateway_address, address=address
+            ).encode(),
+            exited=lambda worker, epoch, detail: self._gateway.worker_ended(worker, epoch, detail),
+            unusable=self._unusable,
+            said=self._worker_said,
+        )
+        settings = RouterSettings(queue_timeout_s=self._config.queue_timeout)
+        policy = FewestPendingTokens()
+        recorder = None
+        if self._config.record is not None:
+            birth = Birth(
+                format=FORMAT, node=GATEWAY, policy=type(policy).__name__, router=settings
+            )
+            recorder = FileRecorder(Path(self._config.record) / f"router{SUFFIX}", birth)
+        self._gateway = LiveGateway(
+            card=deployment.card,
+            machine=RouterNode(settings, policy),
+            address=gateway_address,
+            identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
+            roles=deployment.roles,
+            supervisor=self._launcher,
+            recorder=recorder,
+            crashed=self._fail,
+        )
+
+    async def run(self, bound: socket.socket) -> int:
+        """Serve until a signal or a failure. Gives the exit status; raises `ConfigError`."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        http = self._http()
+        serving = asyncio.ensure_future(http.serve(sockets=[bound]))
+        serving.add_done_callback(lambda _: self._stop.set())
+        announcing = asyncio.ensure_future(self._announce(bound))
+        try:
+            self._launcher.start()
+            await self._stop.wait()
+            announcing.cancel()
+            await self._drain()
+        finally:
+            http.should_exit = True
+            await asyncio.wait((serving,))
+            self._gateway.close()
+            await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
+        if self._user_error is not None:
+            raise ConfigError(self._user_error)
+        serving.result()
+        return 0 if self._failure is None else 1
+
+    def _http(self) -> HttpServer:
+        path = self._deployment.model_path
+        app = create_app(
+            self._gateway,
+            Tokenizer.from_folder(path),
+            ChatTemplate.from_folder(path),
+            ApiSettings(api_key=self._config.api_key),
+        )
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=HTTP_GRACE_S,
+        )
+        return HttpServer(config)
+
+    async def _announce(self, bound: socket.socket) -> None:
+        await self._gateway.until_ready()
+        host, port = bound.getsockname()[:2]
+        self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def _drain(self) -> None:
+        if self._failure is None and self._user_error is None:
+            log.info("draining for up to %g s; a second signal stops at once", self._timeout_s)
+            waits = [
+                asyncio.ensure_future(self._gateway.drain()),
+                asyncio.ensure_future(self._at_once.wait()),
+            ]
+            await asyncio.wait(waits, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        self._gateway.fail_all(Refusal.DRAINING, "the server is shutting down")
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._config.drain_timeout
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            self._at_once.set()
+        log.info("%s received", signal.Signals(number).name)
+        self._stop.set()
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        self._stop.set()
+
+    def _unusable(self, worker: WorkerId, detail: str) -> None:
+        self._user_error = f"{worker} cannot start: {detail}"
+        self._stop.set()
+
+    def _worker_said(self, worker: WorkerId, line: str) -> None:
+        """A line of a worker's output: its log lines stay what they are, and name it."""
+        if self._config.log_format == "json":
+            try:
+                document = json.loads(line)
+                line = json.dumps({**document, "worker": worker})
+            except (ValueError, TypeError):
+                log.warning("%s: %s", worker, line)
+                return
+        else:
+            line = f"{worker}: {line}"
+        with contextlib.suppress(OSError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+def serve(deployment: Deployment, ready: Callable[[str], None]) -> int:
+    """Run the server in this process. Gives the exit status; raises `ConfigError`."""
+    logs.setup(deployment.config.log_format)
+    for handler in logging.getLogger(logs.LOGGER_NAME).handlers:
+        logging.getLogger("uvicorn").addHandler(handler)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    bound = bind(deployment.config.host, deployment.config.port)
+
+    async def run() -> int:
+        return await Server(deployment, ready).run(bound)
+
+    with bound:
+        return asyncio.run(run())

@@ -1,0 +1,82 @@
+"""The process of one worker, from its first line to its last.
+
+First it asks the kernel to be killed with its launcher, then it reads from standard input who it
+is. It ignores SIGINT and SIGTERM: a stop is the gateway's business, which drains first and then
+closes the links. A mistake of the user (a device that is not there, a model that does not fit) ends
+it with one line and status 2, by which the launcher knows that starting it again would not help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+from pdserve.core.errors import PdserveError
+from pdserve.obs import logs
+from pdserve.serve.launcher import USER_ERROR_STATUS
+from pdserve.serve.runners import build_runner
+from pdserve.serve.start import WorkerStart
+from pdserve.serve.worker import Worker
+from pdserve.transport.registry import create_transport
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_CRASH_STATUS = 1
+
+
+def die_with_launcher() -> None:
+    """Ask for SIGKILL when the thread that started this process ends (Linux, prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def main() -> int:
+    """Be the worker that standard input describes. Gives the exit status; may not return."""
+    die_with_launcher()
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    try:
+        start = WorkerStart.decode(sys.stdin.buffer.read())
+        if os.getppid() != start.launcher_pid:
+            return _CRASH_STATUS  # it died before the kernel was asked
+        logs.setup(start.log_format)
+        # Read by the OpenMP runtime when torch is imported, which has not happened yet.
+        os.environ["OMP_NUM_THREADS"] = str(start.threads)
+        status, joined = asyncio.run(_run(start))
+    except PdserveError as error:
+        sys.stderr.write(f"{error}\n")
+        return USER_ERROR_STATUS
+    if not joined:
+        # A step still runs on its thread, and nobody waits for it.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+async def _run(start: WorkerStart) -> tuple[int, bool]:
+    """(exit status, whether every thread has ended)."""
+    over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def ended(reason: str) -> None:
+        if not over.done():
+            over.set_result(reason)
+
+    worker = Worker(
+        start, lambda: build_runner(start), create_transport(start.transport), ended=ended
+    )
+    starting = asyncio.ensure_future(worker.run())
+    await asyncio.wait((starting, over), return_when=asyncio.FIRST_COMPLETED)
+    if starting.done() and not starting.cancelled() and starting.exception() is not None:
+        await worker.close()
+        starting.result()
+    reason = await over
+    starting.cancel()
+    log.info("%s ends: %s", start.worker, reason)
+    joined = await worker.close()
+    return (_CRASH_STATUS if worker.is_broken else 0), joined
