@@ -3,12 +3,26 @@
 A machine is `handle(input, now) -> list[Effect]` and nothing else touches it. The live driver
 performs effects with a real engine, transport and clock; a simulator turns them into future inputs.
 The order of effects is the order in which the driver performs them.
+
+What a worker says to an engine that batches for itself, and hears from it, is in
+``core.engine_work``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdserve.core.engine_work import (
+    EngineAbort,
+    EngineAborted,
+    EngineAdopt,
+    EngineAdopted,
+    EngineExport,
+    EngineExported,
+    EngineFailed,
+    EngineStepped,
+    EngineSubmit,
+)
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.layout import KvLayout
@@ -282,6 +296,11 @@ Input = (
     | TransferFailed
     | TransferStopped
     | TransferVerified
+    | EngineStepped
+    | EngineFailed
+    | EngineExported
+    | EngineAdopted
+    | EngineAborted
     | PeerLost
     | PeerUp
     | Submit
@@ -300,6 +319,10 @@ Effect = (
     | BindTransfer
     | StopTransfer
     | VerifyTransfer
+    | EngineSubmit
+    | EngineAbort
+    | EngineExport
+    | EngineAdopt
     | Deliver
     | Fail
     | KillWorker

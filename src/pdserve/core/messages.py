@@ -11,6 +11,10 @@ The hand-off of one attempt, from prefill worker P to decode worker D::
     P -> D  Trailer    token 0 of each choice, digests of the bytes
     D -> P  Accepted   verified: D owns the attempt (or HandoffRejected); the router hears it too
 
+A foreign engine's hand-off is the same, but for the bytes: D owns the memory that they go to, so
+they travel as messages (`OpaquePayload`, each answered by `PayloadTaken`) after the ticket, which
+names no blocks.
+
 Either side may end it early. P says `HandoffAbort`, and only once it will write no more. D says
 `Revoke` when the lease runs out, quarantines the blocks, and waits for `RevokeAck` or for word that
 P is dead.
@@ -163,7 +167,7 @@ class Header:
 
     ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
     sender's numerics class. ``opaque`` marks a payload that only an engine of the same kind reads:
-    no blocks, no layers, the bytes come as `OpaquePayload` messages.
+    no blocks, no layers, the bytes come as `OpaquePayload` messages, in ``payload_format``.
     """
 
     attempt: AttemptId
@@ -177,6 +181,7 @@ class Header:
     layout: KvLayout
     digest_algorithm: str
     opaque: bool = False
+    payload_format: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +240,16 @@ class OpaquePayload:
 
 
 @dataclass(frozen=True, slots=True)
+class PayloadTaken:
+    """So many bytes of a slice have left the link, whatever became of them: send the next ones.
+
+    Without it a payload could fill a link's buffers, and what is urgent would wait behind it."""
+
+    attempt: AttemptId
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """The decode worker owns the attempt now. Goes to the prefill worker and to the router."""
 
@@ -285,6 +300,7 @@ Message = (
     | LeaseRenew
     | Trailer
     | OpaquePayload
+    | PayloadTaken
     | Accepted
     | HandoffRejected
     | HandoffAbort

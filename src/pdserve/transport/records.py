@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve.core import effects
+from pdserve.core import effects, engine_work
 from pdserve.core.effects import Effect, Input, Received, Send
 from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import Epoch, WorkerId
@@ -54,6 +54,11 @@ RECORD_KINDS: dict[int, type[Any]] = {
     76: effects.WorkerLost,
     77: effects.BeginDrain,
     78: effects.PeerUp,
+    79: engine_work.EngineStepped,
+    80: engine_work.EngineFailed,
+    81: engine_work.EngineExported,
+    82: engine_work.EngineAdopted,
+    83: engine_work.EngineAborted,
     # Effects.
     96: effects.Send,
     97: effects.SetTimer,
@@ -67,6 +72,10 @@ RECORD_KINDS: dict[int, type[Any]] = {
     105: effects.Deliver,
     106: effects.Fail,
     107: effects.KillWorker,
+    108: engine_work.EngineSubmit,
+    109: engine_work.EngineAbort,
+    110: engine_work.EngineExport,
+    111: engine_work.EngineAdopt,
 }
 """Kind ids are part of the format: an id is never given to another type."""
 

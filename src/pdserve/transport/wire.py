@@ -59,6 +59,7 @@ KINDS: dict[int, type[Any]] = {
     56: messages.HandoffAbort,
     57: messages.Revoke,
     58: messages.RevokeAck,
+    59: messages.PayloadTaken,
 }
 """Kind ids are part of the protocol: an id is never given to another message."""
 

@@ -77,7 +77,7 @@ def test_kinds_stay_what_they_are() -> None:
         16: "StartJob AbortAttempt WorkerGone DrainWorker",
         32: "Tokens AttemptFailed TicketGranted Life LoadReport",
         48: "Header Ticket TicketRefused LeaseRenew Trailer OpaquePayload",
-        54: "Accepted HandoffRejected HandoffAbort Revoke RevokeAck",
+        54: "Accepted HandoffRejected HandoffAbort Revoke RevokeAck PayloadTaken",
     }
     assert {kind: cls.__name__ for kind, cls in KINDS.items()} == {
         first + i: name for first, row in names.items() for i, name in enumerate(row.split())
