@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from pdserve.api.gateway import ModelCard
+from pdserve.api.gateway import Gateway, ModelCard
 from pdserve.core.events import LifeEvent, LifeName, Scalar, detail
 from pdserve.core.ids import GATEWAY, Epoch, RequestId
 from pdserve.core.messages import TokenDelta
@@ -30,7 +30,7 @@ def repeat_prompt(request: Request, choice: int) -> Iterator[int]:
     return itertools.islice(itertools.cycle(prompt), choice % len(prompt), None)
 
 
-class FakeGateway:
+class FakeGateway(Gateway):
     """Follows ``script``. Belongs to one event loop.
 
     ``fail_before`` is raised instead of the first token; ``fail_after`` = (k, error) raises after k

@@ -127,21 +127,23 @@ class _Server(uvicorn.Server):
         self._tell_started()
 
 
-def _listen(app: FastAPI, started: Callable[[], None]) -> tuple[_Server, socket.socket, str]:
+def _listen(
+    app: FastAPI, started: Callable[[], None], http: str = "auto"
+) -> tuple[_Server, socket.socket, str]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+    config = uvicorn.Config(app, http=http, log_level="warning", lifespan="off", ws="none")
     return _Server(config, started), listener, "http://{}:{}".format(*listener.getsockname())
 
 
 @pytest.fixture
-def serving() -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[str]]:
+def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[str]]:
     """Serve an application over TCP on the test's own event loop; gives the base URL."""
 
     @contextlib.asynccontextmanager
-    async def serve(app: FastAPI) -> AsyncIterator[str]:
+    async def serve(app: FastAPI, http: str = "auto") -> AsyncIterator[str]:
         started = asyncio.Event()
-        server, listener, url = _listen(app, started.set)
+        server, listener, url = _listen(app, started.set, http)
         running = asyncio.create_task(server.serve([listener]))
         try:
             await started.wait()
