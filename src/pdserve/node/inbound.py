@@ -30,7 +30,7 @@ from pdserve.core.messages import (
 )
 from pdserve.kv.hashing import root_hash
 from pdserve.node.batch import BatchMachine
-from pdserve.node.outbound import DIGEST_ALGORITHM
+from pdserve.node.cargo import DIGEST_ALGORITHM
 from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings

@@ -6,7 +6,8 @@ leaves for the client. When all bytes are written the `Trailer` follows, and `Ac
 anything goes wrong before that, the transfer is stopped first (*stopping*), and only when no write
 can follow are the blocks released and the peer told.
 
-The sequence's blocks stay referenced until then. What a failed hand-off has computed is in the
+What is moved, and how, is the business of a `Cargo`. The sequence's blocks stay referenced until
+then. What a failed hand-off has computed is in the
 prefix cache, so the resume that the router starts finds it there.
 """
 
@@ -14,13 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdserve.core.effects import (
-    BindTransfer,
-    CancelTimer,
-    OpenTransfer,
-    StopTransfer,
-    TransferSent,
-)
+from pdserve.core.effects import CancelTimer, TransferSent
 from pdserve.core.events import LifeName
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import (
@@ -28,7 +23,6 @@ from pdserve.core.messages import (
     ChunkDigest,
     FailureKind,
     HandoffAbort,
-    Header,
     LeaseRenew,
     RevokeAck,
     Ticket,
@@ -37,12 +31,10 @@ from pdserve.core.messages import (
     Trailer,
 )
 from pdserve.core.request import Job
-from pdserve.node.batch import BatchMachine
+from pdserve.node.cargo import BlockCargo, Cargo
 from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
-
-DIGEST_ALGORITHM = "xxh3_128"
 
 
 @dataclass(slots=True)
@@ -51,7 +43,7 @@ class Outbound:
     digests, once all is written. ``keeps_sequence``: it goes on here after the transfer stops."""
 
     job: Job
-    sequence: Sequence
+    cargo: Cargo
     ticket: Ticket | None = None
     deltas: tuple[TokenDelta, ...] | None = None
     chunks: tuple[ChunkDigest, ...] | None = None
@@ -68,9 +60,8 @@ class Outbound:
 class OutboundHandoffs:
     """All hand-offs that leave this worker."""
 
-    def __init__(self, settings: WorkerSettings, batch: BatchMachine) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._batch = batch
         self._open: dict[AttemptId, Outbound] = {}
 
     def __len__(self) -> int:
@@ -78,37 +69,19 @@ class OutboundHandoffs:
 
     def sequences(self) -> list[Sequence]:
         """Sequences whose blocks a hand-off holds."""
-        return [handoff.sequence for handoff in self._open.values() if not handoff.keeps_sequence]
+        return [
+            handoff.cargo.sequence
+            for handoff in self._open.values()
+            if isinstance(handoff.cargo, BlockCargo) and not handoff.keeps_sequence
+        ]
 
     # --- forward ------------------------------------------------------------------------------
 
-    def open(self, job: Job, sequence: Sequence, out: Outbox) -> None:
-        """The attempt has its blocks and runs in the next step."""
-        self._open[job.attempt] = Outbound(job, sequence)
-        out.send(
-            job.decode_worker,
-            Header(
-                attempt=job.attempt,
-                choices=sequence.choices,
-                token_ids=job.token_ids,
-                num_prompt_tokens=job.num_prompt_tokens,
-                params=job.params,
-                cache_salt=job.cache_salt,
-                trace_context=job.trace_context,
-                block_hashes=tuple(sequence.hashes),
-                layout=self._settings.layout,
-                digest_algorithm=DIGEST_ALGORITHM,
-            ),
-        )
-        out.add(
-            OpenTransfer(
-                attempt=job.attempt,
-                peer=job.decode_worker,
-                block_ids=tuple(sequence.block_ids),
-                cached_blocks=sequence.num_cached_blocks,
-                one_shot=len(job.token_ids) < self._settings.one_shot_tokens,
-            )
-        )
+    def open(self, job: Job, cargo: Cargo, out: Outbox) -> None:
+        """The attempt runs in the next step."""
+        self._open[job.attempt] = Outbound(job, cargo)
+        out.send(job.decode_worker, cargo.header())
+        cargo.open(out)
         out.log(LifeName.HANDOFF_OPENED, job.attempt, peer=job.decode_worker)
 
     def granted(self, ticket: Ticket, peer: WorkerId, peer_epoch: Epoch, out: Outbox) -> None:
@@ -117,7 +90,7 @@ class OutboundHandoffs:
             return
         handoff.ticket = ticket
         out.add(CancelTimer(_ticket_timer(ticket.attempt)))
-        out.add(BindTransfer(ticket, peer, peer_epoch))
+        handoff.cargo.bind(ticket, peer_epoch, out)
         out.set_timer(_lease_timer(ticket.attempt), ticket.lease_s / 3)
         out.log(
             LifeName.HANDOFF_GRANTED,
@@ -127,9 +100,9 @@ class OutboundHandoffs:
         )
         self._advance(handoff, out)
 
-    def prefilled(self, sequence: Sequence, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
+    def prefilled(self, attempt: AttemptId, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         """The last chunk is computed, and the next token of each choice drawn."""
-        handoff = self._open.get(sequence.attempt)
+        handoff = self._open.get(attempt)
         if handoff is None or handoff.stopping:
             return
         handoff.deltas = deltas
@@ -139,7 +112,7 @@ class OutboundHandoffs:
             self._stop(handoff, "every choice ended with its first token", out)
             return
         if handoff.ticket is None:
-            out.set_timer(_ticket_timer(sequence.attempt), self._settings.ticket_timeout_s)
+            out.set_timer(_ticket_timer(attempt), self._settings.ticket_timeout_s)
         self._advance(handoff, out)
 
     def sent(self, event: TransferSent, out: Outbox) -> None:
@@ -271,15 +244,12 @@ class OutboundHandoffs:
         attempt = handoff.job.attempt
         out.add(CancelTimer(_lease_timer(attempt)))
         out.add(CancelTimer(_ticket_timer(attempt)))
-        if not handoff.keeps_sequence:
-            self._batch.detach(handoff.sequence)
-        out.add(StopTransfer(attempt))
+        handoff.cargo.stop(out, keeps=handoff.keeps_sequence)
 
     def _forget(self, handoff: Outbound, out: Outbox) -> None:
         del self._open[handoff.job.attempt]
         if not handoff.keeps_sequence:
-            self._batch.detach(handoff.sequence)
-            self._batch.let_go(handoff.sequence)
+            handoff.cargo.let_go(out)
 
 
 def _lease_timer(attempt: AttemptId) -> str:

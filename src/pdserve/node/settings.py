@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
-from pdserve.core.request import Role
+from pdserve.core.request import Job, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,16 @@ class WorkerSettings:
     heartbeat_s: float = 0.5
     report_interval_s: float = 0.01
     prefix_cache: bool = True
+
+    def misfit(self, job: Job) -> str | None:
+        """Why the job can never run on this worker, or None if it can."""
+        num_tokens = len(job.token_ids) + 1
+        if num_tokens > self.max_model_tokens:
+            return f"{num_tokens} tokens do not fit {self.max_model_tokens}"
+        num_blocks = self.layout.num_blocks_for(num_tokens)
+        if num_blocks > self.num_blocks:
+            return f"{num_blocks} KV blocks are needed and there are {self.num_blocks}"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,10 +46,11 @@ from pdserve.core.messages import (
 )
 from pdserve.core.request import Job
 from pdserve.node.batch import BatchMachine, Planned, StepOutcome
+from pdserve.node.cargo import BlockCargo
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.outbound import OutboundHandoffs
 from pdserve.node.outbox import Outbox
-from pdserve.node.report import LoadReporter
+from pdserve.node.report import BatchLoad, LoadReporter
 from pdserve.node.settings import WorkerSettings
 from pdserve.policy.batch import BatchPolicy, FcfsBatching
 
@@ -60,9 +61,9 @@ class WorkerNode:
     def __init__(self, settings: WorkerSettings, policy: BatchPolicy | None = None) -> None:
         self.settings = settings
         self.batch = BatchMachine(settings, policy or FcfsBatching())
-        self.outbound = OutboundHandoffs(settings, self.batch)
+        self.outbound = OutboundHandoffs(settings)
         self.inbound = InboundHandoffs(settings, self.batch)
-        self._reporter = LoadReporter(settings, self.batch, self.inbound)
+        self._reporter = LoadReporter(settings, BatchLoad(self.batch, self.inbound))
         self._jobs: dict[AttemptId, Job] = {}
         self._gone: dict[WorkerId, Epoch] = {}
 
@@ -164,7 +165,9 @@ class WorkerNode:
     def _start(self, job: Job, out: Outbox) -> None:
         self._reporter.last_route_seq = max(self._reporter.last_route_seq, job.route_seq)
         self._reporter.changed = True
-        why_not = self._cannot_run(job)
+        why_not = self.settings.misfit(job)
+        if self.draining:
+            why_not = f"{self.settings.worker} is draining"
         if why_not is not None:
             kind = FailureKind.DRAINING if self.draining else FailureKind.INVALID
             out.tell_router(AttemptFailed(attempt=job.attempt, kind=kind, detail=why_not))
@@ -174,17 +177,6 @@ class WorkerNode:
         if sequence.hands_off:
             self._jobs[job.attempt] = job
         out.log(LifeName.PREFILL_QUEUED, job.attempt)
-
-    def _cannot_run(self, job: Job) -> str | None:
-        if self.draining:
-            return f"{self.settings.worker} is draining"
-        num_tokens = len(job.token_ids) + 1
-        if num_tokens > self.settings.max_model_tokens:
-            return f"{num_tokens} tokens do not fit {self.settings.max_model_tokens}"
-        num_blocks = self.settings.layout.num_blocks_for(num_tokens)
-        if num_blocks > self.settings.num_blocks:
-            return f"{num_blocks} KV blocks are needed and there are {self.settings.num_blocks}"
-        return None
 
     def _abort(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self._reporter.changed = True
@@ -203,7 +195,7 @@ class WorkerNode:
             num_tokens = sequence.num_computed - cached_tokens
             out.log(LifeName.PREFILL_ENDED, sequence.attempt, tokens=num_tokens)
         for sequence, deltas in outcome.held:
-            self.outbound.prefilled(sequence, deltas, out)
+            self.outbound.prefilled(sequence.attempt, deltas, out)
         for attempt in dict.fromkeys(sequence.attempt for sequence in outcome.decoding):
             out.log(LifeName.DECODE_QUEUED, attempt)
         for sequence in outcome.suspects:
@@ -236,7 +228,7 @@ class WorkerNode:
         planned = self.batch.plan()
         self._begin(planned, out)
         if planned.plan is not None:
-            self._reporter.step_started(planned.plan, out.now)
+            self._reporter.step_started(planned.plan.num_tokens, out.now)
             out.add(RunStep(planned.plan))
         self._reporter.report_if_changed(out)
 
@@ -259,7 +251,8 @@ class WorkerNode:
             out.log(LifeName.PREFILL_STARTED, sequence.attempt, cached_tokens=cached_tokens)
             job = self._jobs.pop(sequence.attempt, None)
             if job is not None:
-                self.outbound.open(job, sequence, out)
+                cargo = BlockCargo(self.settings, self.batch, job, sequence)
+                self.outbound.open(job, cargo, out)
         started = dict.fromkeys(sequence.attempt for sequence in planned.started_decoding)
         for attempt in started:
             out.log(LifeName.DECODE_STARTED, attempt)
