@@ -121,6 +121,7 @@ class Link:
         if self._reason is not None:
             self._loop.call_soon(ended, self._reason)
             return
+        self._loop.add_reader(self._socket, self._read)
         self._decode(self._decoder.admit)
 
     def send(self, message: WireMessage, fds: tuple[int, ...] = ()) -> None:
@@ -200,7 +201,8 @@ class Link:
                 return
             if self._received is not None:
                 self._received(message)
-            elif not self._first.done():
+            else:  # nothing more is read until somebody has looked at it
+                self._loop.remove_reader(self._socket)
                 self._first.set_result(message)
 
     def close(self, reason: str) -> None:

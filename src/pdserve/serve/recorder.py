@@ -28,6 +28,7 @@ import msgspec
 
 from pdserve.core.effects import Effect, Input
 from pdserve.core.errors import ConfigError
+from pdserve.core.ids import GATEWAY
 from pdserve.node.settings import RouterSettings, WorkerSettings
 from pdserve.transport.records import decode_record, encode_record
 
@@ -98,6 +99,24 @@ class FileRecorder:
         if written < len(framed):  # serving goes on; what is in the file stays readable
             log.error("recording stops: %s", reason)
             self.close()
+
+
+def recorder_of(
+    folder: str | None,
+    policy: object,
+    *,
+    worker: WorkerSettings | None = None,
+    router: RouterSettings | None = None,
+) -> FileRecorder | None:
+    """A recorder for the machine with these settings and policy; None if ``folder`` is None."""
+    if folder is None:
+        return None
+    node = GATEWAY if worker is None else worker.worker
+    name = f"router{SUFFIX}" if worker is None else f"{worker.worker}.{worker.epoch}{SUFFIX}"
+    birth = Birth(
+        format=FORMAT, node=node, policy=type(policy).__name__, worker=worker, router=router
+    )
+    return FileRecorder(Path(folder) / name, birth)
 
 
 def join_records(records: Sequence[bytes]) -> bytes:

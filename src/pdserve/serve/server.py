@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 
@@ -35,7 +34,7 @@ from pdserve.serve.deployment import Deployment
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
 from pdserve.serve.links import Identity, new_address
-from pdserve.serve.recorder import FORMAT, SUFFIX, Birth, FileRecorder
+from pdserve.serve.recorder import recorder_of
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -100,12 +99,6 @@ class Server:
         )
         settings = RouterSettings(queue_timeout_s=self._config.queue_timeout)
         policy = FewestPendingTokens()
-        recorder = None
-        if self._config.record is not None:
-            birth = Birth(
-                format=FORMAT, node=GATEWAY, policy=type(policy).__name__, router=settings
-            )
-            recorder = FileRecorder(Path(self._config.record) / f"router{SUFFIX}", birth)
         self._gateway = LiveGateway(
             card=deployment.card,
             machine=RouterNode(settings, policy),
@@ -113,7 +106,7 @@ class Server:
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
             supervisor=self._launcher,
-            recorder=recorder,
+            recorder=recorder_of(self._config.record, policy, router=settings),
             crashed=self._fail,
         )
 

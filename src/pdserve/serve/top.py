@@ -94,9 +94,9 @@ def render(before: Look | None, after: Look) -> Group:
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("worker", "role", "state"):
-        table.add_column(column)
-    for column in ("pid", "prefill tok", "wait", "run", "blocks", "cached", "steps/s", "KV MB/s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("pid", "queued", "wait", "run", "blocks", "cached", "steps/s", "MB/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for worker in document["workers"]:
         table.add_row(*_row(worker, per_s))
     return Group(head, table)

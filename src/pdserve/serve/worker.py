@@ -17,7 +17,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from pdserve.core.effects import (
     BindTransfer,
@@ -47,7 +46,7 @@ from pdserve.serve.driver import Driver
 from pdserve.serve.engine_thread import EngineThread, JobThread, post_to_loop
 from pdserve.serve.links import Identity, Link, Listener, connect, greet
 from pdserve.serve.mesh import Mesh, MeshEvents
-from pdserve.serve.recorder import FORMAT, SUFFIX, Birth, FileRecorder
+from pdserve.serve.recorder import recorder_of
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.base import Pool, Transport
 from pdserve.transport.peers import Peers
@@ -142,13 +141,7 @@ class Worker:
     def _begin(self, gateway: Link, runner: ModelRunner, settings: WorkerSettings) -> None:
         policy = FcfsBatching()
         self.machine = WorkerNode(settings, policy)
-        recorder = None
-        if self._start.record is not None:
-            birth = Birth(
-                format=FORMAT, node=settings.worker, policy=type(policy).__name__, worker=settings
-            )
-            name = f"{settings.worker}.{settings.epoch}{SUFFIX}"
-            recorder = FileRecorder(Path(self._start.record) / name, birth)
+        recorder = recorder_of(self._start.record, policy, worker=settings)
         self._driver = Driver(self.machine, self._perform, crashed=self._crashed, recorder=recorder)
         gateway.send(
             WorkerUp(
