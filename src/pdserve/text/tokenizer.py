@@ -1,10 +1,10 @@
 """The model's tokenizer: text to token ids, and the bytes behind each id.
 
-Loaded once from a folder's ``tokenizer.json`` and shared by all requests. ``tokenizer_config.json``
-adds what that file leaves out: whether BOS or EOS are put around a text, and which tokens count as
-special; both are applied as transformers 5 does. Everything that is not understood about how ids
-become text is refused here, since `token_bytes` and the incremental detokenizer must say the same
-as `decode`.
+Loaded once from a folder's ``tokenizer.json`` and shared by all requests. That file alone decides
+how text becomes ids, BOS and EOS included: ``add_bos_token`` in ``tokenizer_config.json`` counts
+for nothing beside it, as in transformers 5. The other file adds which tokens are special.
+Everything that is not understood about how ids become text is refused here, since `token_bytes`
+and the incremental detokenizer must say the same as `decode`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from pdserve.core.errors import ModelError, RequestError
 from pdserve.text.token_pieces import PieceReader
@@ -35,7 +35,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         """Take over ``backend``; ``config`` is a parsed tokenizer_config.json.
 
-        Raises `ModelError` if the two do not fit or the tokenizer is of an unknown kind.
+        Raises `ModelError` if the tokenizer is of an unknown kind.
         """
         self.named_tokens = {
             name: text for name in _NAMED_TOKENS if (text := configured_token(config.get(name)))
@@ -43,7 +43,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         _mark_special(backend, config, self.named_tokens)
-        _apply_bos_eos(backend, config, self.named_tokens)
         self._backend = backend
         description = json.loads(backend.to_str())
         self._pieces = PieceReader.from_decoder(description.get("decoder"))
@@ -143,26 +142,3 @@ def _mark_special(
     for text in dict.fromkeys(texts):
         if text not in special and backend.token_to_id(text) is not None:
             backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-
-
-def _apply_bos_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named_tokens: Mapping[str, str]
-) -> None:
-    """``add_bos_token`` and ``add_eos_token``, where given, replace what tokenizer.json does."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    parts: list[str] = ["$A"]
-    used: list[tuple[str, int]] = []
-    for flag, name, position in (
-        ("add_bos_token", "bos_token", 0),
-        ("add_eos_token", "eos_token", 2),
-    ):
-        text = named_tokens.get(name)
-        if not config.get(flag) or text is None:
-            continue
-        token_id = backend.token_to_id(text)
-        if token_id is None:
-            raise ModelError(f"{flag} is set, but {name} {text!r} is not in tokenizer.json")
-        parts.insert(position, text)
-        used.append((text, token_id))
-    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)
