@@ -69,7 +69,7 @@ def tokenization_router(edge: Edge) -> APIRouter:
         if isinstance(body, TokenizeChat):
             ids = await encode_chat(edge, body, add_special_tokens=body.add_special_tokens)
         else:
-            ids = await edge.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            [ids] = await edge.encode([body.prompt], add_special_tokens=body.add_special_tokens)
         strings = [edge.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return {
             "count": len(ids),

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -85,12 +85,12 @@ def make_app(tokenizer: Tokenizer, chat_template: ChatTemplate) -> Callable[...,
 
 
 @pytest.fixture
-def client_of(make_app: Callable[..., FastAPI]) -> Callable[..., httpx.AsyncClient]:
+def client_of(make_app: Callable[..., FastAPI]) -> Callable[..., httpx2.AsyncClient]:
     """An HTTP client whose requests go straight into the application."""
 
-    def client(gateway: FakeGateway, **settings: Any) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(make_app(gateway, **settings))
-        return httpx.AsyncClient(transport=transport, base_url="http://edge")
+    def client(gateway: FakeGateway, **settings: Any) -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(make_app(gateway, **settings))
+        return httpx2.AsyncClient(transport=transport, base_url="http://edge")
 
     return client
 

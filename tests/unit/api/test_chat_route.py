@@ -96,6 +96,18 @@ async def test_stream_begins_with_roles_and_ends_with_done(client_of, card, say,
         assert set(reason[:-1]) == {None}
 
 
+async def test_continuous_usage_counts_from_nothing(client_of, card, say, events_of):
+    gateway = FakeGateway(card, script=say("yes"))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": HELLO, "stream": True, "stream_options": options}
+    async with client_of(gateway) as client:
+        *chunks, _ = events_of((await client.post(URL, json=body)).text)
+    usages = [chunk["usage"] for chunk in chunks]
+    assert usages[0]["completion_tokens"] == 0
+    assert usages[0]["prompt_tokens"] == len(gateway.submitted[0].prompt_token_ids)
+    assert usages[-1] == usages[-2]
+
+
 async def test_logprobs_list_the_likely_tokens(client_of, card, say, tokenizer, events_of, joined):
     gateway = FakeGateway(card, script=say("ab"))
     body = {"messages": HELLO, "logprobs": True, "top_logprobs": 2}

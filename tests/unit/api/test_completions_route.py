@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pdserve.api.fake import FakeGateway
@@ -338,6 +340,28 @@ async def test_usage_in_a_stream(client_of, card, say, events_of):
     assert counts == sorted(counts)
     assert last[-1]["usage"] == all_along[-1]["usage"]
     assert last[-1]["usage"]["prompt_tokens"] == 2
+
+
+async def test_no_client_sees_a_line_end_inside_an_event(client_of, card, say):
+    """Some split lines as Python's ``str.splitlines`` does, at more characters than SSE has."""
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\r\ng\x1ch"
+    gateway = FakeGateway(card, script=say(text))
+    body = {"prompt": "x", "stream": True, "max_tokens": 99, "echo": True}
+    async with client_of(gateway) as client:
+        response = await client.post(URL, json=body)
+    events = [line for line in response.text.splitlines() if line]
+    assert all(event.startswith("data: ") for event in events)
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == f"x{text}"
+
+
+async def test_many_prompts_are_tokenised_off_the_loop(client_of, card, tokenizer):
+    gateway = FakeGateway(card, script=lambda request, choice: [5])
+    prompts = [f"prompt {number} and some more words" for number in range(200)]
+    async with client_of(gateway) as client:
+        await client.post(URL, json={"prompt": prompts, "max_tokens": 1})
+    submitted = [list(request.prompt_token_ids) for request in gateway.submitted]
+    assert submitted == [tokenizer.encode(prompt) for prompt in prompts]
 
 
 async def test_unknown_and_internal_fields_are_dropped(client_of, gateway):

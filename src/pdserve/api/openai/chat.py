@@ -52,7 +52,7 @@ async def encode_chat(edge: Edge, body: ChatFields, *, add_special_tokens: bool)
         add_generation_prompt=body.opens_answer,
         continue_final_message=body.continue_final_message,
     )
-    ids = await edge.encode(text, add_special_tokens=add_special_tokens)
+    [ids] = await edge.encode([text], add_special_tokens=add_special_tokens)
     if not ids:
         raise RequestError("messages: the rendered chat has no tokens", "messages")
     return ids

@@ -53,7 +53,7 @@ async def _order(
     options = output_options(body, settings, body.logprobs, "logprobs", continues_text=True)
     prompts, is_list = _prompts(body)
     check_choices(len(prompts), body.n, settings)
-    token_ids = [await _token_ids(edge, prompt, body) for prompt in prompts]
+    token_ids = await _token_ids(edge, prompts, body)
     params = []
     for ids in token_ids:
         default = settings.default_max_tokens
@@ -82,14 +82,17 @@ def _prompts(body: CompletionBody) -> tuple[list[str | list[int]], bool]:
     return prompts, is_list
 
 
-async def _token_ids(edge: Edge, prompt: str | list[int], body: CompletionBody) -> list[int]:
-    if isinstance(prompt, list):
-        check_vocabulary(prompt, edge.gateway.card, "prompt")
-        return prompt
-    ids = await edge.encode(prompt, add_special_tokens=body.add_special_tokens)
-    if not ids:
-        raise RequestError("prompt: the prompt has no tokens", "prompt")
-    return ids
+async def _token_ids(
+    edge: Edge, prompts: Sequence[str | list[int]], body: CompletionBody
+) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    given = [prompt for prompt in prompts if not isinstance(prompt, str)]  # all or nothing
+    for ids in given:
+        check_vocabulary(ids, edge.gateway.card, "prompt")
+    encoded = await edge.encode(texts, add_special_tokens=body.add_special_tokens)
+    if not all(encoded):
+        raise RequestError("prompt: a prompt has no tokens", "prompt")
+    return given or encoded
 
 
 def _text_of(edge: Edge, prompt: str | list[int]) -> str:

@@ -119,7 +119,7 @@ class GenerationReply(Response):
                 while step is not None and not self._generation.is_complete:
                     piece = self._generation.take(*step)
                     if piece is not None:
-                        await self._send_piece(send, piece)
+                        await self._send_chunk(send, {"choices": [self._shape.delta(piece)]})
                     if not self._generation.is_complete:
                         step = await anext(deltas, None)
                 self._check_complete()
@@ -139,14 +139,11 @@ class GenerationReply(Response):
     async def _send_head(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    async def _send_piece(self, send: Send, piece: Piece) -> None:
-        chunk: dict[str, Any] = {"choices": [self._shape.delta(piece)]}
-        if self._order.options.continuous_usage:
-            chunk["usage"] = self._generation.usage_of(piece.choice)
-        await self._send_chunk(send, chunk)
-
     async def _send_chunk(self, send: Send, chunk: dict[str, Any]) -> None:
-        if self._order.options.include_usage:
+        options = self._order.options
+        if options.continuous_usage and chunk["choices"]:
+            chunk["usage"] = self._generation.usage_of(chunk["choices"][0]["index"])
+        elif options.include_usage:
             chunk.setdefault("usage", None)  # as OpenAI has it: null in every chunk but the last
         await _send_event(send, {**self._head, **chunk})
 
