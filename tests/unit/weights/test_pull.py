@@ -163,6 +163,17 @@ def test_pulls_at_the_same_time_take_turns(
     assert leftovers(cache) == []
 
 
+def test_a_full_disk_is_an_error_and_not_a_model(
+    tiny_source: tuple[Source, Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    refused = str(run_driver("full", tiny_source, cache)["refused"])
+    assert "cannot write model.safetensors" in refused
+    assert "Make room" in refused
+    assert leftovers(cache) == []
+    assert not (cache / "models" / "tiny").exists()
+
+
 def test_resolve_takes_folders(tiny_model_path: Path) -> None:
     assert resolve(str(tiny_model_path)) == tiny_model_path
 
