@@ -1,0 +1,113 @@
+"""A server as a user starts it: real processes, a real port, the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+
+class ServerProcess:
+    """``pdserve serve`` on a free port. ``stderr`` is the file that its log goes to."""
+
+    def __init__(self, arguments: list[str], log_file: Path) -> None:
+        self.log_file = log_file
+        with log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pdserve", "serve", "--port", "0", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PDSERVE_LOG_FORMAT": "json"},
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()  # ends with the process, if it does not get ready
+        assert line, f"the server did not get ready:\n{self.log}"
+        self.url: str = json.loads(line)["url"]
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """The openai package, which must be closed."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options
+        )
+
+    def get(self, path: str) -> Any:
+        """The JSON document at ``path``."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as response:
+            return json.load(response)
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """``/cluster``'s workers by id."""
+        return {worker["id"]: worker for worker in self.get("/cluster")["workers"]}
+
+    def pids(self) -> list[int]:
+        """The server's and its workers' processes."""
+        pids = [worker["pid"] for worker in self.workers().values()]
+        return [self.process.pid, *(pid for pid in pids if pid is not None)]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """Exit status."""
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        """End it whatever it does."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+StartServer = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """``start_server("--prefill", "1", ...)``; whatever was started is ended after the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str) -> ServerProcess:
+        log_file = tmp_path / f"server-{len(started)}.log"
+        started.append(ServerProcess(list(arguments), log_file))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def wait_for_exit() -> Iterator[Callable[[list[int]], None]]:
+    """``wait_for_exit(pids)`` before ``descriptors`` are lost: fails if one does not end in time."""
+
+    def wait(pids: list[int]) -> None:
+        for pid in pids:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            ended, _, _ = select.select([descriptor], [], [], 20)
+            os.close(descriptor)
+            assert ended, f"process {pid} is left"
+
+    yield wait

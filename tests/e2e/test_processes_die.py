@@ -1,0 +1,112 @@
+"""Processes that are killed in mid-stream: the answer goes on the same, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = ("--dtype", "fp32", "--kv-blocks", "512", "--threads", "1")
+LONGEST_PAUSE_S = 5.0
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+def test_a_killed_worker_costs_a_pause_and_no_token(
+    start_server: Callable[..., Any], tiny_model_path: Path, victim: str
+) -> None:
+    server = start_server(
+        "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "1"
+    )
+    asked: dict[str, Any] = {
+        "model": tiny_model_path.name,
+        "prompt": "the cat sat on the mat " * 20,
+        "max_tokens": 600,
+        "temperature": 1.0,
+        "seed": 7,
+        "extra_body": {"ignore_eos": True},
+    }
+    with server.client() as client:
+        expected = client.completions.create(**asked).choices[0].text
+        pid = server.workers()[victim]["pid"]
+        text, gaps, last = "", [], time.monotonic()
+        for number, chunk in enumerate(client.completions.create(**asked, stream=True)):
+            text += chunk.choices[0].text
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+            if number == 20:
+                os.kill(pid, signal.SIGKILL)
+        assert text == expected
+        assert max(gaps) < LONGEST_PAUSE_S
+        # The slot has a new process, or will have one: the next request does not wait for it.
+        assert client.completions.create(**asked).choices[0].text == expected
+    assert "killed by SIGKILL" in server.log
+
+
+def test_workers_do_not_outlive_a_killed_gateway(
+    start_server: Callable[..., Any],
+    tiny_model_path: Path,
+    wait_for_exit: Callable[[list[int]], None],
+) -> None:
+    server = start_server(
+        "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "1"
+    )
+    pids = server.pids()
+    server.signal(signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+    wait_for_exit(pids)
+
+
+def test_a_stopped_worker_is_replaced(
+    start_server: Callable[..., Any], tiny_model_path: Path
+) -> None:
+    server = start_server(
+        "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "1"
+    )
+    asked: dict[str, Any] = {
+        "model": tiny_model_path.name,
+        "prompt": "hello",
+        "max_tokens": 400,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    with server.client() as client:
+        expected = client.completions.create(**asked).choices[0].text
+        pid = server.workers()["decode-0"]["pid"]
+        text = ""
+        for number, chunk in enumerate(client.completions.create(**asked, stream=True)):
+            text += chunk.choices[0].text
+            if number == 20:
+                os.kill(pid, signal.SIGSTOP)
+        assert text == expected
+
+
+def test_running_requests_are_finished_before_the_server_ends_and_new_ones_refused(
+    start_server: Callable[..., Any], tiny_model_path: Path
+) -> None:
+    server = start_server("--model", str(tiny_model_path), *FLAGS, "--mixed", "1")
+    asked: dict[str, Any] = {
+        "model": tiny_model_path.name,
+        "prompt": "hello",
+        "max_tokens": 1500,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    with server.client() as client, server.client() as other:
+        expected = client.completions.create(**asked).choices[0].text
+        text, refusals = "", []
+        for number, chunk in enumerate(client.completions.create(**asked, stream=True)):
+            text += chunk.choices[0].text
+            if number == 20:
+                server.signal(signal.SIGTERM)
+            if number > 100 and not refusals:
+                with pytest.raises(Exception, match="shutting down") as refusal:
+                    other.completions.create(**asked)
+                refusals.append(refusal)
+        assert text == expected
+        assert refusals
+    assert server.wait() == 0

@@ -1,0 +1,108 @@
+"""The served answers against transformers' on the real model, through the whole split server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+MAX_TOKENS = 16
+MAX_LOGIT_GAP = 0.35
+CASES: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "reference_prompts.json").read_text()
+)
+
+
+@pytest.fixture(scope="module")
+def reference(smollm_path: Path) -> Iterator[Any]:
+    """transformers' model in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32).eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def reference_tokenizer(smollm_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm_path)
+
+
+def served(server: Any, model: str) -> list[tuple[list[int], list[int]]]:
+    """(prompt token ids, output token ids) of every case, a few requests at a time."""
+    asked = {
+        "model": model,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "extra_body": {"return_token_ids": True},
+    }
+    answers = []
+    with server.client() as client:
+        for case in CASES:
+            if "messages" in case:
+                answer = client.chat.completions.create(**asked, messages=case["messages"])
+                prompt_ids = answer.model_extra["prompt_token_ids"]
+            else:
+                prompt = case["prompt"] * case.get("repeat", 1)
+                answer = client.completions.create(**asked, prompt=prompt)
+                prompt_ids = answer.choices[0].model_extra["prompt_token_ids"]
+            answers.append((prompt_ids, answer.choices[0].model_extra["token_ids"]))
+    return answers
+
+
+def case_ids(tokenizer: Any, case: dict[str, Any]) -> list[int]:
+    """The prompt's token ids as transformers makes them."""
+    if "messages" in case:
+        text = tokenizer.apply_chat_template(
+            case["messages"], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(case["prompt"] * case.get("repeat", 1))["input_ids"]
+
+
+def test_greedy_in_fp32_equals_transformers(
+    start_server: Any, smollm_path: Path, reference: Any, reference_tokenizer: Any
+) -> None:
+    server = start_server("--dtype", "fp32", "--prefill", "1", "--decode", "1", "--threads", "1")
+    lengths = []
+    for case, (prompt_ids, output_ids) in zip(CASES, served(server, "smollm2-135m"), strict=True):
+        assert prompt_ids == case_ids(reference_tokenizer, case)
+        lengths.append(len(prompt_ids))
+        with torch.inference_mode():
+            expected = reference.generate(
+                torch.tensor([prompt_ids]),
+                attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=MAX_TOKENS,
+            )[0, len(prompt_ids) :].tolist()
+        assert output_ids == expected, case
+    assert len(CASES) >= 40
+    assert min(lengths) == 1
+    assert max(lengths) > 2000
+
+
+def test_bf16_stays_close_to_fp32(start_server: Any, smollm_path: Path, reference: Any) -> None:
+    server = start_server("--dtype", "bf16", "--prefill", "1", "--decode", "1", "--threads", "1")
+    worst = 0.0
+    for prompt_ids, output_ids in served(server, "smollm2-135m"):
+        with torch.inference_mode():
+            kept = len(output_ids) + 1
+            logits = reference(torch.tensor([prompt_ids + output_ids]), logits_to_keep=kept).logits[
+                0, :-1
+            ]
+        chosen = logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]
+        worst = max(worst, float((logits.amax(dim=1) - chosen).max()))
+    assert worst <= MAX_LOGIT_GAP

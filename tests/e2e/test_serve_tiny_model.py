@@ -1,0 +1,68 @@
+"""The main job: one process reads the prompt, another writes the answer, the client sees one."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Flags = tuple[str, ...]
+FLAGS: Flags = ("--dtype", "fp32", "--kv-blocks", "512", "--threads", "1")
+
+
+def test_a_stream_is_prefilled_here_and_decoded_there_and_nothing_is_left_behind(
+    start_server: Callable[..., Any],
+    tiny_model_path: Path,
+    wait_for_exit: Callable[[list[int]], None],
+) -> None:
+    server = start_server(
+        "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "1"
+    )
+    prompt = "the cat sat on the mat " * 40
+    with server.client() as client:
+        (model,) = client.models.list().data
+        asked = {"model": model.id, "prompt": prompt, "max_tokens": 40, "temperature": 0}
+        whole = client.completions.create(**asked)
+        stream = client.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+    pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].text
+    assert len(pieces) > 10
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 40
+
+    workers = server.workers()
+    assert {name: worker["role"] for name, worker in workers.items()} == {
+        "prefill-0": "prefill",
+        "decode-0": "decode",
+    }
+    assert workers["prefill-0"]["load"]["transfer_bytes"] > 0
+    assert workers["decode-0"]["load"]["num_steps"] >= 2 * 39
+    assert workers["prefill-0"]["load"]["num_steps"] <= 4
+    timeline = server.get(f"/v1/requests/{whole.id}/timeline")
+    (attempt,) = timeline["attempts"]
+    assert attempt["route"] == "split"
+    assert (attempt["prefill_worker"], attempt["decode_worker"]) == ("prefill-0", "decode-0")
+
+    pids = server.pids()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0, server.log
+    wait_for_exit(pids)
+
+
+@pytest.mark.parametrize("counts", [("--mixed", "1"), ("--prefill", "1"), ("--decode", "1")])
+def test_any_single_worker_can_serve(
+    start_server: Callable[..., Any], tiny_model_path: Path, counts: Flags
+) -> None:
+    server = start_server("--model", str(tiny_model_path), *FLAGS, *counts)
+    with server.client() as client:
+        answer = client.completions.create(
+            model=tiny_model_path.name, prompt="hello", max_tokens=5, temperature=0
+        )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
