@@ -97,8 +97,8 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
 
 
 @pytest.fixture
-def wait_for_exit() -> Iterator[Callable[[list[int]], None]]:
-    """``wait_for_exit(pids)`` before ``descriptors`` are lost: fails if one does not end in time."""
+def wait_for_exit() -> Callable[[list[int]], None]:
+    """``wait_for_exit(pids)`` fails if one of the processes does not end in time."""
 
     def wait(pids: list[int]) -> None:
         for pid in pids:
@@ -110,4 +110,4 @@ def wait_for_exit() -> Iterator[Callable[[list[int]], None]]:
             os.close(descriptor)
             assert ended, f"process {pid} is left"
 
-    yield wait
+    return wait

@@ -1,0 +1,107 @@
+"""What a config means on this machine, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.config import ServeConfig
+from pdserve.core.errors import ConfigError, ModelError
+from pdserve.core.ids import Epoch, WorkerId
+from pdserve.serve import deployment as deployment_module
+from pdserve.serve.deployment import deploy, free_memory_bytes, num_cores
+from pdserve.serve.start import WorkerStart
+
+
+def config(path: Path, **options: Any) -> ServeConfig:
+    return ServeConfig(model=str(path), **({"dtype": "fp32", "kv_blocks": 64} | options))
+
+
+def test_the_longest_request_fits_the_model_and_the_pool(tiny_model_path: Path) -> None:
+    assert deploy(config(tiny_model_path)).card.max_model_tokens == 64 * 16
+    assert deploy(config(tiny_model_path, kv_blocks=9999)).card.max_model_tokens == 4096
+    limited = deploy(config(tiny_model_path, max_model_len=100))
+    assert limited.card.max_model_tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_model_len": 5000, "kv_blocks": 9999}, "made for at most 4096"),
+        ({"max_model_len": 2000}, "holds 1024 tokens: give more with --kv-memory"),
+        ({"kv_blocks": None, "kv_memory": 100}, "does not hold a single block"),
+        ({"transport": "pigeons"}, "one of shm"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_remedy(
+    tiny_model_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        deploy(config(tiny_model_path, **options))
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        deploy(config(tmp_path))
+
+
+def test_pools_are_sized_in_blocks_of_all_layers(tiny_model_path: Path) -> None:
+    # 2 layers, keys and values, 2 heads of 16 in fp32, 16 tokens.
+    block_bytes = 2 * 2 * 2 * 16 * 4 * 16
+    sized = deploy(config(tiny_model_path, kv_blocks=None, kv_memory=10 * block_bytes + 1))
+    assert (sized.num_blocks, sized.block_bytes) == (10, block_bytes)
+    half = deploy(config(tiny_model_path, kv_blocks=None, kv_memory=block_bytes, dtype="bf16"))
+    assert half.num_blocks == 2
+
+
+def test_by_default_all_pools_together_leave_memory_to_others(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_module, "free_memory_bytes", lambda: 1 << 30)
+    small = deploy(config(tiny_model_path, kv_blocks=None, prefill=2, decode=2))
+    assert small.num_blocks * small.block_bytes <= (1 << 30) * 0.4 / 4
+    monkeypatch.setattr(deployment_module, "free_memory_bytes", lambda: 1 << 40)
+    large = deploy(config(tiny_model_path, kv_blocks=None))
+    assert large.num_blocks * large.block_bytes == 1 << 30
+
+
+def test_cores_are_shared_out_unless_the_user_says_otherwise(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment_module, "num_cores", lambda: 8)
+    assert deploy(config(tiny_model_path, prefill=1, decode=2)).threads == 2
+    assert deploy(config(tiny_model_path, prefill=9, decode=0)).threads == 1
+    assert deploy(config(tiny_model_path, threads=5)).threads == 5
+
+
+def test_each_worker_is_told_who_it_is(tiny_model_path: Path) -> None:
+    deployed = deploy(config(tiny_model_path, prefill=1, decode=2, device="cuda:0,cuda:1"))
+    start = deployed.worker_start(
+        WorkerId("decode-1"), Epoch(3), secret=b"hush", gateway_address="g", address="a"
+    )
+    assert (start.worker, start.epoch, start.role.value) == ("decode-1", 3, "decode")
+    assert start.device == "cuda:0"  # the third worker of two devices
+    assert start.num_blocks == 64
+    assert "hush" not in repr(start)
+    assert WorkerStart.decode(start.encode()) == start
+
+
+@pytest.mark.parametrize("document", [b"", b"{}", b'{"worker": 3}', b"\xff"])
+def test_a_worker_that_is_told_nonsense_says_so(document: bytes) -> None:
+    with pytest.raises(ConfigError, match="started by pdserve serve"):
+        WorkerStart.decode(document)
+
+
+def test_the_machine_has_cores_and_memory() -> None:
+    assert num_cores() >= 1
+    assert free_memory_bytes() > 0
+
+
+def test_the_model_is_served_under_its_folders_name_or_the_given_one(
+    tiny_model_path: Path,
+) -> None:
+    assert deploy(config(tiny_model_path)).card.name == tiny_model_path.name
+    named = deploy(config(tiny_model_path, served_model_name="mine"))
+    assert named.card.name == "mine"
