@@ -1,0 +1,173 @@
+"""`FakeRunner`: a model runner without a model, for tests of everything around one.
+
+It is deterministic and instant, and it cannot be fooled. What it writes for a token is a hash of
+the token, its position, and the bytes that it *reads* in the slot before; and the token that it
+draws is a hash of the bytes in all slots of the sequence. So a wrong block, a lost transfer, a
+stale copy or a token out of place changes every token from there on, while chunking, caching,
+hand-off and recomputing change none, as the numerics contract wants it of a real runner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.core.ids import BlockId
+from pdserve.core.layout import DTYPE_BYTES, KvLayout
+from pdserve.core.request import SamplingParams
+from pdserve.core.step import (
+    SampledToken,
+    SampleSpec,
+    StepPlan,
+    StepResult,
+    StepRow,
+    TokenLogprobs,
+)
+from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+
+Bytes = NDArray[np.uint8]
+
+
+class FakeRunner(ModelRunner):
+    """Computes in the attached memory, or with ``staged`` in a pool of its own as a device does."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int = 2,
+        num_kv_heads: int = 1,
+        head_dim: int = 4,
+        block_size: int = 16,
+        dtype: str = "bf16",
+        vocab_size: int = 256,
+        max_model_tokens: int = 4096,
+        weights_digest: str = "fake",
+        numerics: str = "fake",
+        staged: bool = False,
+        step_s: float = 0.0,
+        before_step: Callable[[StepPlan], None] | None = None,
+    ) -> None:
+        """``step_s`` is how long a step takes at least, for tests that must hit one in its middle;
+        ``before_step`` is called on the engine thread and may raise, as a failing device does."""
+        self.info = RunnerInfo(
+            layout=KvLayout(
+                num_layers=num_layers,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                block_size=block_size,
+                dtype=dtype,
+                numerics=numerics,
+                weights_digest=weights_digest,
+            ),
+            vocab_size=vocab_size,
+            max_model_tokens=max_model_tokens,
+            device="cpu",
+            engine="fake",
+        )
+        self._staged = staged
+        self._step_s = step_s
+        self._before_step = before_step
+        self._memory: Bytes | None = None
+        self._pool: Bytes | None = None
+
+    def attach_pool(self, memory: memoryview, num_blocks: int) -> None:
+        layout = self.info.layout
+        shape = (
+            layout.num_layers,
+            num_blocks,
+            2,
+            layout.num_kv_heads,
+            layout.block_size,
+            layout.head_dim * DTYPE_BYTES[layout.dtype],
+        )
+        flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
+        self._memory = flat.reshape(shape)
+        self._pool = np.zeros_like(self._memory) if self._staged else self._memory
+
+    def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
+        if self._before_step is not None:
+            self._before_step(plan)
+        pool = self._attached()
+        for source, destination in plan.copies:
+            pool[:, destination] = pool[:, source]
+        layers = self.info.layout.num_layers
+        for layer in range(layers):
+            if self._step_s:
+                time.sleep(self._step_s / layers)
+            for row in plan.rows:
+                self._write_row(pool[layer], layer, row)
+            if sink is not None:
+                sink.layer_done(plan.step_id, layer)
+        return StepResult(
+            step_id=plan.step_id, tokens=tuple(self._draw(pool, row) for row in plan.rows)
+        )
+
+    def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
+        assert self._memory is not None
+        if self._staged:
+            self._memory[layer, block_ids] = self._attached()[layer, block_ids]
+
+    def write_kv(self, block_ids: Sequence[BlockId]) -> None:
+        assert self._memory is not None
+        if self._staged:
+            self._attached()[:, block_ids] = self._memory[:, block_ids]
+
+    def close(self) -> None:
+        self._memory = None
+        self._pool = None
+
+    def _attached(self) -> Bytes:
+        assert self._pool is not None, "attach_pool comes first, and nothing after close"
+        return self._pool
+
+    def _write_row(self, layer_blocks: Bytes, layer: int, row: StepRow) -> None:
+        size = self.info.layout.block_size
+        previous = b""
+        if row.start:
+            block, offset = divmod(row.start - 1, size)
+            previous = layer_blocks[row.block_ids[block], :, :, offset].tobytes()
+        for position, token in enumerate(row.token_ids, row.start):
+            block, offset = divmod(position, size)
+            slot = layer_blocks[row.block_ids[block], :, :, offset]
+            written = _hash(slot.size, previous, token, position, layer)
+            slot[:] = np.frombuffer(written, dtype=np.uint8).reshape(slot.shape)
+            previous = written
+
+    def _draw(self, pool: Bytes, row: StepRow) -> tuple[SampledToken, ...]:
+        if row.sample is None:
+            return ()
+        blocks = pool[:, list(row.block_ids[: self.info.layout.num_blocks_for(row.end)])]
+        slots = np.moveaxis(blocks, 4, 2)  # [layer, block, position, 2, head, byte]
+        in_order = slots.reshape(blocks.shape[0], -1, blocks[0, 0, :, :, 0].size)
+        context = in_order[:, : row.end].tobytes()
+        return tuple(self._token(context, row.sample, choice) for choice in row.sample.choices)
+
+    def _token(self, context: bytes, sample: SampleSpec, choice: int) -> SampledToken:
+        params = sample.params
+        numbers = (params.seed, choice, sample.index) if params.temperature > 0 else ()
+        token = int.from_bytes(_hash(8, context, *numbers), "little") % self.info.vocab_size
+        if sample.index < params.min_tokens:
+            while token in params.ending_token_ids:
+                token = (token + 1) % self.info.vocab_size
+        return SampledToken(token, self._logprobs(token, params))
+
+    def _logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs | None:
+        """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
+        if params.logprobs is None:
+            return None
+        vocab_size = self.info.vocab_size
+        top = tuple(
+            ((token + i) % vocab_size, -0.5 - i) for i in range(min(params.logprobs, vocab_size))
+        )
+        return TokenLogprobs(logprob=-0.5, rank=1, top=top)
+
+
+def _hash(num_bytes: int, data: bytes, *numbers: int) -> bytes:
+    digest = hashlib.shake_128(data)
+    for number in numbers:
+        digest.update((number & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little"))
+    return digest.digest(num_bytes)

@@ -1,0 +1,106 @@
+"""A step plan as tensors: made once per step, read by every layer.
+
+The tokens of all rows lie one after another, padded up to the granule of the numerics with tokens
+that no one looks at: they write no KV, see no attention, and are never sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pdserve.core.step import StepPlan
+from pdserve.engine.torch.numerics import Numerics
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Where a row's tokens lie in the step, and its place in the sequence."""
+
+    first: int
+    """Index of the row's first token among the step's tokens."""
+    num_tokens: int
+    start: int
+    """Position of the first token in its sequence."""
+    block_ids: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """``num_tokens`` real tokens; tensors marked *padded* are longer."""
+
+    num_tokens: int
+    token_ids: torch.Tensor  # [padded], int64
+    positions: torch.Tensor  # [padded], int64
+    slot_blocks: torch.Tensor  # [num_tokens], int64: block of each token's KV
+    slot_offsets: torch.Tensor  # [num_tokens], int64: position in that block
+    sampled: torch.Tensor  # [padded sampling rows], int64: index of each row's last token
+    num_sampled: int
+    rows: tuple[RowSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Sizes of the tables that a plan's ids are indexes into."""
+
+    vocab_size: int
+    max_model_tokens: int
+    num_blocks: int
+    block_size: int
+
+
+def build_batch(
+    plan: StepPlan, bounds: Bounds, numerics: Numerics, device: torch.device
+) -> StepBatch:
+    """Turn a plan into tensors on ``device``.
+
+    Raises `IndexError` if an id or a position lies outside its table. That is a bug of the planner;
+    on CUDA it would otherwise kill the whole process.
+    """
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sampled: list[int] = []
+    rows: list[RowSpan] = []
+    for row in plan.rows:
+        table = row.block_ids
+        if row.end > min(len(table) * bounds.block_size, bounds.max_model_tokens):
+            raise IndexError(f"row of {row.attempt} ends at {row.end}, outside its table or model")
+        _check(table, bounds.num_blocks, "block")
+        rows.append(RowSpan(len(token_ids), len(row.token_ids), row.start, table))
+        token_ids.extend(row.token_ids)
+        for position in range(row.start, row.end):
+            block, offset = divmod(position, bounds.block_size)
+            positions.append(position)
+            slots.append(table[block] * bounds.block_size + offset)
+        if row.sample is not None:
+            sampled.append(len(token_ids) - 1)
+    _check(token_ids, bounds.vocab_size, "token")
+    for pair in plan.copies:
+        _check(pair, bounds.num_blocks, "block")
+    slot = torch.tensor(slots, dtype=torch.int64, device=device)
+    return StepBatch(
+        num_tokens=len(token_ids),
+        token_ids=_padded(token_ids, numerics, device),
+        positions=_padded(positions, numerics, device),
+        slot_blocks=slot // bounds.block_size,
+        slot_offsets=slot % bounds.block_size,
+        sampled=_padded(sampled, numerics, device),
+        num_sampled=len(sampled),
+        rows=tuple(rows),
+    )
+
+
+def _check(ids: tuple[int, ...] | list[int], size: int, what: str) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        raise IndexError(f"the plan names {what} ids outside 0..{size - 1}")
+
+
+def _padded(values: list[int], numerics: Numerics, device: torch.device) -> torch.Tensor:
+    missing = numerics.padded(len(values)) - len(values)
+    return torch.tensor(values + [0] * missing, dtype=torch.int64, device=device)

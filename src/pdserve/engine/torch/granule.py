@@ -1,0 +1,100 @@
+"""Measures, when a model is loaded, how rows must be padded for the numerics contract.
+
+The smallest number of rows that a matrix library treats like many depends on its build, on the
+processor, on the shape and on the thread count. So it is not believed but tried out: on the model's
+own weights, with the threads that will run it, random rows are multiplied in batches of several
+sizes and orders, and each row's bits compared with those of one large batch. It takes about a tenth
+of a second for a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pdserve.core.errors import ModelError
+from pdserve.engine.torch.attention import KV_TILE, QUERY_TILE
+from pdserve.engine.torch.llama_weights import LlamaWeights
+from pdserve.engine.torch.numerics import FAST, Numerics
+from pdserve.weights.config import ModelConfig
+
+GRANULES = (4, 8, 16, 32, 64)
+UNMEASURED_GRANULE = 16
+"""For devices on which nothing is promised."""
+
+RowKernel = Callable[[torch.Tensor], torch.Tensor]
+"""Maps rows to rows, ``[rows, width] -> [rows, other]``, each row for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowProbe:
+    """Kernels that must all give a row the same bits, their input width, and their most rows."""
+
+    kernels: tuple[RowKernel, ...]
+    width: int
+    dtype: torch.dtype
+    max_rows: int
+
+
+def choose_numerics(config: ModelConfig, weights: LlamaWeights, numerics: str) -> Numerics:
+    """The numerics for a loaded model. Raises `ModelError` if exact ones cannot be had."""
+    if numerics == "fast":
+        return FAST
+    if weights.embedding.device.type != "cpu":
+        return Numerics(exact=True, granule=UNMEASURED_GRANULE)
+    layer = weights.layers[0]
+    probes = [
+        RowProbe((linear,), linear.num_in, linear.dtype, linear.max_rows)
+        for linear in (
+            layer.qkv,
+            layer.attention_out,
+            layer.gate_up,
+            layer.down,
+            weights.output,
+        )
+    ]
+    tile = torch.randn(config.head_dim, KV_TILE, generator=torch.Generator().manual_seed(0))
+    rows = QUERY_TILE * (config.num_heads // config.num_kv_heads)
+    for matrix in (tile, tile.T.contiguous()):
+        kernels = tuple(_batched_product(matrix, batch) for batch in (1, 2, 3))
+        probes.append(RowProbe(kernels, matrix.shape[0], torch.float32, rows))
+    return Numerics(exact=True, granule=measure_granule(probes))
+
+
+def measure_granule(probes: Sequence[RowProbe]) -> int:
+    """Smallest granule under which all probes give a row the same bits in any batch.
+
+    Raises `ModelError` if there is none; no such library build is known.
+    """
+    for granule in GRANULES:
+        if all(_holds(probe, granule) for probe in probes):
+            return granule
+    raise ModelError(
+        "the matrix products of this torch build depend on the batch, so results would not be "
+        "reproducible; run with --numerics fast, or with another torch build or thread count"
+    )
+
+
+def _holds(probe: RowProbe, granule: int) -> bool:
+    generator = torch.Generator().manual_seed(granule)
+    rows = torch.randn(probe.max_rows, probe.width, generator=generator).to(probe.dtype)
+    expected = probe.kernels[0](rows)
+    counts = {min(granule * i, probe.max_rows) for i in (1, 2, 3, 4, 5, 7, 9, 12)}
+    for count in sorted(counts):
+        picked = torch.randperm(probe.max_rows, generator=generator)[:count]
+        for kernel in probe.kernels:
+            if not torch.equal(kernel(rows[picked]), expected[picked]):
+                return False
+    return True
+
+
+def _batched_product(matrix: torch.Tensor, batch: int) -> RowKernel:
+    """One of a batch of equal products, the last one."""
+
+    def kernel(rows: torch.Tensor) -> torch.Tensor:
+        left = rows.expand(batch, *rows.shape).contiguous()
+        return torch.bmm(left, matrix.expand(batch, *matrix.shape).contiguous())[-1]
+
+    return kernel

@@ -1,0 +1,149 @@
+"""`TorchRunner`: a Llama-family model in torch behind the `ModelRunner` seam.
+
+Made once per worker: weights are packed, the row granule is measured, the pool is attached. Then it
+turns step plans into tokens; everything that a step needs is in its plan and in the pool. The
+thread count of torch belongs to the whole process: all runners of a process must be given the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pdserve.core.ids import BlockId
+from pdserve.core.layout import KvLayout
+from pdserve.core.step import StepPlan, StepResult
+from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+from pdserve.engine.torch.attention import Attention, SdpaAttention, TiledAttention
+from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch
+from pdserve.engine.torch.granule import choose_numerics
+from pdserve.engine.torch.llama import Llama
+from pdserve.engine.torch.llama_weights import pack_weights
+from pdserve.engine.torch.numerics import DTYPES, Numerics, check_choice, numerics_class
+from pdserve.engine.torch.pool import DevicePool, HostPool, KvPool
+from pdserve.engine.torch.sampler import sample
+from pdserve.weights.config import ModelConfig
+
+
+class TorchRunner(ModelRunner):
+    """One model on one device. ``dtype`` is that of weights, KV and products."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        weights_digest: str,
+        device: str,
+        dtype: str,
+        block_size: int,
+        num_threads: int,
+        numerics: str = "exact",
+    ) -> None:
+        """``weights`` are copied. Raises `ConfigError` for arguments that cannot work here, and
+        `ModelError` for weights that do not fit ``config``."""
+        check_choice(device, dtype, numerics)
+        self._num_threads = num_threads
+        self._use_threads()
+        self._device = torch.device(device)
+        with torch.inference_mode():
+            packed = pack_weights(config, weights, self._device, DTYPES[dtype])
+            self._numerics = choose_numerics(config, packed, numerics)
+            attention = _attention(config, DTYPES[dtype], block_size, self._numerics)
+            self._model: Llama | None = Llama(config, packed, attention)
+        self._pool: KvPool | None = None
+        self.info = RunnerInfo(
+            layout=KvLayout(
+                num_layers=config.num_layers,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                dtype=dtype,
+                numerics=numerics_class(device, dtype, num_threads, numerics),
+                weights_digest=weights_digest,
+            ),
+            vocab_size=config.vocab_size,
+            max_model_tokens=config.max_model_tokens,
+            device=device,
+            engine="torch",
+        )
+
+    def attach_pool(self, memory: memoryview, num_blocks: int) -> None:
+        if self._device.type == "cpu":
+            self._pool = HostPool(memory, self.info.layout, num_blocks)
+        else:
+            self._pool = DevicePool(memory, self.info.layout, num_blocks, self._device)
+
+    def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
+        logits = self.logits(plan, sink)
+        specs = [row.sample for row in plan.rows if row.sample is not None]
+        with torch.inference_mode():
+            sampled = iter(sample(logits, specs) if specs else ())
+        return StepResult(
+            step_id=plan.step_id,
+            tokens=tuple(() if row.sample is None else next(sampled) for row in plan.rows),
+        )
+
+    def logits(self, plan: StepPlan, sink: LayerSink | None = None) -> torch.Tensor:
+        """Run a step up to the raw next-token logits: ``[sampling rows, vocab]`` fp32.
+
+        Rows are in the plan's order. `execute` is this and the sampler.
+        """
+        self._use_threads()
+        pool, model = self._attached(), self._loaded()
+        bounds = Bounds(
+            vocab_size=self.info.vocab_size,
+            max_model_tokens=self.info.max_model_tokens,
+            num_blocks=pool.num_blocks,
+            block_size=pool.block_size,
+        )
+
+        def layer_done(layer: int) -> None:
+            pool.layer_written(layer)
+            if sink is not None:
+                sink.layer_done(plan.step_id, layer)
+
+        with torch.inference_mode():
+            batch = build_batch(plan, bounds, self._numerics, self._device)
+            pool.copy(plan.copies)
+            hidden = model.forward(batch, pool, layer_done)
+            return self._sampled_logits(model, batch, hidden)
+
+    def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
+        self._attached().publish(layer, block_ids)
+
+    def write_kv(self, block_ids: Sequence[BlockId]) -> None:
+        self._attached().absorb(block_ids)
+
+    def close(self) -> None:
+        self._pool = None
+        self._model = None
+
+    def _sampled_logits(self, model: Llama, batch: StepBatch, hidden: torch.Tensor) -> torch.Tensor:
+        if batch.num_sampled == 0:
+            return torch.empty(0, self.info.vocab_size, device=self._device)
+        return model.logits(hidden[batch.sampled])[: batch.num_sampled]
+
+    def _attached(self) -> KvPool:
+        assert self._pool is not None, "attach_pool comes first, and nothing after close"
+        return self._pool
+
+    def _loaded(self) -> Llama:
+        assert self._model is not None, "the runner is closed"
+        return self._model
+
+    def _use_threads(self) -> None:
+        """OpenMP keeps the count per thread: set it on whichever thread runs the step."""
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
+
+
+def _attention(
+    config: ModelConfig, dtype: torch.dtype, block_size: int, numerics: Numerics
+) -> Attention:
+    if not numerics.exact:
+        return SdpaAttention(dtype)
+    return TiledAttention(
+        config.num_heads, config.num_kv_heads, config.head_dim, block_size, numerics
+    )
