@@ -1,0 +1,69 @@
+"""Which cluster, and what may go wrong in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from pdserve.node.settings import RouterSettings
+from virtual_cluster.spec import ClusterSpec
+
+TOPOLOGIES = (
+    *((1, 1, 0), (2, 1, 0), (1, 2, 0), (0, 0, 1)),
+    *((0, 0, 2), (1, 1, 1), (1, 0, 0), (0, 2, 0)),
+)
+"""Numbers of prefill, decode and mixed workers."""
+ALWAYS = ("advance", "leave")
+LINKS = ("cut", "cut_for_good", "heal", "give_up", "corrupt", "fail_write")
+DEATHS = ("kill", "stop", "continue", "ghost")
+FAULTS = {
+    "calm": ALWAYS,
+    "links": ALWAYS + LINKS,
+    "engines": (*ALWAYS, "break_step", "corrupt"),
+    "deaths": ALWAYS + DEATHS,
+    "everything": (*ALWAYS, *LINKS, *DEATHS, "break_step", "far", "drain_worker", "drain"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """``faults`` names a row of `FAULTS`; ``percent`` of what happens is one of them or a new
+    request. ``late_peer_lost``: a peer's end is noticed on its link only, in any order with the
+    gateway's word."""
+
+    spec: ClusterSpec
+    faults: str
+    percent: int
+    poison: bool = False
+    late_peer_lost: bool = False
+
+    @classmethod
+    def of(cls, random: Random) -> Scenario:
+        """Any scenario."""
+        block_size = random.choice((2, 4, 4))
+        spec = ClusterSpec(
+            workers=random.choice(TOPOLOGIES),
+            num_blocks=random.choice((8, 12, 20, 40)) * 4 // block_size,
+            block_size=block_size,
+            max_model_tokens=random.choice((24, 32, 64)),
+            max_step_tokens=random.choice((8, 16, 64)),
+            mixed_chunk_tokens=random.choice((4, 8, 32)),
+            max_running=random.choice((2, 4, 16)),
+            one_shot_tokens=random.choice((0, 8, 100)),
+            lease_s=random.choice((0.05, 1.0, 4.0)),
+            ticket_timeout_s=random.choice((0.05, 1.0, 4.0)),
+            prefix_cache=random.random() < 0.9,
+            numerics=random.choice((("class a",), ("class a",), ("class a", "class b"))),
+            router=RouterSettings(
+                max_attempts=10_000,
+                queue_timeout_s=random.choice((0.5, 8.0, 30.0)),
+                max_queued_requests=random.choice((2, 1024)),
+            ),
+        )
+        return cls(
+            spec=spec,
+            faults=random.choice(list(FAULTS)),
+            percent=random.choice((3, 10, 25)),
+            poison=random.random() < 0.3,
+            late_peer_lost=random.random() < 0.5,
+        )
