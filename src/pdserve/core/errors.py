@@ -18,6 +18,7 @@
     ├── ProtocolError          a peer said something it may not: the link is closed
     │   └── ProofError         its first frame does not prove the cluster secret
     └── TransferError          a write to a peer's pool failed: the attempt is resumed
+        └── PayloadError       a foreign engine cannot give, or cannot take, this payload
 
 Mapped to HTTP in one place, ``api.errors``.
 """
@@ -91,4 +92,8 @@ class ProofError(ProtocolError):
 
 
 class TransferError(PdserveError):
+    pass
+
+
+class PayloadError(TransferError):
     pass

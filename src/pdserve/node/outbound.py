@@ -67,6 +67,9 @@ class OutboundHandoffs:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, attempt: AttemptId) -> bool:
+        return attempt in self._open
+
     def sequences(self) -> list[Sequence]:
         """Sequences whose blocks a hand-off holds."""
         return [

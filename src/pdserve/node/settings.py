@@ -10,6 +10,24 @@ from pdserve.core.request import Job, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignSettings:
+    """What a worker is told beside that if its engine batches for itself.
+
+    ``payload_format`` names what its hand-offs carry; a payload of more than ``max_payload_bytes``
+    is not taken. Payloads travel in slices; to each peer at most ``payload_window_bytes`` are under
+    way, and at most ``max_exports`` payloads for it are in memory, being made or being sent.
+    ``recomputes_first_token``: what the engine draws first of an adopted attempt has been drawn.
+    """
+
+    payload_format: str
+    recomputes_first_token: bool = False
+    max_payload_bytes: int = 2 << 30
+    payload_slice_bytes: int = 4 << 20
+    payload_window_bytes: int = 16 << 20
+    max_exports: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """Settings of one worker process's machine. Durations are seconds on its own clock.
 
@@ -18,7 +36,8 @@ class WorkerSettings:
     ``one_shot_tokens``: a transfer of fewer tokens waits for the last layer (Splitwise, sec. IV-C:
     512). ``lease_s`` is how long a ticket is held without a sign of its writer;
     ``ticket_timeout_s`` how long a finished prefill waits for a ticket before the router is asked
-    for another decode worker.
+    for another decode worker. With ``foreign`` set the blocks only measure an engine's memory:
+    nobody else sees them, and the layout has no layers.
     """
 
     worker: WorkerId
@@ -36,6 +55,13 @@ class WorkerSettings:
     heartbeat_s: float = 0.5
     report_interval_s: float = 0.01
     prefix_cache: bool = True
+    foreign: ForeignSettings | None = None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Longest prompt and answer that fit the model, and the pool of a worker that has nothing
+        else to hold."""
+        return min(self.max_model_tokens, self.num_blocks * self.layout.block_size)
 
     def misfit(self, job: Job) -> str | None:
         """Why the job can never run on this worker, or None if it can."""

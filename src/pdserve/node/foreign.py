@@ -1,0 +1,324 @@
+"""The node machine of a worker whose engine batches for itself.
+
+To the router and to its peers it is a worker like any other: the same jobs, hand-offs, reports and
+failures. It differs from `WorkerNode` in what lies below. There is no batch policy and no block:
+attempts are given to the engine (`EngineTasks`), which says what it has done with them. A hand-off
+carries a payload that only an engine of the same kind reads; a worker of another kind refuses it
+when it sees the header, and the router tries elsewhere or decodes in place.
+"""
+
+from __future__ import annotations
+
+from pdserve.core.effects import (
+    Effect,
+    Input,
+    PeerLost,
+    PeerUp,
+    Received,
+    Started,
+    TimerFired,
+)
+from pdserve.core.engine_work import (
+    EngineAborted,
+    EngineAdopted,
+    EngineExported,
+    EngineFailed,
+    EngineLoad,
+    EngineStepped,
+)
+from pdserve.core.events import LifeName
+from pdserve.core.ids import GATEWAY, AttemptId, Epoch, WorkerId
+from pdserve.core.messages import (
+    AbortAttempt,
+    Accepted,
+    AttemptFailed,
+    DrainWorker,
+    FailureKind,
+    HandoffAbort,
+    HandoffRejected,
+    Header,
+    LeaseRenew,
+    Message,
+    OpaquePayload,
+    PayloadTaken,
+    Revoke,
+    RevokeAck,
+    StartJob,
+    Ticket,
+    TicketRefused,
+    Tokens,
+    Trailer,
+    WorkerGone,
+)
+from pdserve.core.request import Job
+from pdserve.node.engine_tasks import EngineOutcome, EngineTask, EngineTasks, TaskState
+from pdserve.node.outbound import OutboundHandoffs
+from pdserve.node.outbox import Outbox
+from pdserve.node.payload_inbound import PayloadArrivals
+from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
+from pdserve.node.report import LoadCounters, LoadFigures, LoadReporter
+from pdserve.node.settings import WorkerSettings
+
+
+class EngineLoadSource:
+    """What a foreign engine's worker holds, for its reports."""
+
+    def __init__(self, tasks: EngineTasks, inbound: PayloadArrivals, block_size: int) -> None:
+        self._tasks = tasks
+        self._inbound = inbound
+        self._block_size = block_size
+
+    def figures(self) -> LoadFigures:
+        return LoadFigures(
+            pending_prefill_tokens=self._tasks.pending_prefill_tokens,
+            num_waiting=self._tasks.num_waiting + self._inbound.num_queued,
+            num_running=self._tasks.num_running,
+            free_blocks=self._inbound.free_blocks,
+            cached_blocks=self._tasks.load.cached_tokens // self._block_size,
+            quarantined_blocks=0,
+            open_leases=self._inbound.num_leases,
+        )
+
+    def counters(self) -> LoadCounters:
+        load = self._tasks.load
+        return LoadCounters(
+            num_preemptions=load.num_preemptions,
+            num_steps=load.num_steps,
+            prefix_queries_tokens=load.prefix_queries_tokens,
+            prefix_hits_tokens=load.prefix_hits_tokens,
+        )
+
+
+class ForeignWorkerNode:
+    """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.tasks = EngineTasks(settings)
+        self.sender = PayloadSender(settings)
+        self.outbound = OutboundHandoffs(settings)
+        self.inbound = PayloadArrivals(settings, self.tasks)
+        source = EngineLoadSource(self.tasks, self.inbound, settings.layout.block_size)
+        self._reporter = LoadReporter(settings, source)
+        self._gone: dict[WorkerId, Epoch] = {}
+        self._engine_owes = False
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no request, lease or payload is left, here or in the engine."""
+        handoffs_over = not len(self.outbound) and self.inbound.is_empty
+        return handoffs_over and self.tasks.is_empty and self.sender.is_empty
+
+    @property
+    def draining(self) -> bool:
+        """True once the router has asked to take no new work."""
+        return self._reporter.draining
+
+    def handle(self, event: Input, now: float) -> list[Effect]:
+        out = Outbox(self.settings.worker, now)
+        engine_spoke = False
+        match event:
+            case Started():
+                self._reporter.beat(out)
+            case Received(sender, epoch, message):
+                if epoch > self._gone.get(sender, -1):
+                    self._received(sender, epoch, message, out)
+            case TimerFired(timer):
+                self._timer_fired(timer, out)
+            case PeerLost(worker, epoch):
+                self.sender.peer_lost(worker)
+                self.outbound.peer_lost(worker, f"lost the link to {worker}", out)
+                self.inbound.peer_lost(worker, epoch, out)
+            case PeerUp():
+                pass  # nothing is quarantined, so there is nothing to ask for again
+            case _:
+                self._engine_says(event, out)
+                engine_spoke = True
+        self._advance(engine_spoke, out)
+        return out.effects
+
+    # --- the router and the peers -------------------------------------------------------------
+
+    def _received(self, sender: WorkerId, epoch: Epoch, message: Message, out: Outbox) -> None:
+        if sender == GATEWAY:
+            self._from_router(message, out)
+        else:
+            self._from_peer(sender, epoch, message, out)
+
+    def _from_router(self, message: Message, out: Outbox) -> None:
+        match message:
+            case StartJob(job):
+                self._start(job, out)
+            case AbortAttempt(attempt, choices):
+                self._abort(attempt, choices, out)
+            case WorkerGone(worker, epoch):
+                self._gone[worker] = max(epoch, self._gone.get(worker, epoch))
+                self.sender.peer_lost(worker)
+                self.outbound.peer_lost(worker, f"{worker} is gone", out)
+                self.inbound.peer_gone(worker, epoch, out)
+            case DrainWorker():
+                self._reporter.draining = self._reporter.changed = True
+            case _:
+                pass  # a router of a newer version; what it asks is not for us
+
+    def _from_peer(self, peer: WorkerId, epoch: Epoch, message: Message, out: Outbox) -> None:
+        match message:
+            case Header():
+                self.inbound.opened(message, peer, epoch, self.draining, out)
+            case Ticket():
+                self.outbound.granted(message, peer, epoch, out)
+            case TicketRefused(attempt=attempt, detail=detail):
+                self._turned_down(attempt, FailureKind.REFUSED, detail, peer, out)
+            case LeaseRenew(attempt):
+                self.inbound.renewed(attempt, peer, out)
+            case OpaquePayload():
+                self.inbound.slice(message, peer, out)
+            case PayloadTaken(_, num_bytes):
+                self.sender.taken(peer, num_bytes)
+            case Trailer():
+                self.inbound.trailer(message, peer, out)
+            case Accepted(attempt):
+                self.outbound.accepted(attempt, peer, out)
+            case HandoffRejected(attempt=attempt, detail=detail):
+                self._turned_down(attempt, FailureKind.HANDOFF, detail, peer, out)
+            case HandoffAbort(attempt=attempt):
+                task = self.tasks.get(attempt)
+                adopted = task is not None and task.peer == peer
+                if not self.inbound.writer_done(attempt, peer, out) and adopted:
+                    self.tasks.end(attempt, out)
+            case Revoke(attempt):
+                self.outbound.revoked(attempt, peer, out)
+            case RevokeAck(attempt):
+                self.inbound.writer_done(attempt, peer, out)
+            case _:
+                pass
+
+    def _turned_down(
+        self, attempt: AttemptId, kind: FailureKind, detail: str, peer: WorkerId, out: Outbox
+    ) -> None:
+        self.outbound.fail(attempt, kind, detail, out, peer=peer, tells_peer=False)
+
+    def _start(self, job: Job, out: Outbox) -> None:
+        self._reporter.last_route_seq = max(self._reporter.last_route_seq, job.route_seq)
+        self._reporter.changed = True
+        why_not = self.settings.misfit(job)
+        if self.draining:
+            why_not = f"{self.settings.worker} is draining"
+        if why_not is not None:
+            kind = FailureKind.DRAINING if self.draining else FailureKind.INVALID
+            out.tell_router(AttemptFailed(attempt=job.attempt, kind=kind, detail=why_not))
+            return
+        remaining_tokens = job.params.max_tokens - job.next_index
+        self.tasks.submit(job, hands_off=not job.is_local and remaining_tokens > 1, out=out)
+        out.log(LifeName.PREFILL_QUEUED, job.attempt)
+
+    def _abort(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
+        self._reporter.changed = True
+        if self.outbound.abort(attempt, choices, out):
+            return
+        if choices is None and self.inbound.abort(attempt, out):
+            return
+        self.tasks.end(attempt, out, choices)
+
+    def _timer_fired(self, timer: str, out: Outbox) -> None:
+        if not self._reporter.timer_fired(timer, out) and not self.outbound.timer_fired(timer, out):
+            self.inbound.timer_fired(timer, out)
+
+    # --- the engine ---------------------------------------------------------------------------
+
+    def _engine_says(self, event: Input, out: Outbox) -> None:
+        match event:
+            case EngineStepped(output, load, elapsed_s):
+                self._set_load(load)
+                self._reporter.step_done(elapsed_s)
+                self._stepped(self.tasks.stepped(output, out), out)
+            case EngineExported(load=load):
+                self._set_load(load)
+                why_not = self.sender.exported(event)
+                if why_not is not None:
+                    self.outbound.fail(event.attempt, FailureKind.HANDOFF, why_not, out)
+            case EngineAdopted(load=load):
+                self._set_load(load)
+                self.inbound.adopted(event, out)
+            case EngineAborted(attempt, choices, load):
+                self._set_load(load)
+                if choices is None:
+                    self.tasks.forget(attempt)
+                    self.outbound.stopped(attempt, out)
+            case EngineFailed(attempt, detail, load):
+                self._set_load(load)
+                self._engine_failed(attempt, detail, out)
+            case _:
+                raise TypeError(f"a worker does not take {type(event).__name__}")
+
+    def _set_load(self, load: EngineLoad) -> None:
+        self.tasks.load = load
+
+    def _stepped(self, outcome: EngineOutcome, out: Outbox) -> None:
+        for task in outcome.started:
+            out.log(LifeName.PREFILL_STARTED, task.attempt, cached_tokens=task.cached_tokens)
+            self._open(task, out)
+        if outcome.deltas:
+            out.tell_router(Tokens(tuple(outcome.deltas)))
+        for task in outcome.prefilled:
+            num_tokens = task.num_tokens - task.cached_tokens
+            out.log(LifeName.PREFILL_ENDED, task.attempt, tokens=num_tokens)
+        for task in outcome.held:
+            self.outbound.prefilled(task.attempt, tuple(task.first_tokens.values()), out)
+        for task in outcome.decoding:
+            out.log(LifeName.DECODE_QUEUED, task.attempt)
+        for task in outcome.decode_started:
+            out.log(LifeName.DECODE_STARTED, task.attempt)
+        for failed in outcome.failed:
+            self._fail(failed.task.attempt, failed.kind, failed.detail, failed.choices, out)
+
+    def _engine_failed(self, attempt: AttemptId, detail: str, out: Outbox) -> None:
+        """It refused to begin, or to give what it has."""
+        task = self.tasks.get(attempt)
+        if task is None:
+            return
+        kinds = {TaskState.QUEUED: FailureKind.INVALID, TaskState.HELD: FailureKind.HANDOFF}
+        kind = kinds.get(task.state, FailureKind.ENGINE)
+        self._fail(attempt, kind, detail, None, out)
+
+    def _fail(
+        self,
+        attempt: AttemptId,
+        kind: FailureKind,
+        detail: str,
+        choices: tuple[int, ...] | None,
+        out: Outbox,
+    ) -> None:
+        if attempt in self.outbound:
+            self.outbound.fail(attempt, kind, detail, out)
+            return
+        self.tasks.end(attempt, out, choices)
+        out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail, choices=choices))
+
+    # --- after each input ---------------------------------------------------------------------
+
+    def _advance(self, engine_spoke: bool, out: Outbox) -> None:
+        self.inbound.grant_waiting(out)
+        next_to_run = self.tasks.next_to_run()
+        if next_to_run is not None:
+            self._open(next_to_run, out)
+        for sent in self.sender.advance(out):
+            self._reporter.transfer_bytes += sent.num_bytes
+            self.outbound.sent(sent, out)
+        self._watch_engine(engine_spoke, out)
+        self._reporter.report_if_changed(out)
+
+    def _open(self, task: EngineTask, out: Outbox) -> None:
+        """Open the task's hand-off, if it is to have one."""
+        if task.job is not None and task.attempt not in self.outbound:
+            cargo = PayloadCargo(self.settings, self.tasks, self.sender, task.job, task)
+            self.outbound.open(task.job, cargo, out)
+
+    def _watch_engine(self, engine_spoke: bool, out: Outbox) -> None:
+        """The age of the running step: since when the engine has owed a sign and given none."""
+        owes = self.tasks.owes_a_sign or self.sender.is_exporting
+        if owes and (engine_spoke or not self._engine_owes):
+            self._reporter.step_started(0, out.now)
+        elif self._engine_owes and not owes:
+            self._reporter.step_done(0.0)
+        self._engine_owes = owes
