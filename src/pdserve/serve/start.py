@@ -17,7 +17,8 @@ class WorkerStart:
 
     ``gateway_address`` is where it says hello, ``address`` where it takes links of other workers:
     both names of abstract sockets. ``launcher_pid`` is the process with which it lives and dies.
-    ``threads`` is the number of CPU threads of its engine.
+    ``threads`` is the number of CPU threads of its engine. ``mixed_chunk_tokens`` and
+    ``one_shot_tokens`` are those of `WorkerSettings`.
     """
 
     worker: WorkerId
@@ -40,6 +41,8 @@ class WorkerStart:
     max_step_tokens: int
     record: str | None
     log_format: str
+    mixed_chunk_tokens: int = 512
+    one_shot_tokens: int = 512
 
     def encode(self) -> bytes:
         """JSON, for the worker's standard input. Holds the cluster secret."""

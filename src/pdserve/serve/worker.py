@@ -136,6 +136,8 @@ class Worker:
             num_blocks=num_blocks,
             max_model_tokens=min(self._start.max_model_tokens, runner.info.max_model_tokens),
             max_step_tokens=self._start.max_step_tokens,
+            mixed_chunk_tokens=self._start.mixed_chunk_tokens,
+            one_shot_tokens=self._start.one_shot_tokens,
         )
 
     def _begin(self, gateway: Link, runner: ModelRunner, settings: WorkerSettings) -> None:
