@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import random
 import signal
@@ -69,6 +70,13 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def leaked_descriptors(before: int) -> int:
+    """More than ``before``; less is what an earlier test's caught error still held."""
+    if open_descriptors() > before:
+        gc.collect()  # A mapping has a descriptor of its own, and errors hold it in cycles.
+    return max(0, open_descriptors() - before)
+
+
 @pytest.fixture(params=[inproc_link, shm_link, lazy_shm_link, fake_link])
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     make: Callable[[], Link] = request.param
@@ -77,7 +85,7 @@ def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     yield link
     for pool in link.pools:
         pool.close()
-    assert open_descriptors() == before
+    assert not leaked_descriptors(before)
 
 
 # --- every transport --------------------------------------------------------------------------
@@ -203,7 +211,7 @@ def test_garbage_is_not_attached_and_its_descriptors_are_closed(
         link.writer.attach(garbage)
     for descriptor in set(export.fds) - set(garbage.fds):
         os.close(descriptor)
-    assert open_descriptors() == before
+    assert not leaked_descriptors(before)
 
 
 @pytest.mark.parametrize("num_bytes", [1 << 60, BIG])
@@ -287,7 +295,7 @@ def test_shm_trusts_sealed_memory_only(
         os.ftruncate(descriptor, SIZE)
     with pytest.raises(TransferError):
         ShmTransport().attach(PoolExport("shm", b"", SIZE, (descriptor,)))
-    assert open_descriptors() == before
+    assert not leaked_descriptors(before)
 
 
 CHILD = """
