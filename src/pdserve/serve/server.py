@@ -16,12 +16,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import uvicorn
-
-from pdserve.api.app import create_app
-from pdserve.api.settings import ApiSettings
 from pdserve.config import ServeConfig
 from pdserve.core.effects import Refusal
 from pdserve.core.errors import ConfigError
@@ -35,21 +31,10 @@ from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
 from pdserve.serve.links import Identity, new_address
 from pdserve.serve.recorder import recorder_of
-from pdserve.text.chat import ChatTemplate
-from pdserve.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_S = 3.0
-HTTP_GRACE_S = 3
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: signals are this module's business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -115,42 +100,33 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        http = self._http()
+        try:
+            self._launcher.start()
+            await self._serve_http(bound)
+        finally:
+            self._gateway.close()
+            await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
+        if self._user_error is not None:
+            raise ConfigError(self._user_error)
+        return 0 if self._failure is None else 1
+
+    async def _serve_http(self, bound: socket.socket) -> None:
+        """From the first request to the last response."""
+        # Loaded while the workers load their models: it takes a second, and they are not idle.
+        from pdserve.serve.http import http_server
+
+        http = http_server(self._gateway, self._deployment.model_path, self._config.api_key)
         serving = asyncio.ensure_future(http.serve(sockets=[bound]))
         serving.add_done_callback(lambda _: self._stop.set())
         announcing = asyncio.ensure_future(self._announce(bound))
         try:
-            self._launcher.start()
             await self._stop.wait()
             announcing.cancel()
             await self._drain()
         finally:
             http.should_exit = True
             await asyncio.wait((serving,))
-            self._gateway.close()
-            await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
-        if self._user_error is not None:
-            raise ConfigError(self._user_error)
         serving.result()
-        return 0 if self._failure is None else 1
-
-    def _http(self) -> HttpServer:
-        path = self._deployment.model_path
-        app = create_app(
-            self._gateway,
-            Tokenizer.from_folder(path),
-            ChatTemplate.from_folder(path),
-            ApiSettings(api_key=self._config.api_key),
-        )
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=HTTP_GRACE_S,
-        )
-        return HttpServer(config)
 
     async def _announce(self, bound: socket.socket) -> None:
         await self._gateway.until_ready()

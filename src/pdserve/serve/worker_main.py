@@ -67,9 +67,11 @@ async def _run(start: WorkerStart) -> tuple[int, bool]:
         if not over.done():
             over.set_result(reason)
 
-    worker = Worker(
-        start, lambda: build_runner(start), create_transport(start.transport), ended=ended
-    )
+    # Committing a GiB of pool, and of each peer's view of it, takes longer than a small model.
+    # Touched bit by bit, its pages cost a step next to nothing.
+    options = {"prefault": False} if start.transport == "shm" else {}
+    transport = create_transport(start.transport, **options)
+    worker = Worker(start, lambda: build_runner(start), transport, ended=ended)
     starting = asyncio.ensure_future(worker.run())
     await asyncio.wait((starting, over), return_when=asyncio.FIRST_COMPLETED)
     if starting.done() and not starting.cancelled() and starting.exception() is not None:
