@@ -306,7 +306,7 @@ class BatchMachine:
         if not was_decoding:
             del self._admitted[sequence.key]
             outcome.prefilled.append(sequence)
-        room_tokens = self.settings.max_model_tokens - len(sequence.token_ids) - 1
+        room_tokens = self.settings.longest_tokens - len(sequence.token_ids) - 1
         deltas = tuple(
             TokenDelta(
                 request_id=sequence.attempt.request_id,

@@ -36,6 +36,18 @@ class WorkerBook:
         return not self.killed and (self.report is None or not self.report.draining)
 
     @property
+    def block_size(self) -> int:
+        """Tokens per block; 1 if the engine keeps its blocks to itself."""
+        return 1 if self.up.layout is None else self.up.layout.block_size
+
+    @property
+    def longest_tokens(self) -> int:
+        """Longest prompt and answer that fit the model, and the worker's pool if it is empty."""
+        if self.up.layout is None:
+            return self.up.max_model_tokens
+        return min(self.up.max_model_tokens, self.up.num_blocks * self.block_size)
+
+    @property
     def free_blocks(self) -> int:
         free = self.up.num_blocks if self.report is None else self.report.free_blocks
         return free - self.granted_blocks - sum(self.promised.values())
@@ -100,10 +112,11 @@ class ClusterBooks:
         return max((book.up.num_blocks for book in self.workers.values()), default=0)
 
     @property
-    def max_model_tokens(self) -> int:
-        return max((book.up.max_model_tokens for book in self.workers.values()), default=0)
+    def longest_tokens(self) -> int:
+        """Longest prompt and answer that some worker can hold."""
+        return max((book.longest_tokens for book in self.workers.values()), default=0)
 
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
-        """Blocks that a decode worker needs for the tokens and one more of each choice."""
-        sizes = [b.up.layout.block_size for b in self.workers.values() if b.up.layout is not None]
-        return -(-num_tokens // max(sizes, default=1)) + num_choices
+        """Blocks that hold the tokens and one more of each choice; they share the full ones."""
+        block_size = max((book.block_size for book in self.workers.values()), default=1)
+        return num_tokens // block_size + num_choices

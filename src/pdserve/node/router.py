@@ -139,7 +139,7 @@ class RouterNode:
         """Why no worker could ever serve the request; None while there is no worker to ask."""
         if not self.books.workers:
             return None
-        num_tokens, limit = request.max_tokens_total, self.books.max_model_tokens
+        num_tokens, limit = request.max_tokens_total, self.books.longest_tokens
         if num_tokens > limit:
             return f"prompt and max_tokens are {num_tokens} tokens; at most {limit} can be served"
         prompt_tokens = len(request.prompt_token_ids)

@@ -28,6 +28,11 @@ class Answer:
         return self.failure is not None or self.aborted or self.wanted <= self.finished
 
     @property
+    def is_complete(self) -> bool:
+        """True if every choice has all of its right tokens."""
+        return tuple(map(tuple, self.tokens)) == self.ask.answers and self.failure is None
+
+    @property
     def has_tokens(self) -> bool:
         return any(self.tokens)
 
