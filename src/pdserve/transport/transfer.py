@@ -26,6 +26,9 @@ from pdserve.transport.digest import DIGEST_ALGORITHM, DIGESTS
 ReadKv = Callable[[int, Sequence[BlockId]], None]
 """`ModelRunner.read_kv`: make blocks of a finished layer current in the pool memory."""
 
+Runs = Sequence[tuple[BlockId, BlockId, int]]
+"""As `coalesce` gives them: first source, first target, number of blocks."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
@@ -39,12 +42,14 @@ class PoolView:
         """Where block ``block`` of ``layer`` starts, in bytes."""
         return (layer * self.num_blocks + block) * self.layout.block_bytes
 
-    def digest(self, layer: int, blocks: Sequence[BlockId]) -> bytes:
-        """Digest of these blocks' bytes, in the order given."""
+    def digest(self, layer: int, runs: Runs) -> bytes:
+        """Digest of the bytes of these runs' sources, in the order given."""
         digest = DIGESTS[DIGEST_ALGORITHM]()
-        for first, _, count in coalesce(blocks, blocks):
-            start = self.offset(layer, first)
-            digest.update(self.memory[start : start + count * self.layout.block_bytes])
+        memory, size = self.memory, self.layout.block_bytes
+        base = self.offset(layer, 0)
+        for here, _, count in runs:
+            start = base + here * size
+            digest.update(memory[start : start + count * size])
         return digest.digest()
 
 
@@ -79,7 +84,7 @@ class Chunk:
     block_ids: tuple[BlockId, ...]
     finished: int
     digests: list[bytes] = field(default_factory=list)
-    runs: list[tuple[BlockId, BlockId, int]] | None = None
+    runs: Runs | None = None
 
     def skip_to(self, first_block: int) -> None:
         """The receiver has all blocks before ``first_block``: leave them out."""
@@ -176,17 +181,16 @@ class Transfer:
             target = destination.blocks(chunk.first_block, len(chunk.block_ids))
             chunk.runs = coalesce(chunk.block_ids, target)
         layer = len(chunk.digests)
-        block_bytes = self._pool.layout.block_bytes
-        base = layer * destination.num_blocks
+        size = self._pool.layout.block_bytes
+        source_base = self._pool.offset(layer, 0)
+        target_base = layer * destination.num_blocks * size
         regions = [
-            Region(
-                self._pool.offset(layer, here), (base + there) * block_bytes, count * block_bytes
-            )
+            Region(source_base + here * size, target_base + there * size, count * size)
             for here, there, count in chunk.runs
         ]
         read_kv(layer, chunk.block_ids)
         # The digest first: if the bytes change under the copy, the receiver finds out.
-        digest = self._pool.digest(layer, chunk.block_ids)
+        digest = self._pool.digest(layer, chunk.runs)
         destination.remote.write(self._pool.memory, regions)
         chunk.digests.append(digest)
-        self.num_bytes += len(chunk.block_ids) * block_bytes
+        self.num_bytes += len(chunk.block_ids) * size

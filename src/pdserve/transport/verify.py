@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdserve.core.effects import VerifyTransfer
+from pdserve.kv.runs import coalesce
 from pdserve.transport.transfer import PoolView
 
 
@@ -24,8 +25,9 @@ def verify(pool: PoolView, effect: VerifyTransfer) -> str | None:
         if len(chunk.layers) != num_layers:
             return f"{len(chunk.layers)} digests of {where} for {num_layers} layers"
         blocks = effect.block_ids[covered:end]
+        runs = coalesce(blocks, blocks)
         for layer, digest in enumerate(chunk.layers):
-            if pool.digest(layer, blocks) != digest:
+            if pool.digest(layer, runs) != digest:
                 return f"layer {layer} of {where} is not what was sent"
         covered = end
     if covered != len(effect.block_ids):
