@@ -145,7 +145,9 @@ class BatchMachine:
         if rows:
             self.num_steps += 1
             planned.plan = self.running_step = StepPlan(
-                step_id=StepId(self.num_steps), rows=tuple(rows), copies=self.tables.take_copies()
+                step_id=StepId(self.num_steps),
+                rows=tuple(rows),
+                copies=self.tables.take_copies(self._in_flight),
             )
         return planned
 

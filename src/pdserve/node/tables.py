@@ -96,9 +96,14 @@ class BlockTables:
         self.pool.release(sequence.block_ids)
         sequence.block_ids = []
 
-    def take_copies(self) -> tuple[tuple[BlockId, BlockId], ...]:
-        """Copies that the next step must make: (source, target)."""
-        self._copying, self._copies = self._copies, []
+    def take_copies(self, riding: list[Sequence]) -> tuple[tuple[BlockId, BlockId], ...]:
+        """Copies that the next step must make for its own rows: (source, target).
+
+        Those of others wait: were such a sequence dropped in mid-step, its blocks would be free.
+        """
+        riders = {id(sequence) for sequence in riding}
+        self._copying = [copy for copy in self._copies if id(copy[0]) in riders]
+        self._copies = [copy for copy in self._copies if id(copy[0]) not in riders]
         return tuple((source, target) for _, source, target in self._copying)
 
     def copies_done(self) -> None:
