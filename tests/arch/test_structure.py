@@ -1,4 +1,4 @@
-"""The shape of the code base, held by a machine: import contracts, size budgets, docs that resolve."""
+"""The shape of the code base, held by a machine: imports, size budgets, docs that resolve."""
 
 from __future__ import annotations
 
