@@ -71,6 +71,13 @@ async def test_continue_final_message_leaves_it_open(client_of, card, say, chat_
     assert text.endswith("abc")
 
 
+async def test_a_message_that_is_written_on_keeps_its_role(client_of, gateway):
+    body = {"messages": HELLO, "continue_final_message": True, "max_tokens": 1}
+    async with client_of(gateway) as client:
+        document = (await client.post(URL, json=body)).json()
+    assert document["choices"][0]["message"]["role"] == "user"
+
+
 async def test_stream_begins_with_roles_and_ends_with_done(client_of, card, say, events_of):
     gateway = FakeGateway(card, script=say("yes", "no, never"))
     body = {"messages": HELLO, "stream": True, "n": 2}

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx2
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
+from pdserve.api.app import create_app
 from pdserve.api.fake import FakeGateway
-from pdserve.api.openai.choice import ChoiceText, Piece
+from pdserve.api.gateway import ModelCard
+from pdserve.api.openai.choice import ChoiceText, LoggedToken, Piece
+from pdserve.api.openai.logprobs import LogprobWriter
 from pdserve.api.openai.requests import OutputOptions
+from pdserve.api.settings import ApiSettings
 from pdserve.core.ids import Epoch, RequestId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, SamplingParams
 from pdserve.core.step import TokenLogprobs
+from pdserve.text.tokenizer import Tokenizer
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -238,6 +246,59 @@ def test_the_ending_token_has_no_text_unless_included(tokenizer):
         whole = Piece.joined(pieces)
         assert (whole.text, whole.finish_reason, whole.stop_reason) == (text, "stop", None)
         assert choice.num_tokens == len(ids)
+
+
+def test_an_impossible_likely_token_can_be_written_as_json(tokenizer):
+    logprobs = TokenLogprobs(-0.5, 1, ((70, -0.5), (71, float("-inf"))))
+    tokens = [LoggedToken(70, 0, logprobs)]
+    writer = LogprobWriter(tokenizer)
+    assert list(writer.completion(tokens)["top_logprobs"][0].values()) == [-0.5, -9999.0]
+    [entry] = writer.chat(tokens)["content"]
+    assert [likely["logprob"] for likely in entry["top_logprobs"]] == [-0.5, -9999.0]
+
+
+def test_pieces_of_characters_stay_apart_among_the_likely(tokenizer):
+    likely = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i)[:1] >= b"\x80"]
+    top = tuple((token_id, -1.0) for token_id in likely)
+    tokens = [LoggedToken(likely[0], 0, TokenLogprobs(-1.0, 1, top))]
+    [written] = LogprobWriter(tokenizer).completion(tokens)["top_logprobs"]
+    assert len(written) == len({tokenizer.token_bytes(i) for i in likely})
+
+
+@pytest.fixture
+def word_tokenizer():
+    """Spells words with their space before, and drops the first, as SentencePiece models do."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "?": 2}, "?"))
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(backend, {})
+
+
+@pytest.mark.anyio
+async def test_the_space_before_the_first_word(word_tokenizer, chat_template):
+    """It belongs to a text that is written on, and to no message of its own."""
+    card = ModelCard(name="m", max_model_tokens=99, vocab_size=3, eos_token_ids=(), created=0)
+    gateway = FakeGateway(card, script=lambda request, choice: [0, 1])
+    app = create_app(gateway, word_tokenizer, chat_template, ApiSettings())
+    transport = httpx2.ASGITransport(app)
+    chat = {"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 2}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://edge") as client:
+
+        async def ask(path, **body):
+            return (await client.post(path, json=body)).json()["choices"][0]
+
+        completion = await ask("/v1/completions", prompt=[0], max_tokens=2)
+        message = await ask("/v1/chat/completions", **chat)
+        continued = await ask("/v1/chat/completions", **chat, continue_final_message=True)
+    assert completion["text"] == " one two"
+    assert message["message"]["content"] == "one two"
+    assert continued["message"]["content"] == " one two"
 
 
 @pytest.mark.parametrize(("ignore_eos", "reason"), [(False, None), (True, 7)])

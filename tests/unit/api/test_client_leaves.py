@@ -69,13 +69,14 @@ async def test_leaving_a_chat_stream_aborts_every_choice(serving, make_app, card
     assert len(gateway.aborted) == 1
 
 
-async def test_leaving_before_the_body_is_there_begins_nothing(serving, make_app, gateway):
+async def test_leaving_before_the_body_is_there_begins_nothing(serving, make_app, gateway, caplog):
     async with serving(make_app(gateway)) as url:
         async with posted(url, "/v1/completions", {"prompt": "a" * 100}, part=0.5):
             pass
         async with posted(url, "/v1/completions", {"prompt": "a"}) as reader:
             assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
     assert len(gateway.submitted) == 1
+    assert not caplog.records, "nothing went wrong, so nothing is said"
 
 
 async def test_headers_leave_with_the_first_token_even_without_text(

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from pdserve.api.fake import FakeGateway
+from pdserve.api.middleware import EdgeMiddleware
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -106,14 +107,31 @@ async def test_key_is_asked_for(client_of, gateway, method, path):
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
-        right = await client.request(method, path, headers={"authorization": "bearer s3cret"})
-    assert right.status_code != 401
+        for right in ("bearer s3cret", "Bearer  s3cret"):
+            response = await client.request(method, path, headers={"authorization": right})
+            assert response.status_code != 401
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/metrics", "/version", "/openapi.json"])
 async def test_probes_need_no_key(client_of, gateway, path):
     async with client_of(gateway, api_key="s3cret") as client:
         assert (await client.get(path)).status_code == 200
+
+
+async def test_an_error_after_the_response_began_cannot_become_another_one():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ZeroDivisionError
+
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(ZeroDivisionError):
+        await EdgeMiddleware(app)(scope, None, send)
+    assert sent == ["http.response.start"]
 
 
 async def test_without_a_key_nobody_is_asked(client_of, gateway):
