@@ -18,6 +18,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import Role
+from pdserve.serve.runners import ENGINES
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
@@ -98,6 +99,8 @@ def deploy(config: ServeConfig) -> Deployment:
     if config.transport not in TRANSPORTS:
         known = ", ".join(sorted(set(TRANSPORTS) - {"inproc"}))
         raise ConfigError(f"--transport is {config.transport!r}; it is one of {known}")
+    if config.engine not in ENGINES:
+        raise ConfigError(f"--engine is {config.engine!r}; it is one of {', '.join(ENGINES)}")
     model_path = resolve_model(config.model).resolve()
     model = ModelConfig.from_folder(model_path)
     num_workers = len(config.worker_slots)

@@ -28,6 +28,7 @@ from pdserve.serve.driver import Recorder
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.links import Identity, new_address
 from pdserve.serve.recorder import recorder_of
+from pdserve.serve.runners import build_runner, load_backend
 from pdserve.serve.start import WorkerStart
 from pdserve.serve.worker import Worker
 from pdserve.transport.inproc import InprocHub, InprocTransport
@@ -46,6 +47,7 @@ class InprocCluster:
     """An async context manager; everything runs between enter and exit.
 
     ``template`` says what all workers have in common; its ids, addresses and secret are replaced.
+    ``build`` makes a worker's runner, on that worker's engine thread.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class InprocCluster:
         card: ModelCard,
         workers: Sequence[tuple[WorkerId, Role]],
         template: WorkerStart,
-        build_runner: RunnerBuilder,
+        build: RunnerBuilder = build_runner,
         *,
         router: RouterSettings | None = None,
         record: str | None = None,
     ) -> None:
         self._card = card
         self._roles: Mapping[WorkerId, Role] = dict(workers)
-        self._build_runner = build_runner
+        self._build = build
         self._router = router or RouterSettings()
         self._record = record
         self._hub = InprocHub()
@@ -90,7 +92,9 @@ class InprocCluster:
     async def __aenter__(self) -> InprocCluster:
         policy = FewestPendingTokens()
         self.router = RouterNode(self._router, policy)
-        recorder: Recorder | None = recorder_of(self._record, policy, router=self._router)
+        recorder: Recorder | None = recorder_of(
+            self._record, type(policy).__name__, router=self._router
+        )
         self.gateway = LiveGateway(
             card=self._card,
             machine=self.router,
@@ -136,11 +140,11 @@ class InprocCluster:
         slot = self._slots[worker]
         assert slot.worker is None, f"{worker} runs"
         slot.start = replace(slot.start, epoch=Epoch(slot.start.epoch + 1), address=new_address())
-        start = slot.start
+        start, transport = slot.start, InprocTransport(self._hub)
         slot.worker = Worker(
             start,
-            lambda: self._build_runner(start),
-            InprocTransport(self._hub),
+            lambda: load_backend(start, transport, self._build),
+            transport,
             ended=lambda reason: self._ended(start, reason),
         )
         slot.task = asyncio.get_running_loop().create_task(slot.worker.run())

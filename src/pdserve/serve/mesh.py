@@ -76,8 +76,9 @@ class Mesh:
     """Links of one worker. Used on the event loop's thread only."""
 
     def __init__(
-        self, identity: Identity, transport: Transport, pool: Pool, events: MeshEvents
+        self, identity: Identity, transport: Transport, pool: Pool | None, events: MeshEvents
     ) -> None:
+        """``pool`` is what peers may write into; None for a worker that hands over messages."""
         self._identity = identity
         self._transport = transport
         self._pool = pool
@@ -150,7 +151,7 @@ class Mesh:
         try:
             link = await connect(entry.address)
             try:
-                peer = await greet(link, self._identity, self._pool.export())
+                peer = await greet(link, self._identity, self._export())
                 await self._establish(link, peer)
             except BaseException:
                 link.close("the greeting was broken off")
@@ -167,7 +168,7 @@ class Mesh:
             hello, peer = await receive_hello(link, self._identity)
             try:
                 self._check(peer)
-                answer(link, self._identity, hello, self._pool.export())
+                answer(link, self._identity, hello, self._export())
             except (ProtocolError, TransferError):
                 close_fds(() if peer.pool is None else peer.pool.fds)
                 raise
@@ -207,6 +208,9 @@ class Mesh:
             self._unlink(entry, "replaced by a newer link")
         entry.link, entry.remote, entry.remote_bytes = link, remote, num_bytes
         self._opened(entry, link)
+
+    def _export(self) -> PoolExport | None:
+        return None if self._pool is None else self._pool.export()
 
     def _attach(self, export: PoolExport) -> RemotePool:
         return self._transport.attach(export)

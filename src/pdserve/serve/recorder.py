@@ -43,7 +43,8 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Birth:
-    """What a replay needs to make the machine again. One of the two settings is given."""
+    """What a replay needs to make the machine again. One of the two settings is given; the policy
+    is empty for a worker whose engine batches for itself."""
 
     format: int
     node: str
@@ -103,19 +104,17 @@ class FileRecorder:
 
 def recorder_of(
     folder: str | None,
-    policy: object,
+    policy: str,
     *,
     worker: WorkerSettings | None = None,
     router: RouterSettings | None = None,
 ) -> FileRecorder | None:
-    """A recorder for the machine with these settings and policy; None if ``folder`` is None."""
+    """A recorder for the machine with these settings; None if ``folder`` is None."""
     if folder is None:
         return None
     node = GATEWAY if worker is None else worker.worker
     name = f"router{SUFFIX}" if worker is None else f"{worker.worker}.{worker.epoch}{SUFFIX}"
-    birth = Birth(
-        format=FORMAT, node=node, policy=type(policy).__name__, worker=worker, router=router
-    )
+    birth = Birth(format=FORMAT, node=node, policy=policy, worker=worker, router=router)
     return FileRecorder(Path(folder) / name, birth)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.core.errors import ConfigError
+from pdserve.node.foreign import ForeignWorkerNode
 from pdserve.node.router import RouterNode
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy, FcfsBatching
@@ -61,6 +62,8 @@ def replay_file(file: Path) -> Outcome:
 
 def _born(birth: Birth, file: Path) -> Machine:
     try:
+        if birth.worker is not None and birth.worker.foreign is not None:
+            return ForeignWorkerNode(birth.worker)
         if birth.worker is not None:
             return WorkerNode(birth.worker, BATCH_POLICIES[birth.policy]())
         if birth.router is not None:

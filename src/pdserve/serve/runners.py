@@ -1,27 +1,80 @@
-"""From what a worker is told to the `ModelRunner` that it computes with."""
+"""From what a worker is told to what computes in it. Runs on the engine thread, takes seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
 from pdserve.engine.base import ModelRunner
+from pdserve.engine.foreign import Engine
+from pdserve.engine.registry import RUNNERS, create_runner
+from pdserve.serve.backend import Backend
+from pdserve.serve.native import NativeBackend
+from pdserve.serve.self_batching import SelfBatchingBackend
 from pdserve.serve.start import WorkerStart
+from pdserve.transport.base import Transport
+from pdserve.weights.config import ModelConfig
 from pdserve.weights.folder import ModelFolder
+
+SELF_BATCHING = {"fake-foreign": "pdserve.engine.fake_foreign:FakeForeignEngine"}
+"""Engines that batch for themselves: name -> ``module:class``."""
+
+ENGINES = (*RUNNERS, *SELF_BATCHING)
+"""Everything that ``--engine`` can name."""
 
 
 def build_runner(start: WorkerStart) -> ModelRunner:
-    """Load the model and make the runner; takes seconds. Runs on the engine thread.
+    """The model in the runner that the worker is to have; without a pool.
 
     Raises `ModelError` or `ConfigError` if this cannot be had here.
     """
-    from pdserve.engine.torch.runner import TorchRunner
-
-    folder = ModelFolder.open(start.model_path)
-    return TorchRunner(
-        folder.config,
-        folder.load_tensors(dtype=start.dtype),
-        weights_digest=folder.weights_digest(),
-        device=start.device,
-        dtype=start.dtype,
+    if start.engine == "torch":
+        folder = ModelFolder.open(start.model_path)
+        return create_runner(
+            start.engine,
+            folder.config,
+            folder.load_tensors(dtype=start.dtype),
+            weights_digest=folder.weights_digest(),
+            device=start.device,
+            dtype=start.dtype,
+            block_size=start.block_size,
+            num_threads=start.threads,
+            numerics=start.numerics,
+        )
+    # A runner without weights has the model's shape, so that pools and limits are as was said.
+    config = ModelConfig.from_folder(Path(start.model_path))
+    return create_runner(
+        start.engine,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
         block_size=start.block_size,
-        num_threads=start.threads,
-        numerics=start.numerics,
+        dtype=start.dtype,
+        vocab_size=config.vocab_size,
+        max_model_tokens=config.max_model_tokens,
     )
+
+
+def load_backend(
+    start: WorkerStart,
+    transport: Transport,
+    build: Callable[[WorkerStart], ModelRunner] = build_runner,
+) -> Backend:
+    """What computes in the worker; ``build`` makes the runner of a native one."""
+    if start.engine in SELF_BATCHING:
+        return SelfBatchingBackend(start, _build_engine(start))
+    return NativeBackend(start, build(start), transport)
+
+
+def _build_engine(start: WorkerStart) -> Engine:
+    config = ModelConfig.from_folder(Path(start.model_path))
+    module, attribute = SELF_BATCHING[start.engine].split(":")
+    engine = getattr(import_module(module), attribute)(
+        capacity_tokens=start.num_blocks * start.block_size,
+        max_model_tokens=start.max_model_tokens,
+        max_step_tokens=start.max_step_tokens,
+        vocab_size=config.vocab_size,
+    )
+    assert isinstance(engine, Engine)
+    return engine

@@ -91,7 +91,7 @@ class Server:
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
             supervisor=self._launcher,
-            recorder=recorder_of(self._config.record, policy, router=settings),
+            recorder=recorder_of(self._config.record, type(policy).__name__, router=settings),
             crashed=self._fail,
         )
 

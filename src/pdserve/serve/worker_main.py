@@ -18,7 +18,7 @@ import sys
 from pdserve.core.errors import PdserveError
 from pdserve.obs import logs
 from pdserve.serve.launcher import USER_ERROR_STATUS
-from pdserve.serve.runners import build_runner
+from pdserve.serve.runners import load_backend
 from pdserve.serve.start import WorkerStart
 from pdserve.serve.worker import Worker
 from pdserve.transport.registry import create_transport
@@ -71,7 +71,7 @@ async def _run(start: WorkerStart) -> tuple[int, bool]:
     # Touched bit by bit, its pages cost a step next to nothing.
     options = {"prefault": False} if start.transport == "shm" else {}
     transport = create_transport(start.transport, **options)
-    worker = Worker(start, lambda: build_runner(start), transport, ended=ended)
+    worker = Worker(start, lambda: load_backend(start, transport), transport, ended=ended)
     starting = asyncio.ensure_future(worker.run())
     await asyncio.wait((starting, over), return_when=asyncio.FIRST_COMPLETED)
     if starting.done() and not starting.cancelled() and starting.exception() is not None:

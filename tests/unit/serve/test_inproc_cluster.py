@@ -18,7 +18,6 @@ from pdserve.node.settings import RouterSettings
 from pdserve.serve.inproc import InprocCluster
 from pdserve.serve.recorder import SUFFIX, FileRecorder, read
 from pdserve.serve.replay import replay, replay_file
-from pdserve.serve.runners import build_runner
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.records import decode_record
 
@@ -64,7 +63,6 @@ def cluster(
         card,
         workers,
         template,
-        build_runner,
         record=None if record is None else str(record),
         router=router,
     )
