@@ -104,14 +104,14 @@ class InboundHandoffs:
             if handoff.state is InboundState.QUEUED and not self._grant(handoff, out):
                 break
 
-    def renewed(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
-        handoff = self._from_peer(attempt, peer)
+    def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
+        handoff = self._from_peer(attempt, peer, epoch)
         if handoff is not None and handoff.state is InboundState.GRANTED:
             out.set_timer(_lease_timer(attempt), self._settings.lease_s)
 
-    def trailer(self, trailer: Trailer, peer: WorkerId, out: Outbox) -> None:
+    def trailer(self, trailer: Trailer, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         """The writer has finished: check what arrived."""
-        handoff = self._from_peer(trailer.attempt, peer)
+        handoff = self._from_peer(trailer.attempt, peer, epoch)
         if handoff is None:
             return
         if handoff.state is InboundState.QUARANTINED:
@@ -158,10 +158,10 @@ class InboundHandoffs:
         self._end(handoff, out)
         return True
 
-    def writer_done(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> bool:
+    def writer_done(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> bool:
         """`HandoffAbort` or `RevokeAck`: no write will follow. False if it was adopted or never
         known."""
-        handoff = self._from_peer(attempt, peer)
+        handoff = self._from_peer(attempt, peer, epoch)
         if handoff is None:
             return False
         if handoff.state is InboundState.VERIFYING:
@@ -190,10 +190,12 @@ class InboundHandoffs:
                 out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail))
                 self._end(handoff, out)
 
-    def peer_up(self, peer: WorkerId, out: Outbox) -> None:
-        """The link is back: ask again for the blocks that are still in quarantine."""
+    def peer_up(self, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
+        """The link is back: ask again for the blocks that are still in quarantine. A later process
+        of the peer cannot answer for the one that was to write."""
         for attempt, handoff in self._handoffs.items():
-            if handoff.peer == peer and handoff.state is InboundState.QUARANTINED:
+            is_writer = (handoff.peer, handoff.peer_epoch) == (peer, epoch)
+            if is_writer and handoff.state is InboundState.QUARANTINED:
                 out.send(peer, Revoke(attempt))
 
     def timer_fired(self, timer: str, out: Outbox) -> bool:
@@ -210,9 +212,12 @@ class InboundHandoffs:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _from_peer(self, attempt: AttemptId, peer: WorkerId) -> Inbound | None:
+    def _from_peer(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch) -> Inbound | None:
+        """The hand-off, if this very process is its writer."""
         handoff = self._handoffs.get(attempt)
-        return handoff if handoff is not None and handoff.peer == peer else None
+        if handoff is None or (handoff.peer, handoff.peer_epoch) != (peer, epoch):
+            return None
+        return handoff
 
     def _refusal(self, header: Header, draining: bool) -> str | None:
         if draining:

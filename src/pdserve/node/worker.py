@@ -102,8 +102,8 @@ class WorkerNode:
             case PeerLost(worker, epoch):
                 self.outbound.peer_lost(worker, f"lost the link to {worker}", out)
                 self.inbound.peer_lost(worker, epoch, out)
-            case PeerUp(worker, _):
-                self.inbound.peer_up(worker, out)
+            case PeerUp(worker, epoch):
+                self.inbound.peer_up(worker, epoch, out)
             case _:
                 raise TypeError(f"a worker does not take {type(event).__name__}")
         self._advance(out)
@@ -143,9 +143,9 @@ class WorkerNode:
                     attempt, FailureKind.REFUSED, detail, out, peer=peer, tells_peer=False
                 )
             case LeaseRenew(attempt):
-                self.inbound.renewed(attempt, peer, out)
+                self.inbound.renewed(attempt, peer, epoch, out)
             case Trailer():
-                self.inbound.trailer(message, peer, out)
+                self.inbound.trailer(message, peer, epoch, out)
             case Accepted(attempt):
                 self.outbound.accepted(attempt, peer, out)
             case HandoffRejected(attempt=attempt, detail=detail):
@@ -153,12 +153,12 @@ class WorkerNode:
                     attempt, FailureKind.HANDOFF, detail, out, peer=peer, tells_peer=False
                 )
             case HandoffAbort(attempt=attempt):
-                if not self.inbound.writer_done(attempt, peer, out):
+                if not self.inbound.writer_done(attempt, peer, epoch, out):
                     self.batch.drop(attempt)
             case Revoke(attempt):
                 self.outbound.revoked(attempt, peer, out)
             case RevokeAck(attempt):
-                self.inbound.writer_done(attempt, peer, out)
+                self.inbound.writer_done(attempt, peer, epoch, out)
             case _:
                 pass
 
