@@ -60,3 +60,19 @@ def test_quarantine_ends_with_the_word_of_its_writer_or_of_its_death() -> None:
     cluster.run_for(5)
     assert pool.num_quarantined == 0
     assert cluster.client.answers["r"].is_complete
+
+
+def test_the_end_of_a_dead_process_does_not_touch_hand_offs_to_its_successor() -> None:
+    """The link to the dead one is noticed last of all."""
+    cluster, prefill, decode = split_cluster()
+    cluster.late_peer_lost = True
+    cluster.kill(decode)
+    cluster.run_for(0.2, hold=of(prefill, "notice"))
+    again = cluster.current["decode-0"]
+    assert prefill.known["decode-0"] == again.epoch == 2
+    cluster.submit(make_ask("r", PROMPT, max_tokens=4))
+    cluster.run(hold=lambda event: event.kind in ("notice", "transfer"))
+    assert len(prefill.node.outbound) == 1
+    cluster.run_for(5)
+    assert cluster.client.answers["r"].is_complete
+    assert not [event for event in cluster.life if event.name == "resumed"]

@@ -100,8 +100,9 @@ class WorkerNode:
             case TransferVerified():
                 self.inbound.verified(event, out)
             case PeerLost(worker, epoch):
-                self.outbound.peer_lost(worker, f"lost the link to {worker}", out)
-                self.inbound.peer_lost(worker, epoch, out)
+                if epoch > self._gone.get(worker, -1):  # else its successor may be in use already
+                    self.outbound.peer_lost(worker, f"lost the link to {worker}", out)
+                    self.inbound.peer_lost(worker, epoch, out)
             case PeerUp(worker, epoch):
                 self.inbound.peer_up(worker, epoch, out)
             case _:
