@@ -14,8 +14,7 @@ def in_the_step_that_copies(num_choices: int, **settings: object) -> tuple[Virtu
     cluster.run()
     cluster.submit(make_ask("r", PROMPT, max_tokens=4, num_choices=num_choices))
     worker = cluster.current["mixed-0"]
-    while worker.engine is None or not worker.engine.plan.copies:
-        cluster.do(cluster.events()[0])
+    cluster.run(until=lambda: worker.engine is not None and bool(worker.engine.plan.copies))
     return cluster, worker
 
 

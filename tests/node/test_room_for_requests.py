@@ -41,8 +41,7 @@ def test_a_resume_needs_no_more_room_than_its_pool_has() -> None:
     cluster = started(workers=(1, 1, 0), num_blocks=4, block_size=4)
     cluster.submit(make_ask("r", PROMPT, max_tokens=6))
     answer = cluster.client.answers["r"]
-    while len(answer.tokens[0]) < 3:
-        cluster.do(cluster.events()[0])
+    cluster.run(until=lambda: len(answer.tokens[0]) == 3)
     cluster.kill(cluster.current["decode-0"])
     cluster.run_for(5)
     assert answer.is_complete

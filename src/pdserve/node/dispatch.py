@@ -67,6 +67,7 @@ class Dispatch:
     def _ask(self, life: Life, group: tuple[int, ...]) -> RouteAsk:
         request = life.request
         num_tokens = len(request.prompt_token_ids) + len(life.choices[group[0]].taken)
+        failed_handoffs = max(life.choices[index].failed_handoffs for index in group)
         return RouteAsk(
             num_tokens=num_tokens,
             num_blocks=self._books.blocks_for(num_tokens, len(group)),
@@ -74,7 +75,7 @@ class Dispatch:
             last_prefill=life.last_prefill,
             numerics=life.numerics,
             avoid_decode=tuple(life.avoid),
-            in_place=life.failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
+            in_place=failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
         )
 
     def _begin(

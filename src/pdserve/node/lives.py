@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
-from pdserve.core.messages import TokenDelta
+from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import FinishReason, Job, Request
 
 
 @dataclass(slots=True)
 class Choice:
     """``taken``: output tokens that the client has or will have: the truth. ``epoch``: the attempt
-    whose tokens are taken next, or None while the choice waits for a route."""
+    whose tokens are taken next, or None while the choice waits for a route. ``failures`` counts its
+    failed attempts, preemptions apart; ``failed_handoffs`` and ``engine_failures`` those in which
+    that went wrong."""
 
     index: int
     taken: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     epoch: Epoch | None = None
+    failures: int = 0
+    failed_handoffs: int = 0
+    engine_failures: int = 0
 
 
 @dataclass(slots=True)
@@ -33,17 +38,13 @@ class Attempt:
 
 @dataclass(slots=True)
 class Life:
-    """One request. ``failures`` counts failed attempts (preemptions apart), ``failed_handoffs``
-    those in which a hand-off failed, and ``avoid`` the decode workers of these."""
+    """One request. ``avoid`` holds the decode workers to which a hand-off failed."""
 
     request: Request
     submitted_at_s: float
     choices: list[Choice]
     attempts: dict[Epoch, Attempt] = field(default_factory=dict)
     next_epoch: int = 1
-    failures: int = 0
-    failed_handoffs: int = 0
-    engine_failures: int = 0
     avoid: list[WorkerId] = field(default_factory=list)
     last_prefill: WorkerId | None = None
     numerics: str | None = None
@@ -94,6 +95,26 @@ class Life:
         """Choices that the attempt still works on."""
         choices = (c for c in self.choices if c.epoch == epoch and c.finish is None)
         return tuple(choice.index for choice in choices)
+
+    def count_failure(
+        self, epoch: Epoch, choices: tuple[int, ...] | None, kind: FailureKind | None
+    ) -> None:
+        """Remember on each choice that the attempt has failed it; None: its worker is gone."""
+        for index in self.live_choices(epoch):
+            if choices is None or index in choices:
+                choice = self.choices[index]
+                choice.failures += kind not in (FailureKind.OUT_OF_BLOCKS, FailureKind.DRAINING)
+                choice.failed_handoffs += kind in (FailureKind.REFUSED, FailureKind.HANDOFF)
+                choice.engine_failures += kind is FailureKind.ENGINE
+
+    @property
+    def most_failures(self) -> int:
+        """Failures of the choice that has the most."""
+        return max(choice.failures for choice in self.choices)
+
+    @property
+    def most_engine_failures(self) -> int:
+        return max(choice.engine_failures for choice in self.choices)
 
     def attempt_id(self, epoch: Epoch) -> AttemptId:
         return AttemptId(self.request.request_id, epoch)

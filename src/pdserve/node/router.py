@@ -195,7 +195,7 @@ class RouterNode:
                 undecided = attempt.job.decode_worker == worker and not attempt.accepted
                 still_open = attempt_epoch in life.attempts
                 if still_open and (attempt.owner == worker or undecided):
-                    life.failures += 1
+                    life.count_failure(attempt_epoch, None, None)
                     if attempt.owner != worker:
                         out.send(attempt.owner, AbortAttempt(attempt.job.attempt))
                     self._resume(life, attempt_epoch, None, f"{worker} is gone: {detail}", out)
@@ -270,12 +270,10 @@ class RouterNode:
             self._fail(life, Refusal.TOO_LONG, failed.detail, out)
             return
         if failed.kind in (FailureKind.REFUSED, FailureKind.HANDOFF):
-            life.failed_handoffs += 1
             life.avoid.append(attempt.job.decode_worker)
-        life.engine_failures += failed.kind is FailureKind.ENGINE
-        life.failures += failed.kind not in (FailureKind.OUT_OF_BLOCKS, FailureKind.DRAINING)
+        life.count_failure(failed.attempt.epoch, failed.choices, failed.kind)
         waited_s = out.now - life.submitted_at_s
-        if life.engine_failures >= MAX_ENGINE_FAILURES:
+        if life.most_engine_failures >= MAX_ENGINE_FAILURES:
             self._fail(life, Refusal.INTERNAL, failed.detail, out)
         elif (
             failed.kind is FailureKind.REFUSED
@@ -300,8 +298,8 @@ class RouterNode:
                 life.choices[index].epoch = None
         if not life.live_choices(epoch):
             self.dispatch.end(life, epoch)
-        if life.failures > self.settings.max_attempts:
-            self._fail(life, Refusal.INTERNAL, f"gave up after {life.failures} failures", out)
+        if life.most_failures > self.settings.max_attempts:
+            self._fail(life, Refusal.INTERNAL, f"gave up after {life.most_failures} failures", out)
         elif life.unrouted():
             taken_tokens = life.num_output_tokens
             attempt = life.attempt_id(epoch)

@@ -56,6 +56,13 @@ class Event(NamedTuple):
     link: PairLink | None = None
 
 
+Condition = Callable[[Event], bool]
+
+
+def _never(event: Event) -> bool:
+    return False
+
+
 def _all(number: int) -> int:
     return number - 1
 
@@ -258,18 +265,22 @@ class VirtualCluster:
 
     # --- running on -----------------------------------------------------------------------------
 
-    def run(self, hold: Callable[[Event], bool] = lambda event: False) -> None:
-        """Let happen whatever can without time passing, except what is held, in turn."""
+    def run(self, hold: Condition = _never, until: Callable[[], bool] | None = None) -> None:
+        """Let happen in turn whatever can without time passing, except what is held; or until it
+        is so, which must happen."""
         last = -1
         for _ in range(MAX_EVENTS):
+            if until is not None and until():
+                return
             events = [event for event in self.events() if not hold(event)]
             if not events:
+                assert until is None, "the cluster is at rest, and it is not so"
                 return
             last = (last + 1) % len(events)
             self.do(events[last])
         raise AssertionError("the cluster does not come to rest")
 
-    def run_for(self, seconds: float, hold: Callable[[Event], bool] = lambda event: False) -> None:
+    def run_for(self, seconds: float, hold: Condition = _never) -> None:
         """The same, with time passing from timer to timer."""
         end_s = self.now + seconds
         self.run(hold)
