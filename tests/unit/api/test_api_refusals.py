@@ -219,8 +219,11 @@ async def test_body_beyond_the_limit_is_refused_declared_or_not(client_of, gatew
     headers = {"Content-Type": "application/json"}
     async with client_of(gateway, max_body_bytes=1000) as client:
         declared = await client.post(COMPLETIONS, content=body, headers=headers)
+        too_long = {**headers, "Content-Length": str(len(body))}
+        unread = await client.post(COMPLETIONS, content=chunks(), headers=too_long)
+        assert sent == 0, "the header alone was enough"
         streamed = await client.post(COMPLETIONS, content=chunks(), headers=headers)
-    for response in (declared, streamed):
+    for response in (declared, unread, streamed):
         assert _check(response, 413, None)["code"] == "request_too_large"
     assert sent < 20, "the rest of the body must not be read"
     assert gateway.submitted == []

@@ -355,7 +355,7 @@ async def test_no_client_sees_a_line_end_inside_an_event(client_of, card, say):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == f"x{text}"
 
 
-async def test_many_prompts_are_tokenised_off_the_loop(client_of, card, tokenizer):
+async def test_many_prompts_keep_their_order(client_of, card, tokenizer):
     gateway = FakeGateway(card, script=lambda request, choice: [5])
     prompts = [f"prompt {number} and some more words" for number in range(200)]
     async with client_of(gateway) as client:

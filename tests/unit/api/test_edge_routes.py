@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
+from pdserve.api.edge import Edge
 from pdserve.api.fake import FakeGateway
 from pdserve.api.middleware import EdgeMiddleware
+from pdserve.api.request_ids import RequestDirectory
+from pdserve.api.settings import ApiSettings
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -265,11 +269,30 @@ async def test_tokenisation_refuses(client_of, gateway, path, body, param):
     assert response.json()["error"]["param"] == param
 
 
-async def test_a_long_text_is_tokenised_off_the_loop(client_of, gateway, tokenizer):
-    text = "many words " * 2000
-    async with client_of(gateway) as client:
-        document = (await client.post("/tokenize", json={"prompt": text})).json()
-    assert document["tokens"] == tokenizer.encode(text, add_special_tokens=True)
+@pytest.mark.parametrize(
+    ("texts", "is_inline"),
+    [(["short"], True), (["many words " * 2000], False), (["some words"] * 1000, False)],
+)
+async def test_much_text_is_tokenised_off_the_loop(
+    gateway, tokenizer, chat_template, texts, is_inline
+):
+    threads = set()
+
+    class Watched:
+        def encode(self, text, *, add_special_tokens):
+            threads.add(threading.get_ident())
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    edge = Edge(
+        gateway=gateway,
+        tokenizer=Watched(),
+        chat_template=chat_template,
+        settings=ApiSettings(),
+        directory=RequestDirectory(1),
+    )
+    ids = await edge.encode(texts, add_special_tokens=False)
+    assert ids == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert (threads == {threading.get_ident()}) is is_inline
 
 
 async def test_schema_is_published_without_422(client_of, gateway):
