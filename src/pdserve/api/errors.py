@@ -20,7 +20,6 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pdserve.core.effects import Fail, Refusal
 from pdserve.core.errors import (
     AuthError,
     ContextLengthError,
@@ -139,17 +138,6 @@ def _http_failure(error: HTTPException) -> HttpFailure:
 def is_bug(error: BaseException) -> bool:
     """True if the error is none that pdserve raises on purpose, so that the log must tell of it."""
     return not isinstance(error, PdserveError | HTTPException)
-
-
-def error_of_fail(fail: Fail) -> PdserveError:
-    """The error that `Gateway.submit` raises for the router's `Fail`."""
-    if fail.kind == Refusal.OVERLOADED:
-        return OverloadedError(fail.detail, fail.retry_after_s or 1.0)
-    if fail.kind in (Refusal.UNAVAILABLE, Refusal.DRAINING):
-        return UnavailableError(fail.detail)
-    if fail.kind == Refusal.TOO_LONG:
-        return ContextLengthError(fail.detail)
-    return GenerationError(fail.detail)
 
 
 def install(app: FastAPI) -> None:
