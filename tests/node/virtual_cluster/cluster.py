@@ -356,26 +356,31 @@ class VirtualCluster:
         self._tell_router(WorkerLost(process.worker, process.epoch, "killed"))
 
     def _hear_peers(self, process: Process, peers: Peers) -> None:
+        """A peer that came by itself, of which the gateway's word is still on its way, stays."""
         for worker, epoch in list(process.known.items()):
-            if peers.epochs.get(worker) is None:
+            if worker not in peers.epochs and worker in process.named:
                 self._unlearn(process, worker, epoch)
         for worker, epoch in peers.epochs.items():
-            if worker != process.worker:
+            if worker != process.worker and epoch >= process.known.get(worker, epoch):
                 self._learn(process, worker, epoch)
+                process.named.add(worker)
 
     def _learn(self, process: Process, worker: WorkerId, epoch: Epoch) -> None:
         """This process of the peer counts from now on, no older one."""
         old = process.known.get(worker)
         if old is not None and old < epoch:
             self._unlearn(process, worker, old)
-        process.known[worker] = max(epoch, process.known.get(worker, epoch))
+        process.known[worker] = epoch
 
     def _unlearn(self, process: Process, worker: WorkerId, epoch: Epoch) -> None:
+        """Let go of this process of the peer, and of the link to it."""
         del process.known[worker]
+        process.named.discard(worker)
         link = process.links.get((worker, epoch))
         if link is not None:
             link.waiting[process].clear()
-            if link.seen[process] is not None and not self.late_peer_lost:
+            link.break_off(self.below)
+            if link.can_notice(process) and not self.late_peer_lost:
                 link.notice(process)
 
     def _send_peer(self, process: Process, to: WorkerId, message: Message) -> None:

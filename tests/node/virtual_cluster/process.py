@@ -52,8 +52,8 @@ ToWorker = Message | Peers
 
 class Process:
     """``to_gateway`` and ``to_worker``: its link to the gateway. ``posted``: what its other threads
-    have posted to the node thread. ``known``: which process of each peer counts as up.
-    ``said``: the last messages that it sent, for ghosts."""
+    have posted to the node thread. ``known``: which process of each peer counts as up; ``named``:
+    those of which the gateway has told. ``said``: the last messages that it sent, for ghosts."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Process:
         self.to_worker: deque[ToWorker] = deque()
         self.links: dict[tuple[WorkerId, Epoch], PairLink] = {}
         self.known: dict[WorkerId, Epoch] = {}
+        self.named: set[WorkerId] = set()
         self.life: list[LifeEvent] = []
         self.said: deque[tuple[WorkerId, Message]] = deque(maxlen=NUM_KEPT)
         self.engine: StepRun | None = None
