@@ -129,7 +129,8 @@ class WorkerNode:
                 self.outbound.peer_lost(worker, f"{worker} is gone", out)
                 self.inbound.peer_gone(worker, epoch, out)
             case DrainWorker():
-                self._reporter.draining = self._reporter.changed = True
+                self._reporter.draining = True
+                self._reporter.beat(out)  # at once: until it is heard, jobs come only to be refused
             case _:
                 pass  # a router of a newer version; what it asks is not for us
 
