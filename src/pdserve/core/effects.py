@@ -259,7 +259,8 @@ class Deliver:
 
 
 class Refusal:
-    """Kinds of `Fail`, mapped to HTTP once, in ``api.errors``."""
+    """Kinds of `Fail`. The gateway turns them into errors of ``core.errors``: it knows whether
+    tokens are out already."""
 
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
