@@ -49,6 +49,18 @@ class RequestFamilies:
         self._registry = registry
         self._model_name = model_name
         self._label_values: dict[Counter, set[str]] = {}
+        self._make_counters()
+        self._show_zeros()
+        self._make_durations()
+        buckets = token_count_buckets(max_model_tokens)
+        self.request_prompt_tokens = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", buckets
+        )
+        self.request_generation_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Output tokens of a request.", buckets
+        )
+
+    def _make_counters(self) -> None:
         count = self._counter
         self.prompt_tokens = count("vllm:prompt_tokens", "Prompt tokens of answered requests.")
         self.generation_tokens = count("vllm:generation_tokens", "Tokens given to clients.")
@@ -65,7 +77,8 @@ class RequestFamilies:
         self._rejected = self._counter_by(
             "pdserve:requests_rejected", "Requests that failed before their first token.", "kind"
         )
-        self._show_zeros()
+
+    def _make_durations(self) -> None:
         self.first_token_s = self._seconds(
             "vllm:time_to_first_token", "Submission to first token.", FIRST_TOKEN_BUCKETS_S
         )
@@ -89,13 +102,6 @@ class RequestFamilies:
         )
         self.handoff_s = self._seconds(
             "pdserve:handoff", "Header sent to hand-off closed.", HANDOFF_BUCKETS_S
-        )
-        buckets = token_count_buckets(max_model_tokens)
-        self.request_prompt_tokens = self._histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens of a request.", buckets
-        )
-        self.request_generation_tokens = self._histogram(
-            "vllm:request_generation_tokens", "Output tokens of a request.", buckets
         )
 
     def success(self, finished_reason: str) -> Counter:
