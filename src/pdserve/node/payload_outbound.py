@@ -98,11 +98,11 @@ class PayloadSender:
         """Ask for exports and send slices as far as possible; gives what is now all sent."""
         sent = []
         for peer, lane in self._lanes.items():
-            self._ask_exports(lane, out)
             for attempt, parcel in list(lane.parcels.items()):
                 if parcel.payload is not None and self._send(peer, lane, parcel, out):
                     del lane.parcels[attempt]
                     sent.append(_sent(attempt, parcel))
+            self._ask_exports(lane, out)
         return sent
 
     def _ask_exports(self, lane: _Lane, out: Outbox) -> None:

@@ -95,7 +95,7 @@ class Spec:
         """A process of the slot with everything in it."""
         kind = self.kinds.get(worker, "plain")
         if kind == NATIVE:
-            settings = self._settings(worker, epoch, None)
+            settings = self._settings(worker, epoch, None, self.num_blocks)
             return Process(settings, WorkerNode(settings), NativeBackend(self.block_size))
         engine = self.engine(kind)
         capabilities = engine.info.capabilities
@@ -107,12 +107,13 @@ class Spec:
             payload_window_bytes=self.window_bytes,
             max_exports=self.max_exports,
         )
-        settings = self._settings(worker, epoch, foreign)
+        num_blocks = engine.info.capacity_tokens // self.block_size
+        settings = self._settings(worker, epoch, foreign, num_blocks)
         backend: Backend = ForeignBackend(engine)
         return Process(settings, ForeignWorkerNode(settings), backend)
 
     def _settings(
-        self, worker: WorkerId, epoch: Epoch, foreign: ForeignSettings | None
+        self, worker: WorkerId, epoch: Epoch, foreign: ForeignSettings | None, num_blocks: int
     ) -> WorkerSettings:
         layout = KvLayout(
             num_layers=0 if foreign else 2,
@@ -128,7 +129,7 @@ class Spec:
             epoch=epoch,
             role=dict(self.slots)[worker],
             layout=layout,
-            num_blocks=self.num_blocks,
+            num_blocks=num_blocks,
             max_model_tokens=self.max_model_tokens,
             max_step_tokens=16,
             lease_s=self.lease_s,
@@ -182,11 +183,12 @@ class Cluster:
             if process in link.sides:
                 link.cut(keep)
 
-    def cut(self, one: WorkerId, other: WorkerId, keep: int = 0) -> None:
-        self._link(self.current[one], self.current[other]).cut(keep)
+    def cut(self, one: str, other: str, keep: int = 0) -> None:
+        """The link breaks; each side can still read ``keep`` messages."""
+        self._link(self.process(one), self.process(other)).cut(keep)
 
-    def drain(self, worker: WorkerId) -> None:
-        self.current[worker].to_worker.append(DrainWorker())
+    def drain(self, worker: str) -> None:
+        self.process(worker).to_worker.append(DrainWorker())
 
     def run(self, until: Callable[[], bool] | None = None) -> None:
         """Everything in turn, time passing when nothing else can, until nothing is left to do (or
@@ -212,9 +214,8 @@ class Cluster:
                 found += self._events_of(process)
         found += [partial(self._reap, p) for p in self.unreaped if not p.to_gateway]
         for link in self.links:
-            found += [
-                partial(self._deliver, link, s) for s in link.sides if s.runs and link.queues[s]
-            ]
+            hearing = [side for side in link.sides if side.runs and link.queues[side]]
+            found += [partial(self._deliver, link, side) for side in hearing]
         due = [name for name, at_s in self.router_timers.items() if at_s <= self.now]
         return found + [partial(self._fire_router, name) for name in due]
 
@@ -249,8 +250,21 @@ class Cluster:
         assert not self.router_timers.keys() - BACKGROUND_TIMERS, self.router_timers
         for book in self.router.books.workers.values():
             assert not book.promised, book
-            assert book.free_blocks == self.spec.num_blocks, book
+            assert book.free_blocks == book.up.num_blocks, book
             assert (book.pending_tokens, book.num_decoding) == (0, 0), book
+
+    def process(self, worker: str) -> Process:
+        return self.current[WorkerId(worker)]
+
+    def engine(self, worker: str) -> Engine:
+        backend = self.process(worker).backend
+        assert isinstance(backend, ForeignBackend)
+        return backend.engine
+
+    def names(self, request_id: str) -> list[str]:
+        """Life events of the request, in order of time."""
+        events = [event for event in self.life if event.request_id == request_id]
+        return [event.name.value for event in sorted(events, key=lambda event: event.at_s)]
 
     def settle(self) -> None:
         """Let two heartbeats pass, so that the router's books follow."""

@@ -39,17 +39,19 @@ class Backend(Protocol):
 
 
 class ForeignBackend:
-    """An engine and its thread. ``damage_next``: the next payload to adopt changes on the way."""
+    """An engine and its thread. ``damage_next``: the next payload to adopt changes on the way.
+    ``hangs``: a call or a step does not come back."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.damage_next = False
+        self.hangs = False
         self._calls: deque[Effect] = deque()
         self._idle = True
 
     @property
     def can_act(self) -> bool:
-        return bool(self._calls) or not self._idle
+        return not self.hangs and (bool(self._calls) or not self._idle)
 
     def perform(self, effect: Effect) -> None:
         assert is_engine_call(effect), effect
