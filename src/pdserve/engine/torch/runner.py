@@ -107,6 +107,8 @@ class TorchRunner(ModelRunner):
         with torch.inference_mode():
             batch = build_batch(plan, bounds, self._numerics, self._device)
             pool.copy(plan.copies)
+            if batch.num_tokens == 0:
+                return torch.empty(0, self.info.vocab_size, device=self._device)
             hidden = model.forward(batch, pool, layer_done)
             return self._sampled_logits(model, batch, hidden)
 
