@@ -65,11 +65,11 @@ class FcfsBatching:
     """First come, first served; nobody overtakes a prompt that waits for blocks."""
 
     def plan(self, view: BatchView) -> BatchPlan:
-        budget = (
-            min(view.mixed_chunk_tokens, view.max_step_tokens - view.num_decoding)
-            if view.num_decoding
-            else view.max_step_tokens
-        )
+        budget = view.max_step_tokens
+        if view.num_decoding:
+            budget = min(view.mixed_chunk_tokens, view.max_step_tokens - view.num_decoding)
+        # One block at least, beyond either bound if it must be: decodes may never leave room.
+        budget = max(budget, view.block_size)
         free_blocks = view.free_blocks
         sequences_left = view.max_running - view.num_decoding - view.num_admitted
         grants: list[Grant] = []
