@@ -59,7 +59,8 @@ class WorkerBook:
 
     @property
     def num_decoding(self) -> int:
-        reported = 0 if self.report is None else self.report.num_running
+        report = self.report
+        reported = 0 if report is None else report.num_running + report.open_leases
         return reported + len(self.promised) + self.num_granted
 
     def debit_job(self, num_tokens: int) -> int:
