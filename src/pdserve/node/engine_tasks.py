@@ -27,7 +27,7 @@ from pdserve.core.engine_work import (
     EngineSubmit,
     EngineWork,
 )
-from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.ids import AttemptId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import Job
 from pdserve.node.outbox import Outbox
@@ -46,16 +46,14 @@ class TaskState(Enum):
 @dataclass(slots=True, eq=False, kw_only=True)
 class EngineTask:
     """One attempt in the engine. ``next_index``: of each choice that goes on, the index of its next
-    token. ``job`` is given if it is to be handed off, ``peer`` if it was. ``first_tokens``: the
-    next token of each choice of a hand-off, collected until all are there. ``redrawn``: tokens that
-    the engine will draw although they are drawn."""
+    token. ``job`` is given if it is to be handed off; ``first_tokens`` then collects the next token
+    of each choice. ``redrawn``: tokens that the engine will draw although they are drawn."""
 
     attempt: AttemptId
     num_tokens: int
     state: TaskState
     next_index: dict[int, int]
     job: Job | None = None
-    peer: WorkerId | None = None
     cached_tokens: int = 0
     first_tokens: dict[int, TokenDelta] = field(default_factory=dict)
     redrawn: dict[int, int] = field(default_factory=dict)
@@ -131,7 +129,6 @@ class EngineTasks:
         first_tokens: tuple[TokenDelta, ...],
         payload: bytes,
         digest: bytes,
-        peer: WorkerId,
         out: Outbox,
     ) -> None:
         """Give a payload that has arrived to the engine; `adopted` or `forget` must follow."""
@@ -142,7 +139,6 @@ class EngineTasks:
             num_tokens=len(work.token_ids),
             state=TaskState.ADOPTING,
             next_index=dict.fromkeys(work.choices, index),
-            peer=peer,
             redrawn=drawn if self._redraws else {},
         )
         out.add(EngineAdopt(work, first_tokens, payload, digest))

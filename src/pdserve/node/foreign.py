@@ -9,15 +9,7 @@ when it sees the header, and the router tries elsewhere or decodes in place.
 
 from __future__ import annotations
 
-from pdserve.core.effects import (
-    Effect,
-    Input,
-    PeerLost,
-    PeerUp,
-    Received,
-    Started,
-    TimerFired,
-)
+from pdserve.core.effects import Input
 from pdserve.core.engine_work import (
     EngineAborted,
     EngineAdopted,
@@ -27,36 +19,22 @@ from pdserve.core.engine_work import (
     EngineStepped,
 )
 from pdserve.core.events import LifeName
-from pdserve.core.ids import GATEWAY, AttemptId, Epoch, WorkerId
+from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import (
-    AbortAttempt,
-    Accepted,
     AttemptFailed,
-    DrainWorker,
     FailureKind,
-    HandoffAbort,
-    HandoffRejected,
-    Header,
-    LeaseRenew,
     Message,
     OpaquePayload,
     PayloadTaken,
-    Revoke,
-    RevokeAck,
-    StartJob,
-    Ticket,
-    TicketRefused,
     Tokens,
-    Trailer,
-    WorkerGone,
 )
 from pdserve.core.request import Job
 from pdserve.node.engine_tasks import EngineOutcome, EngineTask, EngineTasks, TaskState
-from pdserve.node.outbound import OutboundHandoffs
+from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
 from pdserve.node.payload_inbound import PayloadArrivals
 from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
-from pdserve.node.report import LoadCounters, LoadFigures, LoadReporter
+from pdserve.node.report import LoadCounters, LoadFigures
 from pdserve.node.settings import WorkerSettings
 
 
@@ -89,18 +67,16 @@ class EngineLoadSource:
         )
 
 
-class ForeignWorkerNode:
+class ForeignWorkerNode(WorkerMachine):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self.settings = settings
         self.tasks = EngineTasks(settings)
         self.sender = PayloadSender(settings)
-        self.outbound = OutboundHandoffs(settings)
         self.inbound = PayloadArrivals(settings, self.tasks)
-        source = EngineLoadSource(self.tasks, self.inbound, settings.layout.block_size)
-        self._reporter = LoadReporter(settings, source)
-        self._gone: dict[WorkerId, Epoch] = {}
+        load = EngineLoadSource(self.tasks, self.inbound, settings.layout.block_size)
+        super().__init__(settings, self.inbound, load)
+        self._engine_spoke = False
         self._engine_owes = False
 
     @property
@@ -109,124 +85,28 @@ class ForeignWorkerNode:
         handoffs_over = not len(self.outbound) and self.inbound.is_empty
         return handoffs_over and self.tasks.is_empty and self.sender.is_empty
 
-    @property
-    def draining(self) -> bool:
-        """True once the router has asked to take no new work."""
-        return self._reporter.draining
+    def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
+        self.tasks.submit(job, hands_off=hands_off, out=out)
 
-    def handle(self, event: Input, now: float) -> list[Effect]:
-        out = Outbox(self.settings.worker, now)
-        engine_spoke = False
-        match event:
-            case Started():
-                self._reporter.beat(out)
-            case Received(sender, epoch, message):
-                if epoch > self._gone.get(sender, -1):
-                    self._received(sender, epoch, message, out)
-            case TimerFired(timer):
-                self._timer_fired(timer, out)
-            case PeerLost(worker, epoch):
-                self.sender.peer_lost(worker)
-                self.outbound.peer_lost(worker, f"lost the link to {worker}", out)
-                self.inbound.peer_lost(worker, epoch, out)
-            case PeerUp():
-                pass  # nothing is quarantined, so there is nothing to ask for again
-            case _:
-                self._engine_says(event, out)
-                engine_spoke = True
-        self._advance(engine_spoke, out)
-        return out.effects
+    def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
+        self.tasks.end(attempt, out, choices)
 
-    # --- the router and the peers -------------------------------------------------------------
-
-    def _received(self, sender: WorkerId, epoch: Epoch, message: Message, out: Outbox) -> None:
-        if sender == GATEWAY:
-            self._from_router(message, out)
-        else:
-            self._from_peer(sender, epoch, message, out)
-
-    def _from_router(self, message: Message, out: Outbox) -> None:
+    def _peer_says(self, peer: WorkerId, message: Message, epoch: Epoch, out: Outbox) -> None:
         match message:
-            case StartJob(job):
-                self._start(job, out)
-            case AbortAttempt(attempt, choices):
-                self._abort(attempt, choices, out)
-            case WorkerGone(worker, epoch):
-                self._gone[worker] = max(epoch, self._gone.get(worker, epoch))
-                self.sender.peer_lost(worker)
-                self.outbound.peer_lost(worker, f"{worker} is gone", out)
-                self.inbound.peer_gone(worker, epoch, out)
-            case DrainWorker():
-                self._reporter.draining = self._reporter.changed = True
-            case _:
-                pass  # a router of a newer version; what it asks is not for us
-
-    def _from_peer(self, peer: WorkerId, epoch: Epoch, message: Message, out: Outbox) -> None:
-        match message:
-            case Header():
-                self.inbound.opened(message, peer, epoch, self.draining, out)
-            case Ticket():
-                self.outbound.granted(message, peer, epoch, out)
-            case TicketRefused(attempt=attempt, detail=detail):
-                self._turned_down(attempt, FailureKind.REFUSED, detail, peer, out)
-            case LeaseRenew(attempt):
-                self.inbound.renewed(attempt, peer, out)
             case OpaquePayload():
-                self.inbound.slice(message, peer, out)
+                self.inbound.slice(message, peer, epoch, out)
             case PayloadTaken(_, num_bytes):
                 self.sender.taken(peer, num_bytes)
-            case Trailer():
-                self.inbound.trailer(message, peer, out)
-            case Accepted(attempt):
-                self.outbound.accepted(attempt, peer, out)
-            case HandoffRejected(attempt=attempt, detail=detail):
-                self._turned_down(attempt, FailureKind.HANDOFF, detail, peer, out)
-            case HandoffAbort(attempt=attempt):
-                task = self.tasks.get(attempt)
-                adopted = task is not None and task.peer == peer
-                if not self.inbound.writer_done(attempt, peer, out) and adopted:
-                    self.tasks.end(attempt, out)
-            case Revoke(attempt):
-                self.outbound.revoked(attempt, peer, out)
-            case RevokeAck(attempt):
-                self.inbound.writer_done(attempt, peer, out)
             case _:
                 pass
 
-    def _turned_down(
-        self, attempt: AttemptId, kind: FailureKind, detail: str, peer: WorkerId, out: Outbox
-    ) -> None:
-        self.outbound.fail(attempt, kind, detail, out, peer=peer, tells_peer=False)
-
-    def _start(self, job: Job, out: Outbox) -> None:
-        self._reporter.last_route_seq = max(self._reporter.last_route_seq, job.route_seq)
-        self._reporter.changed = True
-        why_not = self.settings.misfit(job)
-        if self.draining:
-            why_not = f"{self.settings.worker} is draining"
-        if why_not is not None:
-            kind = FailureKind.DRAINING if self.draining else FailureKind.INVALID
-            out.tell_router(AttemptFailed(attempt=job.attempt, kind=kind, detail=why_not))
-            return
-        remaining_tokens = job.params.max_tokens - job.next_index
-        self.tasks.submit(job, hands_off=not job.is_local and remaining_tokens > 1, out=out)
-        out.log(LifeName.PREFILL_QUEUED, job.attempt)
-
-    def _abort(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
-        self._reporter.changed = True
-        if self.outbound.abort(attempt, choices, out):
-            return
-        if choices is None and self.inbound.abort(attempt, out):
-            return
-        self.tasks.end(attempt, out, choices)
-
-    def _timer_fired(self, timer: str, out: Outbox) -> None:
-        if not self._reporter.timer_fired(timer, out) and not self.outbound.timer_fired(timer, out):
-            self.inbound.timer_fired(timer, out)
+    def _link_ended(self, peer: WorkerId) -> None:
+        self.sender.peer_lost(peer)
 
     # --- the engine ---------------------------------------------------------------------------
 
     def _engine_says(self, event: Input, out: Outbox) -> None:
+        self._engine_spoke = True
         match event:
             case EngineStepped(output, load, elapsed_s):
                 self._set_load(load)
@@ -297,7 +177,7 @@ class ForeignWorkerNode:
 
     # --- after each input ---------------------------------------------------------------------
 
-    def _advance(self, engine_spoke: bool, out: Outbox) -> None:
+    def _advance(self, out: Outbox) -> None:
         self.inbound.grant_waiting(out)
         next_to_run = self.tasks.next_to_run()
         if next_to_run is not None:
@@ -305,7 +185,7 @@ class ForeignWorkerNode:
         for sent in self.sender.advance(out):
             self._reporter.transfer_bytes += sent.num_bytes
             self.outbound.sent(sent, out)
-        self._watch_engine(engine_spoke, out)
+        self._watch_engine(out)
         self._reporter.report_if_changed(out)
 
     def _open(self, task: EngineTask, out: Outbox) -> None:
@@ -314,11 +194,12 @@ class ForeignWorkerNode:
             cargo = PayloadCargo(self.settings, self.tasks, self.sender, task.job, task)
             self.outbound.open(task.job, cargo, out)
 
-    def _watch_engine(self, engine_spoke: bool, out: Outbox) -> None:
+    def _watch_engine(self, out: Outbox) -> None:
         """The age of the running step: since when the engine has owed a sign and given none."""
         owes = self.tasks.owes_a_sign or self.sender.is_exporting
-        if owes and (engine_spoke or not self._engine_owes):
+        if owes and (self._engine_spoke or not self._engine_owes):
             self._reporter.step_started(0, out.now)
         elif self._engine_owes and not owes:
             self._reporter.step_done(0.0)
         self._engine_owes = owes
+        self._engine_spoke = False

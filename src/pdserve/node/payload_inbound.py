@@ -123,16 +123,16 @@ class PayloadArrivals:
             out.tell_router(TicketGranted(attempt=attempt, num_blocks=arrival.num_blocks))
             out.set_timer(_lease_timer(attempt), lease_s)
 
-    def renewed(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
-        arrival = self._from_peer(attempt, peer)
+    def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
+        arrival = self._from_peer(attempt, peer, epoch)
         if arrival is not None and arrival.state is ArrivalState.GRANTED:
             out.set_timer(_lease_timer(attempt), self._settings.lease_s)
 
-    def slice(self, payload: OpaquePayload, peer: WorkerId, out: Outbox) -> None:
+    def slice(self, payload: OpaquePayload, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         """Keep the next slice. Taken off the link it is in any case."""
         if payload.data:
             out.send(peer, PayloadTaken(payload.attempt, len(payload.data)))
-        arrival = self._from_peer(payload.attempt, peer)
+        arrival = self._from_peer(payload.attempt, peer, epoch)
         if arrival is None or arrival.state is not ArrivalState.GRANTED:
             return
         end = payload.offset + len(payload.data)
@@ -147,9 +147,9 @@ class PayloadArrivals:
             arrival.num_bytes = end
             arrival.is_whole = payload.last
 
-    def trailer(self, trailer: Trailer, peer: WorkerId, out: Outbox) -> None:
+    def trailer(self, trailer: Trailer, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         """All slices have come: let the engine check and take the payload."""
-        arrival = self._from_peer(trailer.attempt, peer)
+        arrival = self._from_peer(trailer.attempt, peer, epoch)
         if arrival is None or arrival.state is not ArrivalState.GRANTED:
             return
         wrong = _wrong_trailer(arrival, trailer)
@@ -171,7 +171,7 @@ class PayloadArrivals:
             trace_context=header.trace_context,
         )
         payload, arrival.slices = b"".join(arrival.slices), []
-        self._tasks.adopt(work, live, payload, trailer.chunks[0].layers[0], peer, out)
+        self._tasks.adopt(work, live, payload, trailer.chunks[0].layers[0], out)
 
     def adopted(self, event: EngineAdopted, out: Outbox) -> None:
         """The engine has taken the payload, or found it wrong."""
@@ -201,9 +201,9 @@ class PayloadArrivals:
         self._drop(arrival, out, revokes=True)
         return True
 
-    def writer_done(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> bool:
+    def writer_done(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> bool:
         """The writer gives up. False if the attempt was adopted or never known."""
-        arrival = self._from_peer(attempt, peer)
+        arrival = self._from_peer(attempt, peer, epoch)
         if arrival is None:
             return False
         self._drop(arrival, out)
@@ -223,19 +223,27 @@ class PayloadArrivals:
                 self._tell_failed(attempt, f"lost the link to {peer}", out)
                 self._drop(arrival, out)
 
-    def timer_fired(self, timer: str, out: Outbox) -> None:
+    def peer_up(self, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
+        """The link is back. Nothing is quarantined, so there is nothing to ask for again."""
+
+    def timer_fired(self, timer: str, out: Outbox) -> bool:
+        """True if the timer was one of these hand-offs'."""
         for attempt, arrival in self._arrivals.items():
             if timer == _lease_timer(attempt) and arrival.state is ArrivalState.GRANTED:
                 detail = f"the lease of {self._settings.lease_s:g} s ran out"
                 self._tell_failed(attempt, detail, out)
                 self._drop(arrival, out, revokes=True)
-                return
+                return True
+        return False
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _from_peer(self, attempt: AttemptId, peer: WorkerId) -> Arrival | None:
+    def _from_peer(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch) -> Arrival | None:
+        """The hand-off, if this very process is its writer."""
         arrival = self._arrivals.get(attempt)
-        return arrival if arrival is not None and arrival.peer == peer else None
+        if arrival is None or (arrival.peer, arrival.peer_epoch) != (peer, epoch):
+            return None
+        return arrival
 
     def _refusal(self, header: Header, num_blocks: int) -> str | None:
         mine = self._foreign.payload_format

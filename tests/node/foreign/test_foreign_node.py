@@ -269,7 +269,7 @@ def test_what_the_engine_does_not_take_is_invalid() -> None:
 def test_a_draining_worker_takes_no_job_and_no_handoff() -> None:
     driven = Driven()
     driven.router(DrainWorker())
-    (report,) = driven.take(LoadReport)
+    (report,) = driven.take(LoadReport)  # at once
     assert isinstance(report, LoadReport)
     assert report.draining
     driven.router(job())
@@ -728,13 +728,34 @@ def test_a_lost_link_does_not_end_what_has_all_arrived() -> None:
     assert driven.to(GATEWAY, Accepted) == [Accepted(ID)]
 
 
-def test_only_its_own_writer_takes_an_adopted_attempt_back() -> None:
+def test_a_writer_that_has_not_heard_of_the_adoption_takes_it_back() -> None:
     driven = adopting()
     driven.hear(EngineAdopted(ID, None, FREE))
-    driven.peer(HandoffAbort(attempt=ID, detail="no"), OTHER)
-    assert driven.take(EngineAbort) == []
     driven.peer(HandoffAbort(attempt=ID, detail="no"))
     assert driven.take(EngineAbort) == [EngineAbort(ID)]
+
+
+def test_the_late_end_of_an_old_link_does_not_touch_the_new_process() -> None:
+    driven = exporting()
+    driven.router(WorkerGone(PEER, Epoch(0)))
+    driven.hear(PeerLost(PEER, Epoch(0)))
+    assert driven.node.is_empty is False
+    second = AttemptId(ID.request_id, Epoch(2))
+    driven.hear(EngineAborted(ID, None, FREE))
+    driven.router(job(second))
+    driven.take(AttemptFailed)
+    driven.hear(PeerLost(PEER, Epoch(0)))
+    assert driven.take(AttemptFailed) == []
+
+
+def test_slices_of_another_process_of_the_peer_are_let_fall() -> None:
+    driven = receiving()
+    driven.hear(Received(PEER, Epoch(2), slice_of(b"x", last=True)))
+    driven.peer(slice_of(b"abc", last=True))
+    driven.peer(TRAILER)
+    (adopt,) = driven.take(EngineAdopt)
+    assert isinstance(adopt, EngineAdopt)
+    assert adopt.payload == b"abc"
 
 
 def test_a_dead_process_is_not_heard() -> None:
