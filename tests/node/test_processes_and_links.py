@@ -2,44 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pytest
+from virtual_cluster import ClusterSpec, VirtualCluster, check_books_restored, make_ask
+from virtual_cluster.orders import PROMPT, STAGES, Pair, of, pair, reach
 
-from virtual_cluster import ClusterSpec, Event, Process, VirtualCluster, make_ask
-
-from pdserve.core.messages import Message
 from pdserve.core.request import RoutePreference
-
-PROMPT = tuple(range(2, 16))  # three full blocks and a half
-
-Hold = Callable[[Event], bool]
-
-
-def split_cluster(**settings: object) -> tuple[VirtualCluster, Process, Process]:
-    """One prefill and one decode worker, linked and idle."""
-    cluster = VirtualCluster(ClusterSpec(**settings))  # type: ignore[arg-type]
-    cluster.run()
-    return cluster, cluster.current["prefill-0"], cluster.current["decode-0"]
-
-
-def holds(cluster: VirtualCluster, receiver: Process, sender: Process, *kinds: type) -> Hold:
-    """Keep messages of these kinds from being delivered."""
-
-    def hold(event: Event) -> bool:
-        if event.kind != "deliver" or event.process is not receiver:
-            return False
-        queue = cluster.messages(sender, receiver)
-        return bool(queue) and isinstance(queue[0], kinds)
-
-    return hold
-
-
-def of(process: Process, *kinds: str) -> Hold:
-    """Keep events of these kinds of a process from happening."""
-    return lambda event: event.process is process and event.kind in kinds
-
-
-def waiting(cluster: VirtualCluster, sender: Process, receiver: Process) -> list[type[Message]]:
-    return [type(message) for message in cluster.messages(sender, receiver)]
 
 
 def test_quarantine_ends_with_the_word_of_its_writer_or_of_its_death() -> None:
@@ -64,7 +31,8 @@ def test_quarantine_ends_with_the_word_of_its_writer_or_of_its_death() -> None:
 
 def test_the_end_of_a_dead_process_does_not_touch_hand_offs_to_its_successor() -> None:
     """The link to the dead one is noticed last of all."""
-    cluster, prefill, decode = split_cluster()
+    together = pair()
+    cluster, prefill, decode = together.cluster, together.prefill, together.decode
     cluster.late_peer_lost = True
     cluster.kill(decode)
     cluster.run_for(0.2, hold=of(prefill, "notice"))
@@ -76,3 +44,80 @@ def test_the_end_of_a_dead_process_does_not_touch_hand_offs_to_its_successor() -
     cluster.run_for(5)
     assert cluster.client.answers["r"].is_complete
     assert not [event for event in cluster.life if event.name == "resumed"]
+
+
+def check_nothing_left(cluster: VirtualCluster) -> None:
+    for process in cluster.current.values():
+        assert process.alive
+        assert process.node.is_empty
+        pool = process.node.batch.tables.pool
+        assert pool.num_free == pool.num_blocks
+    check_books_restored(cluster.router)
+
+
+def at(stage: str, num_choices: int = 2, **settings: object) -> Pair:
+    """A split request in this moment of its life."""
+    together = pair(**settings)
+    together.cluster.submit(make_ask("r", PROMPT, max_tokens=5, num_choices=num_choices))
+    reach(stage, together)
+    return together
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_client_that_goes_away_leaves_nothing(stage: str) -> None:
+    cluster = at(stage).cluster
+    cluster.leave("r")
+    cluster.run_for(1)
+    check_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_choice_that_goes_away_leaves_the_other_alone(stage: str) -> None:
+    cluster = at(stage).cluster
+    cluster.leave("r", (0,))
+    cluster.run_for(2)
+    answer = cluster.client.answers["r"]
+    assert tuple(answer.tokens[1]) == answer.ask.answers[1]
+    check_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5])
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_worker_costs_no_answer(stage: str, victim: str, kept: int) -> None:
+    """``kept``: messages of each kind of link that can still be read."""
+    cluster = at(stage).cluster
+    cluster.below = lambda number: min(kept, number - 1)
+    cluster.kill(cluster.current[victim])
+    cluster.run_for(3)
+    assert cluster.client.answers["r"].is_complete
+    check_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_broken_link_costs_no_answer(stage: str, kept: int) -> None:
+    together = at(stage)
+    cluster = together.cluster
+    cluster.below = lambda number: min(kept, number - 1)
+    cluster.cut(together.prefill.links["decode-0", 1])
+    cluster.run_for(3)
+    assert cluster.client.answers["r"].is_complete
+    check_nothing_left(cluster)
+
+
+@pytest.mark.parametrize("sleeps_s", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("sleeper", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_sleeping_worker_costs_no_answer(stage: str, sleeper: str, sleeps_s: float) -> None:
+    """Shorter than a lease, longer than a lease, and long enough to be killed for it. What it still
+    writes when it wakes up lands where nobody reads."""
+    cluster = at(stage).cluster
+    process = cluster.current[sleeper]
+    process.stopped = True
+    cluster.run_for(sleeps_s)
+    process.stopped = False
+    assert process.alive == (sleeps_s < cluster.spec.router.report_timeout_s)
+    cluster.run_for(4)
+    assert cluster.client.answers["r"].is_complete
+    check_nothing_left(cluster)
