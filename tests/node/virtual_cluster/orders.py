@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pdserve.core.events import LifeName
 from pdserve.core.messages import Accepted, Header, Message, Ticket, Trailer
 from pdserve.node.inbound import InboundState
 from virtual_cluster.cluster import Condition, Event, VirtualCluster
+from virtual_cluster.oracle import make_ask
 from virtual_cluster.process import Process
 from virtual_cluster.spec import ClusterSpec
 
@@ -39,6 +42,24 @@ class Pair:
 
         return hold
 
+    def said(self) -> Counter[type[Message]]:
+        """How often each kind of message was sent by either worker, to whomever."""
+        pairs = [*self.prefill.said, *self.decode.said]
+        return Counter(type(message) for _, message in pairs)
+
+    def names(self) -> list[LifeName]:
+        """What happened to all requests, in order."""
+        return [event.name for event in self.cluster.life]
+
+    def completes(self, seconds: float = 1.0) -> bool:
+        """Run on; true if every request is answered and neither process holds anything."""
+        self.cluster.run_for(seconds)
+        return (
+            all(answer.is_complete for answer in self.cluster.client.answers.values())
+            and self.prefill.node.is_empty
+            and self.decode.node.is_empty
+        )
+
     def inbound_states(self) -> list[InboundState]:
         return [handoff.state for handoff in self.decode.node.inbound.handoffs()]
 
@@ -48,6 +69,14 @@ def pair(**settings: object) -> Pair:
     cluster = VirtualCluster(ClusterSpec(**settings))  # type: ignore[arg-type]
     cluster.run()
     return Pair(cluster, cluster.current["prefill-0"], cluster.current["decode-0"])
+
+
+def submitted(max_tokens: int = 4, num_choices: int = 1, **settings: object) -> Pair:
+    """With request ``r`` on its way."""
+    together = pair(**settings)
+    ask = make_ask("r", PROMPT, max_tokens=max_tokens, num_choices=num_choices)
+    together.cluster.submit(ask)
+    return together
 
 
 def of(process: Process, *kinds: str) -> Condition:
