@@ -30,8 +30,14 @@ class ServerProcess:
                 env={**os.environ, "PDSERVE_LOG_FORMAT": "json"},
             )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()  # ends with the process, if it does not get ready
-        assert line, f"the server did not get ready:\n{self.log}"
+        try:
+            line = self.process.stdout.readline()  # empty if the process ends before it is ready
+        except BaseException:
+            self.close()
+            raise
+        if not line:
+            self.close()
+            pytest.fail(f"the server did not get ready:\n{self.log}")
         self.url: str = json.loads(line)["url"]
 
     @property

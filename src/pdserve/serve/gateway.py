@@ -50,6 +50,9 @@ from pdserve.serve.streams import TokenStream
 
 log = logging.getLogger(__name__)
 
+UNLINKED_GRACE_S = 1.0
+"""How long a worker without a link to the gateway may take to end by itself."""
+
 
 class Supervisor(Protocol):
     """Who keeps the worker processes: the launcher, or a cluster within one process."""
@@ -236,7 +239,9 @@ class LiveGateway:
 
     def _unlinked(self, worker: WorkerId, epoch: Epoch, reason: str) -> None:
         log.warning("link to %s (process %d) closed: %s", worker, epoch, reason)
-        self._supervisor.kill(worker, epoch)
+        # Most often it is ending, and its exit status says why; a kill would hide that.
+        loop = asyncio.get_running_loop()
+        loop.call_later(UNLINKED_GRACE_S, self._supervisor.kill, worker, epoch)
 
     # --- effects ------------------------------------------------------------------------------
 

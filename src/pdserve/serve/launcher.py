@@ -233,15 +233,20 @@ class Launcher:
         slot.restart = None
         slot.epoch = Epoch(slot.epoch + 1)
         slot.ready_since_s = None
-        epoch = slot.epoch
         slot.address = new_address()
+        epoch = slot.epoch
         document = self._start_document(slot.worker, epoch, slot.address)
-        slot.child = Child(
-            self._command,
-            document,
-            said=lambda line: self._said(slot.worker, line),
-            ended=lambda child: self._on_end(slot, epoch, child),
-        )
+        try:
+            slot.child = Child(
+                self._command,
+                document,
+                said=lambda line: self._said(slot.worker, line),
+                ended=lambda child: self._on_end(slot, epoch, child),
+            )
+        except OSError as error:  # no memory or no process id left: later there may be
+            log.error("cannot start a process for %s: %s", slot.worker, error)
+            self._start_later(slot)
+            return
         log.info("worker started: worker=%s epoch=%d pid=%d", slot.worker, epoch, slot.child.pid)
 
     def _on_end(self, slot: _Slot, epoch: Epoch, child: Child) -> None:
@@ -253,13 +258,16 @@ class Launcher:
         if child.status == USER_ERROR_STATUS and not slot.was_ever_ready:
             self._unusable(slot.worker, child.lines[-1] if child.lines else child.detail)
             return
+        self._start_later(slot)
+        self._exited(slot.worker, epoch, child.detail)
+
+    def _start_later(self, slot: _Slot) -> None:
         ready_s = 0.0 if slot.ready_since_s is None else time.monotonic() - slot.ready_since_s
-        if ready_s >= HEALTHY_AFTER_S:
+        if slot.ready_since_s is not None and ready_s >= HEALTHY_AFTER_S:
             slot.failures = 0
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**slot.failures)
         slot.failures += 1
         slot.restart = asyncio.get_running_loop().call_later(pause_s, self._start, slot)
-        self._exited(slot.worker, epoch, child.detail)
 
     def _check_all_gone(self) -> None:
         gone = self._all_gone

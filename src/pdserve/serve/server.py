@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pdserve.config import ServeConfig
 from pdserve.core.effects import Refusal
@@ -31,6 +32,9 @@ from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
 from pdserve.serve.links import Identity, new_address
 from pdserve.serve.recorder import recorder_of
+
+if TYPE_CHECKING:
+    from pdserve.serve.http import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class Server:
         self._ready = ready
         self._stop = asyncio.Event()
         self._at_once = asyncio.Event()
+        self._http: HttpServer | None = None
         self._failure: str | None = None
         self._user_error: str | None = None
         secret = secrets.token_bytes(32)
@@ -119,19 +124,22 @@ class Server:
         serving = asyncio.ensure_future(http.serve(sockets=[bound]))
         serving.add_done_callback(lambda _: self._stop.set())
         announcing = asyncio.ensure_future(self._announce(bound))
+        self._http = http
         try:
             await self._stop.wait()
             announcing.cancel()
             await self._drain()
         finally:
             http.should_exit = True
+            http.force_exit = self._at_once.is_set()
             await asyncio.wait((serving,))
         serving.result()
 
     async def _announce(self, bound: socket.socket) -> None:
         await self._gateway.until_ready()
         host, port = bound.getsockname()[:2]
-        self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        with contextlib.suppress(OSError):  # nobody reads what is printed
+            self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def _drain(self) -> None:
         if self._failure is None and self._user_error is None:
@@ -152,6 +160,8 @@ class Server:
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
             self._at_once.set()
+            if self._http is not None:
+                self._http.force_exit = self._http.should_exit
         log.info("%s received", signal.Signals(number).name)
         self._stop.set()
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from pdserve.api.gateway import ModelCard
 from pdserve.cli import main
 from pdserve.core.errors import ConfigError, ContextLengthError, UnavailableError
-from pdserve.core.ids import Epoch, RequestId, WorkerId
+from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.request import Request, Role, SamplingParams
 from pdserve.node.settings import RouterSettings
 from pdserve.serve.inproc import InprocCluster
 from pdserve.serve.recorder import SUFFIX, FileRecorder, read
 from pdserve.serve.replay import replay, replay_file
-from pdserve.serve.start import WorkerStart
 from pdserve.transport.records import decode_record
 
 PREFILL, DECODE, MIXED = WorkerId("prefill-0"), WorkerId("decode-0"), WorkerId("mixed-0")
@@ -26,46 +24,7 @@ SPLIT = ((PREFILL, Role.PREFILL), (DECODE, Role.DECODE))
 ALONE = ((MIXED, Role.MIXED),)
 NUM_BLOCKS = 96
 
-
-def cluster(
-    model: Path,
-    workers: Sequence[tuple[WorkerId, Role]] = SPLIT,
-    *,
-    record: Path | None = None,
-    router: RouterSettings | None = None,
-) -> InprocCluster:
-    template = WorkerStart(
-        worker=WorkerId(""),
-        epoch=Epoch(0),
-        role=Role.MIXED,
-        secret=b"",
-        gateway_address="",
-        address="",
-        launcher_pid=0,
-        model_path=str(model),
-        engine="torch",
-        device="cpu",
-        dtype="fp32",
-        numerics="exact",
-        threads=1,
-        transport="inproc",
-        block_size=16,
-        num_blocks=NUM_BLOCKS,
-        max_model_tokens=1024,
-        max_step_tokens=2048,
-        record=None,
-        log_format="text",
-    )
-    card = ModelCard(
-        name="tiny", max_model_tokens=1024, vocab_size=384, eos_token_ids=(2,), created=0
-    )
-    return InprocCluster(
-        card,
-        workers,
-        template,
-        record=None if record is None else str(record),
-        router=router,
-    )
+MakeCluster = Callable[..., InprocCluster]
 
 
 def request(name: str, *, num_tokens: int = 20, prompt_tokens: int = 70, seed: int = 1) -> Request:
@@ -97,12 +56,12 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model_path: Path) -> dict[int, list[int]]:
+def expected(make_cluster: MakeCluster) -> dict[int, list[int]]:
     """The answers of a single mixed worker, by seed."""
     answers: dict[int, list[int]] = {}
 
     async def work() -> None:
-        async with cluster(tiny_model_path, ALONE) as running:
+        async with make_cluster(ALONE) as running:
             for seed in range(1, 6):
                 answers[seed] = await answer(running, request(f"alone-{seed}", seed=seed))
 
@@ -112,10 +71,10 @@ def expected(tiny_model_path: Path) -> dict[int, list[int]]:
 
 
 def test_split_answers_are_those_of_one_worker_and_every_block_comes_back(
-    tiny_model_path: Path, expected: dict[int, list[int]]
+    make_cluster: MakeCluster, expected: dict[int, list[int]]
 ) -> None:
     async def work() -> None:
-        async with cluster(tiny_model_path) as running:
+        async with make_cluster(SPLIT) as running:
             asked = [request(f"r{seed}", seed=seed) for seed in range(1, 6)]
             answers = await asyncio.gather(*(answer(running, one) for one in asked))
             assert dict(zip(range(1, 6), answers, strict=True)) == expected
@@ -132,9 +91,9 @@ def test_split_answers_are_those_of_one_worker_and_every_block_comes_back(
     run(work)
 
 
-def test_a_reader_that_leaves_frees_both_sides(tiny_model_path: Path) -> None:
+def test_a_reader_that_leaves_frees_both_sides(make_cluster: MakeCluster) -> None:
     async def work() -> None:
-        async with cluster(tiny_model_path) as running:
+        async with make_cluster(SPLIT) as running:
             stream = running.gateway.submit(request("leaves", num_tokens=900))
             await anext(stream)
             await stream.aclose()
@@ -145,10 +104,10 @@ def test_a_reader_that_leaves_frees_both_sides(tiny_model_path: Path) -> None:
 
 
 def test_a_killed_worker_costs_no_token_and_its_next_process_serves(
-    tiny_model_path: Path, expected: dict[int, list[int]]
+    make_cluster: MakeCluster, expected: dict[int, list[int]]
 ) -> None:
     async def work() -> None:
-        async with cluster(tiny_model_path) as running:
+        async with make_cluster(SPLIT) as running:
             for victim in (DECODE, PREFILL):
                 stream = running.gateway.submit(request(f"kill-{victim}", seed=1))
                 tokens = [(await anext(stream)).token_id, (await anext(stream)).token_id]
@@ -165,10 +124,10 @@ def test_a_killed_worker_costs_no_token_and_its_next_process_serves(
     run(work)
 
 
-def test_with_nobody_left_the_answer_ends_with_an_error(tiny_model_path: Path) -> None:
+def test_with_nobody_left_the_answer_ends_with_an_error(make_cluster: MakeCluster) -> None:
     async def work() -> None:
         router = RouterSettings(no_worker_timeout_s=0.01)
-        async with cluster(tiny_model_path, ALONE, router=router) as running:
+        async with make_cluster(ALONE, router=router) as running:
             running.kill(MIXED)
             with pytest.raises(UnavailableError, match="no worker"):
                 await answer(running, request("nobody"))
@@ -177,9 +136,9 @@ def test_with_nobody_left_the_answer_ends_with_an_error(tiny_model_path: Path) -
     run(work)
 
 
-def test_what_can_never_fit_is_refused_at_once(tiny_model_path: Path) -> None:
+def test_what_can_never_fit_is_refused_at_once(make_cluster: MakeCluster) -> None:
     async def work() -> None:
-        async with cluster(tiny_model_path, ALONE) as running:
+        async with make_cluster(ALONE) as running:
             with pytest.raises(ContextLengthError, match="1025 tokens"):
                 await answer(running, request("long", prompt_tokens=1000, num_tokens=25))
 
@@ -187,10 +146,10 @@ def test_what_can_never_fit_is_refused_at_once(tiny_model_path: Path) -> None:
 
 
 def test_draining_lets_running_answers_end_and_refuses_new_ones(
-    tiny_model_path: Path, expected: dict[int, list[int]]
+    make_cluster: MakeCluster, expected: dict[int, list[int]]
 ) -> None:
     async def work() -> None:
-        async with cluster(tiny_model_path) as running:
+        async with make_cluster(SPLIT) as running:
             stream = running.gateway.submit(request("running", seed=1))
             first = await anext(stream)
             draining = asyncio.ensure_future(running.gateway.drain())
@@ -203,9 +162,11 @@ def test_draining_lets_running_answers_end_and_refuses_new_ones(
     run(work)
 
 
-def test_a_worker_that_cannot_load_ends_the_start(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_load_ends_the_start(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
     async def work() -> None:
-        async with cluster(tmp_path / "nothing", ALONE):
+        async with make_cluster(ALONE, model=tmp_path / "nothing"):
             pytest.fail("there is no model")
 
     with pytest.raises(Exception, match="nothing"):
@@ -213,12 +174,12 @@ def test_a_worker_that_cannot_load_ends_the_start(tmp_path: Path) -> None:
 
 
 def test_a_recording_replays_byte_by_byte_and_a_change_is_found(
-    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_cluster: MakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "recording"
 
     async def work() -> None:
-        async with cluster(tiny_model_path, record=folder) as running:
+        async with make_cluster(SPLIT, record=folder) as running:
             for seed in range(1, 4):
                 await answer(running, request(f"r{seed}", seed=seed))
             running.kill(DECODE)
@@ -262,11 +223,11 @@ def test_a_recording_replays_byte_by_byte_and_a_change_is_found(
     assert "DIFFERS" in capsys.readouterr().out
 
 
-def test_a_recording_is_never_written_over(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_recording_is_never_written_over(make_cluster: MakeCluster, tmp_path: Path) -> None:
     (tmp_path / f"router{SUFFIX}").touch()
 
     async def work() -> None:
-        async with cluster(tiny_model_path, ALONE, record=tmp_path):
+        async with make_cluster(ALONE, record=tmp_path):
             pytest.fail("it would overwrite a recording")
 
     with pytest.raises(ConfigError, match="give an empty folder"):
