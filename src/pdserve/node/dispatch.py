@@ -23,17 +23,33 @@ class Dispatch:
 
     def __init__(self, books: ClusterBooks, policy: RoutePolicy) -> None:
         self.lives: dict[RequestId, Life] = {}
-        self.waiting: dict[RequestId, None] = {}
+        self._new: dict[RequestId, None] = {}
+        self._resumes: dict[RequestId, None] = {}
         self._books = books
         self._policy = policy
 
-    def wait_first(self, life: Life) -> None:
-        """Resumes go before requests that have not begun."""
-        self.waiting = {life.request.request_id: None, **self.waiting}
+    @property
+    def queue(self) -> list[RequestId]:
+        """Requests that wait for a route, next one first: resumes before those that are new, each
+        kind in the order in which they came to wait."""
+        return [*self._resumes, *self._new]
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._resumes) + len(self._new)
+
+    def wait(self, life: Life) -> None:
+        """A new request."""
+        self._new[life.request.request_id] = None
+
+    def wait_again(self, life: Life) -> None:
+        """Choices of the request need another attempt."""
+        self._new.pop(life.request.request_id, None)
+        self._resumes[life.request.request_id] = None
 
     def route_waiting(self, out: Outbox) -> None:
         """Send what the policy finds room for, first come first served."""
-        for request_id in list(self.waiting):
+        for request_id in self.queue if self.num_queued else ():
             life = self.lives[request_id]
             for group in life.unrouted():
                 ask = self._ask(life, group)
@@ -41,7 +57,7 @@ class Dispatch:
                 if route is None:
                     return
                 self._begin(life, group, route, ask, out)
-            del self.waiting[request_id]
+            self._leave_queue(request_id)
 
     def abort(
         self, life: Life, epoch: Epoch, out: Outbox, choices: tuple[int, ...] | None = None
@@ -61,8 +77,12 @@ class Dispatch:
         """The request is over."""
         for epoch in list(life.attempts):
             self.end(life, epoch)
-        self.waiting.pop(life.request.request_id, None)
+        self._leave_queue(life.request.request_id)
         del self.lives[life.request.request_id]
+
+    def _leave_queue(self, request_id: RequestId) -> None:
+        self._new.pop(request_id, None)
+        self._resumes.pop(request_id, None)
 
     def _ask(self, life: Life, group: tuple[int, ...]) -> RouteAsk:
         request = life.request

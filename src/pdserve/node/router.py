@@ -81,7 +81,7 @@ class RouterNode:
     @property
     def num_queued(self) -> int:
         """Requests that wait for a route."""
-        return len(self.dispatch.waiting)
+        return self.dispatch.num_queued
 
     def handle(self, event: Input, now: float) -> list[Effect]:
         out = Outbox(GATEWAY, now)
@@ -131,7 +131,7 @@ class RouterNode:
         elif self.num_queued >= self.settings.max_queued_requests:
             self._overloaded(life, f"{self.num_queued} requests are waiting already", out)
         else:
-            self.dispatch.waiting[request.request_id] = None
+            self.dispatch.wait(life)
             out.set_timer(_queue_timer(request.request_id), self.settings.queue_timeout_s)
             self._expect_workers(out)
 
@@ -304,7 +304,7 @@ class RouterNode:
             taken_tokens = life.num_output_tokens
             attempt = life.attempt_id(epoch)
             out.log(LifeName.RESUMED, attempt, reason=reason, taken_tokens=taken_tokens)
-            self.dispatch.wait_first(life)
+            self.dispatch.wait_again(life)
 
     def _finish_if_done(self, life: Life, out: Outbox) -> None:
         if not life.is_done:

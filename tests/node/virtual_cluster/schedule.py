@@ -288,7 +288,7 @@ class History:
         router = self.cluster.router
         left = {p: p.node.inbound.handoffs() for p in self.cluster.current.values()}
         lives = list(router.dispatch.lives.values())
-        return f"{lives=} waiting={list(router.dispatch.waiting)} {left=}"
+        return f"{lives=} waiting={router.dispatch.queue} {left=}"
 
     def check_end(self) -> None:
         """Every request has its answer or a good reason, and nothing is left."""
