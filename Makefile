@@ -6,8 +6,8 @@
 #   make test-gpu        the tests that need a CUDA device
 #   make lint            ruff, mypy, import contracts
 #
-# PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install. A machine that has
-# one already keeps it with: make serve TORCH= VENV_ARGS=--system-site-packages
+# PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install; a machine that has
+# one of its own, say for its GPU, keeps it with: make serve TORCH= VENV_ARGS=--system-site-packages
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,13 +17,15 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 MODEL ?= smollm2-135m
 ARGS ?=
+# The first that reads dependency groups is 25.1.
+PIP_VERSION := pip==26.3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL := $(PIP) install --constraint $(VENV)/constraints.txt
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
@@ -66,11 +68,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) pip
+	@echo "installing pdserve into $(VENV)"
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(INSTALL) --quiet $(PIP_VERSION)
 	$(INSTALL) $(TORCH) --editable .
 	@touch $@
 
 $(TEST_READY): pyproject.toml constraints.txt | $(READY)
+	@echo "installing what the tests need into $(VENV)"
 	$(INSTALL) --group test
 	@touch $@
 
