@@ -23,19 +23,25 @@ from virtual_cluster.oracle import make_ask
 from virtual_cluster.process import Process
 from virtual_cluster.scenario import FAULTS, Scenario
 
-NUMBERS = 1 << 56
+NUMBERS = 1 << 24
 REST_S = 120.0
 """Virtual time within which a healed cluster must have answered everything."""
 
 
-@dataclass
 class Number:
-    """One number, used up digit by digit."""
+    """One number, used up digit by digit; what comes after its last digit follows from it too."""
 
-    value: int
+    def __init__(self, value: int) -> None:
+        self._seed = value
+        self._value = value
+        self._room = NUMBERS
 
     def below(self, bound: int) -> int:
-        self.value, digit = divmod(self.value, bound)
+        if self._room < bound:
+            self._seed = self._value = hash((self._seed, 77)) % (1 << 60)
+            self._room = 1 << 60
+        self._room //= bound
+        self._value, digit = divmod(self._value, bound)
         return digit
 
 
@@ -71,7 +77,7 @@ class History:
     def step(self, number: Number) -> None:
         cluster = self.cluster
         cluster.below = number.below
-        if number.below(100) < self.scenario.percent:
+        if number.below(100) >= 100 - self.scenario.percent:
             if number.below(2):
                 self._submit(number)
             else:
@@ -334,3 +340,27 @@ class History:
 def numbers_of(random: Random, count: int) -> list[int]:
     """A schedule."""
     return [random.randrange(NUMBERS) for _ in range(count)]
+
+
+def shortest_failure(scenario: Scenario, numbers: Sequence[int]) -> list[int]:
+    """What is left of a schedule that fails if everything is left out that it fails without."""
+
+    def fails(some: list[int]) -> bool:
+        try:
+            History(scenario).play(some)
+        except AssertionError:
+            return True
+        return False
+
+    left = list(numbers)
+    size = len(left) // 2
+    while size:
+        start = 0
+        while start < len(left):
+            without = left[:start] + left[start + size :]
+            if fails(without):
+                left = without
+            else:
+                start += size
+        size //= 2
+    return left
