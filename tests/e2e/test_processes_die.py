@@ -25,7 +25,7 @@ def test_a_killed_worker_costs_a_pause_and_no_token(
     asked: dict[str, Any] = {
         "model": tiny_model_path.name,
         "prompt": "the cat sat on the mat " * 20,
-        "max_tokens": 600,
+        "max_tokens": 250,
         "temperature": 1.0,
         "seed": 7,
         "extra_body": {"ignore_eos": True},
@@ -70,7 +70,7 @@ def test_a_stopped_worker_is_replaced(
     asked: dict[str, Any] = {
         "model": tiny_model_path.name,
         "prompt": "hello",
-        "max_tokens": 400,
+        "max_tokens": 150,
         "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }
@@ -92,7 +92,7 @@ def test_running_requests_are_finished_before_the_server_ends_and_new_ones_refus
     asked: dict[str, Any] = {
         "model": tiny_model_path.name,
         "prompt": "hello",
-        "max_tokens": 1500,
+        "max_tokens": 400,
         "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }
@@ -103,7 +103,7 @@ def test_running_requests_are_finished_before_the_server_ends_and_new_ones_refus
             text += chunk.choices[0].text
             if number == 20:
                 server.signal(signal.SIGTERM)
-            if number > 100 and not refusals:
+            if number > 40 and not refusals:
                 with pytest.raises(Exception, match="shutting down") as refusal:
                     other.completions.create(**asked)
                 refusals.append(refusal)

@@ -37,12 +37,13 @@ def test_a_stream_is_prefilled_here_and_decoded_there_and_nothing_is_left_behind
     assert whole.usage.completion_tokens == 40
 
     workers = server.workers()
+    while workers["decode-0"]["load"]["num_steps"] < 2 * 39:  # the last report is on its way
+        workers = server.workers()
     assert {name: worker["role"] for name, worker in workers.items()} == {
         "prefill-0": "prefill",
         "decode-0": "decode",
     }
     assert workers["prefill-0"]["load"]["transfer_bytes"] > 0
-    assert workers["decode-0"]["load"]["num_steps"] >= 2 * 39
     assert workers["prefill-0"]["load"]["num_steps"] <= 4
     timeline = server.get(f"/v1/requests/{whole.id}/timeline")
     (attempt,) = timeline["attempts"]
