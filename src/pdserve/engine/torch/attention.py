@@ -175,7 +175,7 @@ class TiledAttention(Attention):
         width = tile.num_kv_tiles * KV_TILE
         stacked = self._stack(queries, num_rows, tile.num_queries)
         heads, depth, _ = stacked.shape
-        scores = torch.bmm(stacked, keys[:, :width].transpose(1, 2))
+        scores = score_product(stacked, keys[:, :width])
         by_row = scores.view(num_rows, self._kv_heads, depth, width)
         by_row[..., tile.first_masked :].masked_fill_(tile.masked, float("-inf"))
         scores -= scores.amax(dim=-1, keepdim=True)
@@ -184,7 +184,7 @@ class TiledAttention(Attention):
         attended = torch.zeros_like(stacked)
         parts = torch.split(values[:, :width], KV_TILE, dim=1)
         for weight, value in zip(weights.unbind(2), parts, strict=True):
-            attended += torch.bmm(weight, value)
+            attended += value_product(weight, value)
         return self._unstack(attended.div_(sums), num_rows, tile.num_queries)
 
     def _stack(self, queries: torch.Tensor, num_rows: int, num_queries: int) -> torch.Tensor:
@@ -239,6 +239,16 @@ class SdpaAttention(Attention):
             )
             out[span] = attended[0].transpose(0, 1).to(out.dtype)
         return out
+
+
+def score_product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``[batch, query, dim]`` by ``[batch, position, dim]`` -> ``[batch, query, position]``."""
+    return torch.bmm(queries, keys.transpose(1, 2))
+
+
+def value_product(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``[batch, query, position]`` by ``[batch, position, dim]`` -> ``[batch, query, dim]``."""
+    return torch.bmm(weights, values)
 
 
 def _tiles(num_positions: int) -> int:

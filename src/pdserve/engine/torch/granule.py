@@ -5,6 +5,9 @@ processor, on the shape and on the thread count. So it is not believed but tried
 own weights, with the threads that will run it, random rows are multiplied in batches of several
 sizes and orders, and each row's bits compared with those of one large batch. It takes about a tenth
 of a second for a small model.
+
+The products are called exactly as the model calls them, strides and all: a transposed operand takes
+other kernels than a contiguous one (MKL in a compatibility mode differs at 4 rows only then).
 """
 
 from __future__ import annotations
@@ -15,7 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.core.errors import ModelError
-from pdserve.engine.torch.attention import KV_TILE, QUERY_TILE
+from pdserve.engine.torch.attention import (
+    KV_TILE,
+    QUERY_TILE,
+    score_product,
+    value_product,
+)
 from pdserve.engine.torch.llama_weights import LlamaWeights
 from pdserve.engine.torch.numerics import FAST, Numerics
 from pdserve.weights.config import ModelConfig
@@ -55,12 +63,22 @@ def choose_numerics(config: ModelConfig, weights: LlamaWeights, numerics: str) -
             weights.output,
         )
     ]
-    tile = torch.randn(config.head_dim, KV_TILE, generator=torch.Generator().manual_seed(0))
-    rows = QUERY_TILE * (config.num_heads // config.num_kv_heads)
-    for matrix in (tile, tile.T.contiguous()):
-        kernels = tuple(_batched_product(matrix, batch) for batch in (1, 2, 3))
-        probes.append(RowProbe(kernels, matrix.shape[0], torch.float32, rows))
+    probes += attention_probes(config)
     return Numerics(exact=True, granule=measure_granule(probes))
+
+
+def attention_probes(config: ModelConfig) -> tuple[RowProbe, RowProbe]:
+    """The two products of `TiledAttention` as it calls them: strided, batched, of any width."""
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randn(KV_TILE, config.head_dim, generator=generator)
+    rows = QUERY_TILE * (config.num_heads // config.num_kv_heads)
+    variants = [(batch, num_tiles) for batch in (1, 2, 3) for num_tiles in (1, 2, 5)]
+    scores = tuple(_score_kernel(tile, *variant) for variant in variants)
+    values = tuple(_value_kernel(tile, *variant) for variant in variants)
+    return (
+        RowProbe(scores, config.head_dim, torch.float32, rows),
+        RowProbe(values, KV_TILE, torch.float32, rows),
+    )
 
 
 def measure_granule(probes: Sequence[RowProbe]) -> int:
@@ -90,11 +108,23 @@ def _holds(probe: RowProbe, granule: int) -> bool:
     return True
 
 
-def _batched_product(matrix: torch.Tensor, batch: int) -> RowKernel:
-    """One of a batch of equal products, the last one."""
+def _score_kernel(tile: torch.Tensor, batch: int, num_tiles: int) -> RowKernel:
+    """Scores of a tile that is the first of several, in the last one of a batch."""
+    keys = tile.repeat(num_tiles, 1).expand(batch, -1, -1).contiguous()
 
     def kernel(rows: torch.Tensor) -> torch.Tensor:
-        left = rows.expand(batch, *rows.shape).contiguous()
-        return torch.bmm(left, matrix.expand(batch, *matrix.shape).contiguous())[-1]
+        queries = rows.expand(batch, -1, -1).contiguous()
+        return score_product(queries, keys)[-1, :, :KV_TILE]
+
+    return kernel
+
+
+def _value_kernel(tile: torch.Tensor, batch: int, num_tiles: int) -> RowKernel:
+    """Weighted values of a tile that is the last of several, in the last one of a batch."""
+    values = tile.repeat(num_tiles, 1).expand(batch, -1, -1).contiguous()
+
+    def kernel(rows: torch.Tensor) -> torch.Tensor:
+        weights = rows.repeat(1, num_tiles).expand(batch, -1, -1).contiguous()
+        return value_product(weights[..., -KV_TILE:], values[:, -KV_TILE:])[-1]
 
     return kernel

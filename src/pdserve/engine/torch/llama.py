@@ -47,20 +47,19 @@ class Llama:
         prepared = self._attention.prepare(batch, batch.token_ids.device)
         cos = self._cos[batch.positions][:, None]  # [padded tokens, 1, head_dim / 2]
         sin = self._sin[batch.positions][:, None]
+        counts = [self._config.num_heads, self._config.num_kv_heads]
         hidden = functional.embedding(batch.token_ids, self._weights.embedding)
         for index, layer in enumerate(self._weights.layers):
             normed = self._norm(hidden, layer.attention_norm)
-            queries, keys, values = self._qkv(layer, normed)
-            queries = rotate(queries, cos, sin)
-            keys = rotate(keys, cos, sin).to(values.dtype)
+            turned, values = self._qkv(layer, normed)
+            queries, keys = torch.split(rotate(turned, cos, sin), counts, dim=1)
+            keys = keys.to(values.dtype)
             new = slice(0, batch.num_tokens)
             pool.write(index, batch.slot_blocks, batch.slot_offsets, keys[new], values[new])
             attended = self._attention.attend(queries, pool.layer(index), prepared)
             hidden = hidden + layer.attention_out(attended.flatten(1))
             normed = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + torch.cat(
-                [mlp(layer, rows) for rows in torch.split(normed, MLP_ROWS)]
-            )
+            hidden = hidden + feed_forward(layer, normed)
             on_layer(index)
         return hidden
 
@@ -72,15 +71,12 @@ class Llama:
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, weight, self._config.rms_norm_eps)
 
-    def _qkv(
-        self, layer: LayerWeights, normed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each ``[padded tokens, heads, head_dim]``, with the heads of its kind."""
+    def _qkv(self, layer: LayerWeights, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key heads, then value heads, each ``[padded tokens, heads, head_dim]``."""
         config = self._config
         heads = layer.qkv(normed).view(normed.shape[0], -1, config.head_dim)
-        counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        queries, keys, values = torch.split(heads, counts, dim=1)
-        return queries, keys, values
+        num_turned = config.num_heads + config.num_kv_heads
+        return heads[:, :num_turned], heads[:, num_turned:]
 
 
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -108,9 +104,10 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def mlp(layer: LayerWeights, rows: torch.Tensor) -> torch.Tensor:
-    """Feed-forward part of a layer, ``[token, hidden]`` -> ``[token, hidden]``."""
-    return layer.down(swiglu(layer.gate_up(rows)))
+def feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+    """The second half of a block, ``[token, hidden]`` -> ``[token, hidden]``."""
+    tiles = torch.split(normed, MLP_ROWS)
+    return torch.cat([layer.down(swiglu(layer.gate_up(tile))) for tile in tiles])
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

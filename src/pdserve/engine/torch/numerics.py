@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from pdserve.core.errors import ConfigError
-from pdserve.engine.torch.linear import KERNELS
+from pdserve.engine.torch.linear import kernels_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUMERICS = ("exact", "fast")
@@ -76,8 +76,9 @@ def numerics_class(device: str, dtype: str, num_threads: int, numerics: str) -> 
     if torch.device(device).type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
         return f"cuda-{dtype}-{build}-{kernels}-{name}"
+    library = kernels_of(DTYPES[dtype])
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return f"cpu-{dtype}-{build}-t{num_threads}-{kernels}-{KERNELS}-{capability}-{_processor()}"
+    return f"cpu-{dtype}-{build}-t{num_threads}-{kernels}-{library}-{capability}-{_processor()}"
 
 
 def _processor() -> str:
