@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from pdserve.core.ids import AttemptId, BlockId
+from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.node.inbound import Inbound, InboundState
 from pdserve.node.router import RouterNode
 from pdserve.node.sequence import Sequence
@@ -88,6 +88,8 @@ def _check_queues(node: WorkerNode) -> None:
             assert not sequence.detached
             seen.add(id(sequence))
     assert not any(sequence.block_ids for sequence in batch._waiting.values())
+    waiting = {sequence.attempt for sequence in batch._waiting.values() if sequence.hands_off}
+    assert set(node._jobs) == waiting, "a job is kept for nobody"
 
 
 def check_write(target: Process, attempt: AttemptId, writer: Process, block: BlockId) -> None:
@@ -114,6 +116,29 @@ def check_one_owner(processes: Iterable[Process]) -> None:
                     key = (sequence.attempt, choice)
                     other = owners.setdefault(key, process)
                     assert other is process, f"{key} runs on {other} and on {process}"
+
+
+def check_router(router: RouterNode) -> None:
+    """Every choice is finished, waits for a route, or belongs to an attempt under way."""
+    dispatch = router.dispatch
+    queue = set(dispatch.queue)
+    assert queue <= set(dispatch.lives), "a request that is over waits"
+    assert len(queue) == dispatch.num_queued, "a request waits twice"
+    attempts: dict[AttemptId, WorkerId] = {}
+    for request_id, life in dispatch.lives.items():
+        assert not life.is_done
+        for choice in life.choices:
+            if choice.finish is None and choice.epoch is None:
+                assert request_id in queue, f"nobody works on {request_id}, choice {choice.index}"
+            elif choice.finish is None:
+                assert choice.epoch in life.attempts, f"{request_id}: {choice.epoch} is over"
+        for epoch, attempt in life.attempts.items():
+            assert life.live_choices(epoch), f"{request_id}: nobody wants {epoch}"
+            assert attempt.owner in router.books.workers, f"{attempt.owner} is gone"
+            attempts[attempt.job.attempt] = attempt.job.decode_worker
+    for worker, book in router.books.workers.items():
+        for promised in book.promised:
+            assert attempts.get(promised) == worker, f"a promise to {promised} is left"
 
 
 def check_books_restored(router: RouterNode) -> None:

@@ -30,7 +30,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message, StartJob
 from pdserve.node.router import RouterNode
-from virtual_cluster.checks import check_one_owner, check_worker, check_write
+from virtual_cluster.checks import check_one_owner, check_router, check_worker, check_write
 from virtual_cluster.client import Client
 from virtual_cluster.links import PairLink
 from virtual_cluster.oracle import Ask
@@ -304,6 +304,7 @@ class VirtualCluster:
     def _tell_router(self, event: Input) -> None:
         for effect in self.router.handle(event, self.now):
             self._perform(effect)
+        check_router(self.router)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
