@@ -160,7 +160,7 @@ def test_logits_do_not_depend_on_how_they_came_about(
     bench = make_bench(num_blocks=NUM_BLOCKS, **MODELS[model])
 
     @settings(
-        max_examples=8 if "two threads" in model else 40,
+        max_examples=6 if "two threads" in model else 30,
         derandomize=True,
         deadline=None,
         database=None,

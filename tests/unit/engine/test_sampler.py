@@ -218,6 +218,16 @@ def test_extremes_stay_finite() -> None:
     assert {t.token_id for t in sample(lonely, [spec(choices=(0, 1, 2), top_p=0.9)])[0]} == {13}
 
 
+def test_a_row_of_nan_stays_in_the_vocabulary_and_to_itself() -> None:
+    logits = random_logits(3)
+    batch = [spec(temperature=1.0, top_p=0.9, seed=i, choices=(0, 1)) for i in range(3)]
+    expected = sample(logits, batch)
+    logits[1] = math.nan
+    broken = sample(logits, batch)
+    assert (broken[0], broken[2]) == (expected[0], expected[2])
+    assert all(0 <= token.token_id < VOCAB for token in broken[1])
+
+
 def test_ids_outside_the_vocabulary_are_left_alone() -> None:
     outside = (VOCAB, -1, 10**6)
     what = spec(

@@ -5,8 +5,8 @@ its own vector and on the keys and values before it, bit by bit, and on nothing 
 
 1. Keys and values are gathered into fp32 tiles of `KV_TILE` positions, counted from position 0. The
    tail of the last tile is masked, and its values are zeroed, so stale bytes cannot matter.
-2. Scores are one product per (tile, kv head) of fixed inner shape; the query heads of one kv head
-   lie below each other as its rows, padded to the granule.
+2. Scores are one product per kv head, summed over head_dim only; the query heads of one kv head lie
+   below each other as its rows, padded to the granule.
 3. The softmax subtracts the maximum over all tiles, which is exact in any order, so no rescaling
    takes place. Each tile's sum and weighted values are made for themselves and then added tile by
    tile, from the first on, beginning at +0. A tile that is wholly masked adds +0, which changes no

@@ -68,6 +68,7 @@ def build_batch(
     sampled: list[int] = []
     rows: list[RowSpan] = []
     for row in plan.rows:
+        assert row.token_ids, "a row of a step has at least one token"
         table = row.block_ids
         if row.end > min(len(table) * bounds.block_size, bounds.max_model_tokens):
             raise IndexError(f"row of {row.attempt} ends at {row.end}, outside its table or model")

@@ -103,8 +103,10 @@ def draw(adjusted: torch.Tensor, specs: Sequence[SampleSpec]) -> list[list[int]]
     numbers = _random_numbers(specs).to(device)  # [row, most choices]
     # Strictly below the total, so that rounding cannot pass over the last token kept.
     targets = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, targets, right=True).tolist()
-    return [row[: len(spec.choices)] for row, spec in zip(tokens, specs, strict=True)]
+    tokens = torch.searchsorted(cumulative, targets, right=True)
+    # A row of NaN, from a broken model, finds no token: it must not leave the vocabulary.
+    drawn = tokens.clamp_(max=adjusted.shape[1] - 1).tolist()
+    return [row[: len(spec.choices)] for row, spec in zip(drawn, specs, strict=True)]
 
 
 def _random_numbers(specs: Sequence[SampleSpec]) -> torch.Tensor:
