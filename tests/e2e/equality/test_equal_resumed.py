@@ -13,6 +13,7 @@ import pytest
 from bitwise import Ask, Heard, Lab, Shape, ask_of, prompt_of
 
 from pdserve.core.events import LifeName
+from pdserve.core.step import StepPlan
 
 PAIR = Shape("1P1D", prefill=1, decode=1, max_step_tokens=48, one_shot_tokens=33)
 TWO_DECODE = Shape("1P2D", prefill=1, decode=2, max_step_tokens=48, one_shot_tokens=33)
@@ -105,6 +106,55 @@ def test_decode_worker_dies_in_mid_answer(tiny_lab: Lab) -> None:
     taken = taken_at_resume(lab, heard)
     assert len(taken) >= len(asked) // lab.shape.decode
     assert max(taken) >= 10
+
+
+@pytest.mark.parametrize("index", [1, 2, NUM_TOKENS - 1])
+@clusters(PAIR)
+def test_decode_worker_dies_in_the_step_of_a_token(tiny_lab: Lab, index: int) -> None:
+    """Before the last token there is nothing left to hand over; before token 2 a stop token may
+    not yet be drawn (`min_tokens`)."""
+    lab = tiny_lab
+    asked = asks(lab, f"step {index}")
+    early = ask_of("stops-first-too-early", prompt_of(47), lab.reference, salt=f"early {index}")
+    asked.append(early)
+    gate = lab.gates["decode-0"].steps
+
+    def draws(plan: StepPlan) -> bool:
+        return any(row.sample is not None and row.sample.index == index for row in plan.rows)
+
+    async def scenario() -> list[Heard]:
+        gate.hold(draws)
+        heard, tasks = await begin(lab, asked)
+        await lab.until(lambda: gate.is_held)
+        lab.kill("decode-0")
+        await lab.until_lost("prefill-0", "decode-0")
+        gate.release()
+        await end(lab, tasks, "decode-0")
+        return heard
+
+    heard = lab.run(scenario())
+    lab.compare(asked, heard)
+    lab.assert_clean()
+    assert max(taken_at_resume(lab, heard)) >= index
+
+
+@clusters(PAIR)
+def test_prefill_worker_dies_after_acceptance(tiny_lab: Lab) -> None:
+    """Nobody needs it any more: nothing is resumed."""
+    lab = tiny_lab
+    asked = asks(lab, "accepted")
+
+    async def scenario() -> list[Heard]:
+        heard, tasks = await begin(lab, asked)
+        await lab.until(lambda: all(one.fewest >= 2 for one in heard))
+        lab.kill("prefill-0")
+        await end(lab, tasks, "prefill-0")
+        return heard
+
+    heard = lab.run(scenario())
+    lab.compare(asked, heard)
+    lab.assert_clean()
+    assert not taken_at_resume(lab, heard)
 
 
 @clusters(TWO_DECODE)

@@ -1,4 +1,4 @@
-"""A runner that can be held: its worker is then known to be at one moment of its life."""
+"""A runner that can be held, or broken, at one moment of its worker's life."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class Gate(Generic[Thing]):
     def __init__(self, reached: Callable[[], None]) -> None:
         self.is_held = False
         self._reached = reached
+        self.has_broken = False
         self._holds: Callable[[Thing], bool] | None = None
+        self._breaks: Callable[[Thing], bool] | None = None
         self._open = threading.Event()
 
     def hold(self, holds: Callable[[Thing], bool]) -> None:
@@ -34,8 +36,17 @@ class Gate(Generic[Thing]):
         self.is_held = False
         self._open.set()
 
+    def break_once(self, breaks: Callable[[Thing], bool]) -> None:
+        """Let the first thing of which this is true fail."""
+        self.has_broken = False
+        self._breaks = breaks
+
     def passes(self, thing: Thing) -> None:
-        holds = self._holds
+        holds, breaks = self._holds, self._breaks
+        if breaks is not None and breaks(thing):
+            self._breaks = None
+            self.has_broken = True
+            raise RuntimeError("broken by a test")
         if holds is not None and holds(thing):
             self.is_held = True
             self._reached()

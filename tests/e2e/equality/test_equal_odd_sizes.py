@@ -1,0 +1,49 @@
+"""The same equality for a model of sizes that fill no vector register and no tile to its end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bitwise import LENGTHS, Lab, Reference, Shape, ask_of, prompt_of
+
+from pdserve.serve.runners import build_runner
+from pdserve.weights.random_model import write_random_model
+
+SIZES = {
+    "hidden_size": 60,
+    "intermediate_size": 100,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 20,
+    "vocab_size": 387,
+}
+SHAPE = Shape("split", prefill=1, decode=1, max_step_tokens=80, one_shot_tokens=33)
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def odd_lab(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lab]:
+    model: Path = tmp_path_factory.mktemp("models") / "odd"
+    write_random_model(model, seed=1, **SIZES)
+    start = SHAPE.start(model, request.param)
+    reference = Reference(build_runner(start))
+    lab = Lab(SHAPE, start, reference)
+    yield lab
+    try:
+        lab.assert_clean()
+    finally:
+        lab.close()
+        reference.close()
+
+
+def test_together(odd_lab: Lab) -> None:
+    kinds = ("greedy", "three", "penalties")
+    asks = [
+        ask_of(kind, prompt_of(length), odd_lab.reference) for kind in kinds for length in LENGTHS
+    ]
+    random.Random(0).shuffle(asks)
+    odd_lab.answer_all(asks, waves=3)
