@@ -146,8 +146,41 @@ def test_accepted_by_a_worker_of_which_the_router_has_given_up() -> None:
     cluster = together.cluster
     reach("accepted, nobody knows", together)
     cluster.cut(together.prefill.links["decode-0", 1])
-    cluster.run(hold=of(together.decode, "to_gateway"))
+    cluster.run(hold=of(together.decode, "to_gateway", "step"))
     assert together.names().count(LifeName.RESUMED) == 1
+    assert R1 in [sequence.attempt for sequence in together.decode.node.batch.sequences()]
+    cluster.run(hold=of(together.decode, "step"))
+    left = [sequence.attempt for sequence in together.decode.node.batch.sequences()]
+    assert R1 not in left
+    assert together.completes(2)
+
+
+@pytest.mark.parametrize("stage", ["ticket held, prefill runs", "prefilled, writing"])
+def test_a_decode_worker_that_gives_up_has_the_writer_stopped_by_the_router(stage: str) -> None:
+    """Its own word to the writer is late: the link between the two is slow."""
+    together = submitted()
+    cluster, prefill = together.cluster, together.prefill
+    reach(stage, together)
+    lease_renewals = of(together.decode, "deliver")
+    held = any_of(lease_renewals, of(prefill, "deliver"))
+    cluster.run_for(cluster.spec.lease_s + 0.1, hold=any_of(held, of(prefill, "step")))
+    assert together.inbound_states()[0] is InboundState.QUARANTINED
+    cluster.run_for(0.1, hold=held)
+    assert R1 not in prefill.node.outbound
+    assert together.completes(2)
+
+
+def test_a_decode_worker_that_loses_its_writer_does_not_wait_for_the_lease() -> None:
+    together = submitted(lease_s=100.0)
+    cluster, prefill = together.cluster, together.prefill
+    reach("prefilled, writing", together)
+    cluster.cut(prefill.links["decode-0", 1], for_good=True)
+    prefill.stopped = True
+    cluster.run()
+    assert together.inbound_states() == [InboundState.QUARANTINED]
+    assert together.names()[-1] == LifeName.ROUTED
+    prefill.stopped = False
+    prefill.links["decode-0", 1].cut = False
     assert together.completes(2)
 
 

@@ -36,6 +36,7 @@ specs = st.builds(
     lease_s=st.sampled_from([4.0, 1.0, 0.05]),
     ticket_timeout_s=st.sampled_from([4.0, 1.0, 0.05]),
     prefix_cache=st.sampled_from([True, True, True, False]),
+    fewer_blocks=st.sampled_from([(0,), (0,), (0, 2), (3, 0)]),
     numerics=st.sampled_from([("class a",), ("class a", "class b")]),
     router=routers,
 )

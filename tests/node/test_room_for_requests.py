@@ -293,3 +293,38 @@ def test_resumes_go_before_what_is_new_in_the_order_in_which_they_were_broken_of
     cluster.restarts = True
     cluster.run_for(5)
     assert all(answer.is_complete for answer in answers.values())
+
+
+# --- workers of different sizes -------------------------------------------------------------------
+
+
+def test_a_request_goes_only_to_workers_that_can_hold_all_of_it() -> None:
+    """Its prompt would fit everywhere, and the first worker is idle."""
+    cluster = started(workers=(0, 0, 2), num_blocks=8, block_size=4, fewer_blocks=(4, 0))
+    cluster.submit(make_ask("large", PROMPT, max_tokens=20))
+    cluster.submit(make_ask("small", PROMPT, max_tokens=6))
+    cluster.run_for(2)
+    assert routes(cluster, "large") == [("mixed-1", "mixed-1")]
+    assert cluster.client.answers["large"].is_complete
+    assert cluster.client.answers["small"].is_complete
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_only_workers_that_are_too_small_are_as_good_as_none(returns: bool) -> None:
+    """The client waits for the large one to come back as long as for any."""
+    cluster = started(workers=(0, 0, 2), num_blocks=8, block_size=4, fewer_blocks=(4, 0))
+    cluster.submit(make_ask("large", PROMPT, max_tokens=20))
+    cluster.run(until=lambda: len(cluster.client.answers["large"].tokens[0]) == 3)
+    cluster.restarts = False
+    cluster.kill(cluster.current["mixed-1"])
+    cluster.run_for(4.5)
+    assert cluster.client.answers["large"].failure is None
+    cluster.restarts = returns
+    cluster.run_for(3)
+    if returns:
+        assert cluster.client.answers["large"].is_complete
+    else:
+        assert failure_of(cluster, "large").kind == Refusal.UNAVAILABLE
+    cluster.submit(make_ask("small", PROMPT, max_tokens=6))
+    cluster.run_for(1)
+    assert cluster.client.answers["small"].is_complete

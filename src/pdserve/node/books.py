@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pdserve.core.effects import WorkerUp
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import LoadReport
+from pdserve.core.request import Request
 from pdserve.policy.route import ClusterView, WorkerView
 
 
@@ -93,14 +94,39 @@ class WorkerBook:
 
 
 class ClusterBooks:
-    """All live workers, by id."""
+    """All live workers, by id. ``_slots``: the latest process of each id that ever came, dead or
+    alive."""
 
     def __init__(self) -> None:
         self.workers: dict[WorkerId, WorkerBook] = {}
+        self._slots: dict[WorkerId, WorkerBook] = {}
 
-    def view(self, now: float) -> ClusterView:
+    def add(self, up: WorkerUp, now: float) -> None:
+        """A worker process is ready."""
+        self.workers[up.worker] = self._slots[up.worker] = WorkerBook(up, heard_at_s=now)
+
+    def view(self, now: float, num_tokens: int) -> ClusterView:
+        """Workers that take work and can hold that many tokens of one choice."""
         books = sorted(self.workers.values(), key=lambda book: book.up.worker)
-        return ClusterView(now, tuple(book.view() for book in books if book.accepts))
+        able = (book for book in books if book.accepts and book.longest_tokens >= num_tokens)
+        return ClusterView(now, tuple(book.view() for book in able))
+
+    def misfit(self, request: Request) -> str | None:
+        """Why no worker could ever serve the request, also none that may come back; None if one
+        could, or if there was none yet."""
+        books = self._slots.values()
+        num_tokens = request.max_tokens_total
+        limit = max((book.longest_tokens for book in books), default=num_tokens)
+        if num_tokens > limit:
+            return f"prompt and max_tokens are {num_tokens} tokens; at most {limit} can be served"
+        num_blocks = self.blocks_for(len(request.prompt_token_ids), request.num_choices)
+        limit = max((book.up.num_blocks for book in books), default=num_blocks)
+        if num_blocks > limit:
+            return (
+                f"prompt and {request.num_choices} choices need {num_blocks} KV blocks; "
+                f"the largest worker has {limit}"
+            )
+        return None
 
     def forget(self, attempt: AttemptId, worker: WorkerId) -> None:
         """The attempt is over: what was promised for it on the worker is free again."""
@@ -109,15 +135,11 @@ class ClusterBooks:
             book.promised.pop(attempt, None)
 
     @property
-    def max_blocks(self) -> int:
-        return max((book.up.num_blocks for book in self.workers.values()), default=0)
-
-    @property
     def longest_tokens(self) -> int:
-        """Longest prompt and answer that some worker can hold."""
+        """Longest prompt and answer that some live worker can hold."""
         return max((book.longest_tokens for book in self.workers.values()), default=0)
 
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Blocks that hold the tokens and one more of each choice; they share the full ones."""
-        block_size = max((book.block_size for book in self.workers.values()), default=1)
+        block_size = max((book.block_size for book in self._slots.values()), default=1)
         return num_tokens // block_size + num_choices

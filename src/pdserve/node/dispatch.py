@@ -53,7 +53,8 @@ class Dispatch:
             life = self.lives[request_id]
             for group in life.unrouted():
                 ask = self._ask(life, group)
-                route = self._policy.choose(self._books.view(out.now), ask)
+                view = self._books.view(out.now, life.request.max_tokens_total)
+                route = self._policy.choose(view, ask)
                 if route is None:
                     return
                 self._begin(life, group, route, ask, out)

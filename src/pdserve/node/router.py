@@ -123,7 +123,7 @@ class RouterNode:
             max_tokens=request.params.max_tokens,
             route=str(request.route),
         )
-        too_long = self._too_long(request)
+        too_long = self.books.misfit(request)
         if self.draining:
             self._fail(life, Refusal.DRAINING, "the server is shutting down", out)
         elif too_long is not None:
@@ -133,23 +133,8 @@ class RouterNode:
         else:
             self.dispatch.wait(life)
             out.set_timer(_queue_timer(request.request_id), self.settings.queue_timeout_s)
-            self._expect_workers(out)
-
-    def _too_long(self, request: Request) -> str | None:
-        """Why no worker could ever serve the request; None while there is no worker to ask."""
-        if not self.books.workers:
-            return None
-        num_tokens, limit = request.max_tokens_total, self.books.longest_tokens
-        if num_tokens > limit:
-            return f"prompt and max_tokens are {num_tokens} tokens; at most {limit} can be served"
-        prompt_tokens = len(request.prompt_token_ids)
-        num_blocks = self.books.blocks_for(prompt_tokens, request.num_choices)
-        if num_blocks > self.books.max_blocks:
-            return (
-                f"prompt and {request.num_choices} choices need {num_blocks} KV blocks; "
-                f"the largest worker has {self.books.max_blocks}"
-            )
-        return None
+            if request.max_tokens_total > self.books.longest_tokens:
+                self._expect_workers(out)
 
     def _client_gone(
         self, request_id: RequestId, choices: tuple[int, ...] | None, out: Outbox
@@ -177,9 +162,10 @@ class RouterNode:
             if old.up.epoch >= up.epoch:
                 return
             self._worker_lost(up.worker, old.up.epoch, "replaced", out)
-        self.books.workers[up.worker] = WorkerBook(up, heard_at_s=out.now)
-        self._expects_workers = False
-        out.add(CancelTimer(NO_WORKER_TIMER))
+        self.books.add(up, out.now)
+        if not self._stranded():
+            self._expects_workers = False
+            out.add(CancelTimer(NO_WORKER_TIMER))
 
     def _worker_lost(self, worker: WorkerId, epoch: Epoch, detail: str, out: Outbox) -> None:
         book = self.books.workers.get(worker)
@@ -267,7 +253,8 @@ class RouterNode:
         if life is None or attempt is None or (attempt.accepted and sender != attempt.owner):
             return
         if failed.kind is FailureKind.INVALID:
-            self._fail(life, Refusal.TOO_LONG, failed.detail, out)
+            kind = Refusal.INTERNAL if life.has_tokens else Refusal.TOO_LONG
+            self._fail(life, kind, failed.detail, out)
             return
         if failed.kind in (FailureKind.REFUSED, FailureKind.HANDOFF):
             life.avoid.append(attempt.job.decode_worker)
@@ -347,9 +334,8 @@ class RouterNode:
             self._watch(out)
         elif timer == NO_WORKER_TIMER:
             self._expects_workers = False
-            if not self.books.workers:
-                for life in list(self.dispatch.lives.values()):
-                    self._fail(life, Refusal.UNAVAILABLE, "no worker is left", out)
+            for life in self._stranded():
+                self._fail(life, Refusal.UNAVAILABLE, "no worker is left that can hold it", out)
         else:
             self._queue_time_up(RequestId(timer.removeprefix("queue ")), out)
 
@@ -386,9 +372,15 @@ class RouterNode:
                 return f"a step has taken {age_s:.1f} s"
         return None
 
+    def _stranded(self) -> list[Life]:
+        """Requests for which every worker is too small: all of them, with nobody left."""
+        limit = self.books.longest_tokens
+        lives = self.dispatch.lives.values()
+        return [life for life in lives if life.request.max_tokens_total > limit]
+
     def _expect_workers(self, out: Outbox) -> None:
-        """With nobody left, clients wait for a restart, but not for ever."""
-        if not self.books.workers and self.dispatch.lives and not self._expects_workers:
+        """With nobody left to serve them, clients wait for a restart, but not for ever."""
+        if not self._expects_workers and self._stranded():
             self._expects_workers = True
             out.set_timer(NO_WORKER_TIMER, self.settings.no_worker_timeout_s)
 

@@ -53,6 +53,7 @@ class Scenario:
             lease_s=random.choice((0.05, 1.0, 4.0)),
             ticket_timeout_s=random.choice((0.05, 1.0, 4.0)),
             prefix_cache=random.random() < 0.9,
+            fewer_blocks=random.choice(((0,), (0,), (0, 2), (3, 0))),
             numerics=random.choice((("class a",), ("class a",), ("class a", "class b"))),
             router=RouterSettings(
                 max_attempts=10_000,

@@ -93,7 +93,12 @@ class History:
             cluster.do(event)
         else:
             self._advance(number)
-        self.no_worker |= not cluster.router.books.workers
+        self._look_for_workers()
+
+    def _look_for_workers(self) -> None:
+        """Remember if there was ever nobody who could hold any request."""
+        live_tokens = self.cluster.router.books.longest_tokens
+        self.no_worker |= live_tokens < self.scenario.spec.longest_tokens
 
     def _remember_hit(self, process: Process) -> None:
         run = process.engine
@@ -282,7 +287,7 @@ class History:
             if event.kind == "step" and event.process is not None:
                 self._remember_hit(event.process)
             cluster.do(event)
-            self.no_worker |= not cluster.router.books.workers
+            self._look_for_workers()
 
     def _is_at_rest(self) -> bool:
         cluster = self.cluster

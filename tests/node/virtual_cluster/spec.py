@@ -16,7 +16,8 @@ NUM_LAYERS = 2
 class ClusterSpec:
     """``workers`` counts prefill, decode and mixed ones. Durations in seconds.
 
-    ``numerics`` gives the numerics class of each worker in turn.
+    ``numerics`` gives the numerics class of each worker in turn; ``fewer_blocks`` makes the pool of
+    each worker smaller in turn.
     """
 
     workers: tuple[int, int, int] = (1, 1, 0)
@@ -31,6 +32,7 @@ class ClusterSpec:
     ticket_timeout_s: float = 1.0
     prefix_cache: bool = True
     numerics: tuple[str, ...] = ("class a",)
+    fewer_blocks: tuple[int, ...] = (0,)
     router: RouterSettings = field(default_factory=lambda: RouterSettings(max_attempts=10_000))
 
     @property
@@ -44,12 +46,17 @@ class ClusterSpec:
 
     @property
     def longest_tokens(self) -> int:
-        """Longest prompt and answer that one worker can hold."""
-        return min(self.max_model_tokens, self.num_blocks * self.block_size)
+        """Longest prompt and answer that the largest worker can hold."""
+        num_blocks = max(self.blocks_of(number) for number in range(sum(self.workers)))
+        return min(self.max_model_tokens, num_blocks * self.block_size)
+
+    def blocks_of(self, number: int) -> int:
+        """Blocks of the worker with that number among the slots."""
+        return self.num_blocks - self.fewer_blocks[number % len(self.fewer_blocks)]
 
     def settings(self, worker: WorkerId, epoch: Epoch) -> WorkerSettings:
         """Settings of one process."""
-        ids = [slot for slot, _ in self.slots]
+        number = [slot for slot, _ in self.slots].index(worker)
         role = dict(self.slots)[worker]
         layout = KvLayout(
             num_layers=NUM_LAYERS,
@@ -57,7 +64,7 @@ class ClusterSpec:
             head_dim=4,
             block_size=self.block_size,
             dtype="fp32",
-            numerics=self.numerics[ids.index(worker) % len(self.numerics)],
+            numerics=self.numerics[number % len(self.numerics)],
             weights_digest="w",
         )
         return WorkerSettings(
@@ -65,7 +72,7 @@ class ClusterSpec:
             epoch=epoch,
             role=role,
             layout=layout,
-            num_blocks=self.num_blocks,
+            num_blocks=self.blocks_of(number),
             max_model_tokens=self.max_model_tokens,
             max_step_tokens=self.max_step_tokens,
             mixed_chunk_tokens=self.mixed_chunk_tokens,
