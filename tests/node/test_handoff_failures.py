@@ -8,7 +8,7 @@ from virtual_cluster.orders import PROMPT, Pair, any_of, of, pair, reach, submit
 
 from pdserve.core.effects import BindTransfer, OpenTransfer, Received, StopTransfer
 from pdserve.core.events import LifeName
-from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId
+from pdserve.core.ids import GATEWAY, AttemptId, BlockId, Epoch, RequestId
 from pdserve.core.layout import KvLayout
 from pdserve.core.messages import (
     Accepted,
@@ -311,8 +311,8 @@ def test_the_machine_says_what_it_wants_in_the_order_in_which_it_is_to_be_done()
         prefill_worker=together.prefill.worker,
         decode_worker=together.decode.worker,
     )
-    gateway = together.prefill.said[0][0]
-    effects = [type(e).__name__ for e in node.handle(Received(gateway, Epoch(0), StartJob(job)), 1)]
+
+    effects = [type(e).__name__ for e in node.handle(Received(GATEWAY, Epoch(0), StartJob(job)), 1)]
     assert effects.index(OpenTransfer.__name__) < effects.index("RunStep")
     ticket = Ticket(attempt=R1, first_block=0, block_ids=(BlockId(0),) * 4, lease_s=1.0)
     granted = node.handle(Received(together.decode.worker, Epoch(1), ticket), 1)

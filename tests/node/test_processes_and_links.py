@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from virtual_cluster import ClusterSpec, VirtualCluster, check_books_restored, make_ask
-from virtual_cluster.orders import PROMPT, STAGES, Pair, of, pair, reach
+from virtual_cluster.orders import PROMPT, STAGES, Pair, of, pair, reach, submitted
 
+from pdserve.core.messages import Accepted
 from pdserve.core.request import RoutePreference
 
 
@@ -44,6 +45,32 @@ def test_the_end_of_a_dead_process_does_not_touch_hand_offs_to_its_successor() -
     cluster.run_for(5)
     assert cluster.client.answers["r"].is_complete
     assert not [event for event in cluster.life if event.name == "resumed"]
+
+
+def test_a_header_of_a_dead_process_opens_nothing() -> None:
+    """A ticket for it would be held by nobody, and its blocks could never leave quarantine."""
+    together = submitted()
+    cluster, prefill, decode = together.cluster, together.prefill, together.decode
+    reach("header under way", together)
+    (header,) = cluster.messages(prefill, decode)
+    cluster.kill(prefill)
+    cluster.run_for(1)
+    cluster.ghost(prefill, decode.worker, header)
+    assert decode.node.inbound.is_empty
+    cluster.run_for(1)
+    check_nothing_left(cluster)
+
+
+def test_a_hand_off_that_is_dropped_while_it_is_verified_is_not_adopted() -> None:
+    together = submitted()
+    cluster, decode = together.cluster, together.decode
+    reach("verifying", together)
+    cluster.kill(together.prefill)
+    cluster.run(until=lambda: bool(decode.node._gone), hold=of(decode, "transfer"))
+    cluster.run_for(1, hold=of(decode, "to_gateway"))
+    assert Accepted not in [type(message) for _, message in decode.said]
+    cluster.run_for(1)
+    assert cluster.client.answers["r"].is_complete
 
 
 def check_nothing_left(cluster: VirtualCluster) -> None:

@@ -25,7 +25,7 @@ from pdserve.core.effects import (
 )
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import GATEWAY, BlockId, Epoch, RequestId, WorkerId
-from pdserve.core.messages import Life, Message
+from pdserve.core.messages import Life, LoadReport, Message
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from virtual_cluster.engine import StepRun
@@ -53,7 +53,8 @@ ToWorker = Message | Peers
 class Process:
     """``to_gateway`` and ``to_worker``: its link to the gateway. ``posted``: what its other threads
     have posted to the node thread. ``known``: which process of each peer counts as up; ``named``:
-    those of which the gateway has told. ``said``: the last messages that it sent, for ghosts."""
+    those of which the gateway has told. ``said``: the last messages that it sent, reports
+    apart."""
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class Process:
         match effect:
             case Send(to, message):
                 self.flush_life()
-                self.said.append((to, message))
+                if not isinstance(message, LoadReport):
+                    self.said.append((to, message))
                 if to == GATEWAY:
                     self.to_gateway.append(message)
                 else:
