@@ -219,7 +219,8 @@ class Lab:
             self._watch(worker)
 
     def _has_ended(self, worker: str) -> bool:
-        return (worker, None) in {(name, pid) for name, _, pid in self.cluster.slots()}
+        """True once the router knows that the slot's process is dead."""
+        return worker not in self.cluster.router.books.workers
 
     def _build_held(self, start: WorkerStart) -> ModelRunner:
         gates = self.gates[start.worker]
