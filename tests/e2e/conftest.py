@@ -47,12 +47,12 @@ class ServerProcess:
     def client(self, **options: Any) -> openai.OpenAI:
         """The openai package, which must be closed."""
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300, **options
         )
 
     def get(self, path: str) -> Any:
         """The JSON document at ``path``."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as response:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=120) as response:
             return json.load(response)
 
     def workers(self) -> dict[str, dict[str, Any]]:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import pytest
 
 FLAGS = ("--dtype", "fp32", "--kv-blocks", "512", "--threads", "1")
 NUM_REQUESTS = 24
 CONCURRENCY = 8
-SETTLE_S = 60.0
+SETTLE_S = 180.0
 
 
 def asked(number: int, model: str) -> dict[str, Any]:
@@ -93,7 +92,7 @@ async def token_ids(
 async def storm(server: Any, model: str, faults: Faults) -> list[dict[int, list[int]] | None]:
     gate = asyncio.Semaphore(CONCURRENCY)
     async with openai.AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
     ) as client:
 
         async def one(number: int) -> dict[int, list[int]] | None:
@@ -121,7 +120,6 @@ def wait_until_settled(server: Any) -> None:
         assert time.monotonic() < deadline, cluster
 
 
-@pytest.mark.timeout(240)
 def test_kills_and_stops_cost_time_and_nothing_else(
     start_server: Callable[..., Any], tiny_model_path: Path
 ) -> None:
@@ -144,7 +142,6 @@ def test_kills_and_stops_cost_time_and_nothing_else(
     wait_until_settled(server)
 
 
-@pytest.mark.timeout(120)
 def test_overload_is_refused_before_the_first_token_and_never_after_it(
     start_server: Callable[..., Any], tiny_model_path: Path
 ) -> None:
@@ -164,7 +161,7 @@ def test_overload_is_refused_before_the_first_token_and_never_after_it(
 
     async def many() -> list[int | float]:
         async with openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=100
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
         ) as client:
             return await asyncio.gather(*(one(client) for _ in range(40)))
 

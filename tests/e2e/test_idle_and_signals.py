@@ -66,7 +66,6 @@ def test_a_second_signal_ends_the_server_at_once(
     wait_for_exit(pids)
 
 
-@pytest.mark.timeout(90)
 def test_a_worker_that_cannot_start_ends_the_server_with_the_reason(
     tiny_model_path: Path, start_server: Callable[..., Any]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import pytest
 
 FLAGS = ("--dtype", "fp32", "--kv-blocks", "512", "--threads", "1")
-LONGEST_PAUSE_S = 5.0
 
 
-@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+@pytest.mark.parametrize(
+    ("victim", "survivor"), [("decode-0", "prefill-0"), ("prefill-0", "decode-0")]
+)
 def test_a_killed_worker_costs_a_pause_and_no_token(
-    start_server: Callable[..., Any], tiny_model_path: Path, victim: str
+    start_server: Callable[..., Any], tiny_model_path: Path, victim: str, survivor: str
 ) -> None:
     server = start_server(
         "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "1"
@@ -33,15 +33,17 @@ def test_a_killed_worker_costs_a_pause_and_no_token(
     with server.client() as client:
         expected = client.completions.create(**asked).choices[0].text
         pid = server.workers()[victim]["pid"]
-        text, gaps, last = "", [], time.monotonic()
+        text, answer_id = "", ""
         for number, chunk in enumerate(client.completions.create(**asked, stream=True)):
             text += chunk.choices[0].text
-            gaps.append(time.monotonic() - last)
-            last = time.monotonic()
+            answer_id = chunk.id
             if number == 20:
                 os.kill(pid, signal.SIGKILL)
         assert text == expected
-        assert max(gaps) < LONGEST_PAUSE_S
+        # The survivor wrote all of it: nothing waited for the new process. How long the pause is,
+        # benchmarks/failover.py measures.
+        last_attempt = server.get(f"/v1/requests/{answer_id}/timeline")["attempts"][-1]
+        assert last_attempt["decode_worker"] == survivor
         # The slot has a new process, or will have one: the next request does not wait for it.
         assert client.completions.create(**asked).choices[0].text == expected
     assert "killed by SIGKILL" in server.log

@@ -40,6 +40,10 @@ HEALTHY_AFTER_S = 60.0
 USER_ERROR_STATUS = 2
 """Exit status by which a worker says that its options, not its luck, are at fault."""
 
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""What workers inherit unless the user says otherwise: OpenMP threads that sleep between products
+instead of spinning on the cores of other workers."""
+
 _KEPT_LINES = 40
 
 
@@ -69,6 +73,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             process_group=0,
+            env={**WORKER_ENVIRONMENT, **os.environ},
         )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
