@@ -108,6 +108,18 @@ def test_a_choice_that_goes_away_leaves_the_other_alone(stage: str) -> None:
     check_nothing_left(cluster)
 
 
+@pytest.mark.parametrize("stage", list(STAGES)[:-1])
+def test_nobody_decodes_a_choice_that_is_not_wanted(stage: str) -> None:
+    """Also if it left while the hand-off was under way, which took it along."""
+    together = at(stage)
+    cluster, decode = together.cluster, together.decode
+    cluster.leave("r", (0,))
+    held = of(decode, "step")
+    cluster.run(hold=held)
+    running = [sequence.choices for sequence in decode.node.batch.sequences()]
+    assert running == [(1,)]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 5])
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 @pytest.mark.parametrize("stage", STAGES)

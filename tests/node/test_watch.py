@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from virtual_cluster import make_ask
 from virtual_cluster.orders import PROMPT, of, pair, reach, submitted
 
 from pdserve.core.effects import Received, Send, StepDone, WorkerLost
-from pdserve.core.ids import Epoch, StepId, WorkerId
+from pdserve.core.ids import GATEWAY, Epoch, StepId, WorkerId
 from pdserve.core.messages import LoadReport, TokenDelta, Tokens
 from pdserve.core.step import StepResult
 from pdserve.node.outbox import Outbox
@@ -154,6 +156,18 @@ def test_words_of_a_dead_process_are_not_heard() -> None:
     assert cluster.router.handle(ghost, cluster.now) == []
     cluster.run_for(2)
     assert answer.is_complete
+
+
+def test_the_last_report_of_a_dead_process_says_nothing_about_its_successor() -> None:
+    together = pair()
+    cluster, decode = together.cluster, together.decode
+    cluster.run_for(1, hold=of(decode, "to_gateway"))
+    report = next(m for m in reversed(decode.to_gateway) if isinstance(m, LoadReport))
+    cluster.kill(decode)
+    cluster.run_for(2)
+    before = cluster.router.books.workers["decode-0"].report
+    cluster.ghost(decode, GATEWAY, replace(report, draining=True))
+    assert cluster.router.books.workers["decode-0"].report is before
 
 
 def test_machines_refuse_inputs_that_are_not_theirs() -> None:
