@@ -22,7 +22,7 @@ bool level_supported(int level) {
              __builtin_cpu_supports("avx512vl");
     case kAvx512Bf16:
       return level_supported(kAvx512) && __builtin_cpu_supports("avx512bf16") &&
-             __builtin_cpu_supports("avx512vnni");
+             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 #endif
     default:
       return false;

@@ -56,18 +56,18 @@ class Llama:
             new = slice(0, batch.num_tokens)
             pool.write(index, batch.slot_blocks, batch.slot_offsets, keys[new], values[new])
             attended = self._attention.attend(queries, pool.layer(index), prepared)
-            hidden = hidden + layer.attention_out(attended.flatten(1))
+            layer.attention_out.add_to(hidden, attended.flatten(1))
             normed = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + torch.cat(
-                [mlp(layer, rows) for rows in torch.split(normed, MLP_ROWS)]
-            )
+            for first in range(0, len(hidden), MLP_ROWS):
+                part = slice(first, first + MLP_ROWS)
+                layer.down.add_to(hidden[part], layer.gate_up(normed[part]))
             on_layer(index)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits, ``[padded rows, hidden]`` -> ``[padded rows, vocab]`` fp32."""
         normed = self._norm(hidden, self._weights.norm)
-        return self._weights.output(normed).float()
+        return self._weights.output(normed)
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, weight, self._config.rms_norm_eps)
@@ -106,18 +106,3 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def mlp(layer: LayerWeights, rows: torch.Tensor) -> torch.Tensor:
-    """Feed-forward part of a layer, ``[token, hidden]`` -> ``[token, hidden]``."""
-    return layer.down(swiglu(layer.gate_up(rows)))
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of ``[token, 2 * intermediate]``, in fp32.
-
-    silu is spelt out because the library's own gives other bits in a tensor's tail (`numerics`).
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    activated = gate.neg().exp_().add_(1.0)  # one buffer from here on
-    return torch.div(gate, activated, out=activated).mul_(up)

@@ -15,9 +15,11 @@ from pdserve.core.ids import BlockId
 from pdserve.core.layout import KvLayout
 from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+from pdserve.engine.native.library import choose_level
 from pdserve.engine.torch.attention import Attention, SdpaAttention, TiledAttention
 from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch
 from pdserve.engine.torch.granule import choose_numerics
+from pdserve.engine.torch.linear_registry import choose_linear
 from pdserve.engine.torch.llama import Llama
 from pdserve.engine.torch.llama_weights import pack_weights
 from pdserve.engine.torch.numerics import DTYPES, Numerics, check_choice, numerics_class
@@ -40,15 +42,17 @@ class TorchRunner(ModelRunner):
         block_size: int,
         num_threads: int,
         numerics: str = "exact",
+        weight_dtype: str = "auto",
     ) -> None:
-        """``weights`` are copied. Raises `ConfigError` for arguments that cannot work here, and
-        `ModelError` for weights that do not fit ``config``."""
+        """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Raises `ConfigError` for
+        arguments that cannot work here, `ModelError` for weights that do not fit ``config``."""
         check_choice(device, dtype, numerics)
         self._num_threads = num_threads
         self._use_threads()
         self._device = torch.device(device)
+        linear = choose_linear(device, dtype, weight_dtype, choose_level())
         with torch.inference_mode():
-            packed = pack_weights(config, weights, self._device, DTYPES[dtype])
+            packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
             self._numerics = choose_numerics(config, packed, numerics)
             attention = _attention(config, DTYPES[dtype], block_size, self._numerics)
             self._model: Llama | None = Llama(config, packed, attention)
@@ -60,7 +64,7 @@ class TorchRunner(ModelRunner):
                 head_dim=config.head_dim,
                 block_size=block_size,
                 dtype=dtype,
-                numerics=numerics_class(device, dtype, num_threads, numerics),
+                numerics=numerics_class(device, dtype, num_threads, numerics, linear.name),
                 weights_digest=weights_digest,
             ),
             vocab_size=config.vocab_size,
