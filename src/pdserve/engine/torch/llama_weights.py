@@ -58,6 +58,7 @@ def pack_weights(
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
         attention, mlp, inner = f"{prefix}.self_attn", f"{prefix}.mlp", config.intermediate_size
+        gates = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
         return LayerWeights(
             attention_norm=take.tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
             qkv=take.linear(
@@ -73,12 +74,7 @@ def pack_weights(
                 {f"{attention}.o_proj": hidden}, query, config.attention_bias
             ),
             mlp_norm=take.tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=take.linear(
-                {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner},
-                hidden,
-                config.mlp_bias,
-                gated=True,
-            ),
+            gate_up=take.linear(dict.fromkeys(gates, inner), hidden, config.mlp_bias, gated=True),
             down=take.linear({f"{mlp}.down_proj": hidden}, inner, config.mlp_bias),
         )
 

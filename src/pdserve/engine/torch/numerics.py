@@ -68,7 +68,8 @@ def numerics_class(device: str, dtype: str, num_threads: int, numerics: str, pro
     """Name of the class within which results are equal bit by bit.
 
     On a CPU: torch build, threads, kernels (``products`` names those of the projections), and the
-    processor's model, because MKL and oneDNN pick their kernels by it. On CUDA it only says on what the values were computed.
+    processor's model, because MKL and oneDNN pick their kernels by it. On CUDA it only says on what
+    the values were computed.
     """
     build = f"torch{torch.__version__}"
     kernels = f"{numerics}{KERNEL_REVISION}"
