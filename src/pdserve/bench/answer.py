@@ -30,7 +30,7 @@ class Delta(msgspec.Struct):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: list[Any] | None = None
 
 
 class Choice(msgspec.Struct):
@@ -46,7 +46,7 @@ class Choice(msgspec.Struct):
             delta.content
             or delta.reasoning
             or delta.reasoning_content
-            or delta.tool_calls is not None
+            or delta.tool_calls
             or self.token_ids
             or self.finish_reason
         )
@@ -123,11 +123,11 @@ class Answer:
             if len(self._refusal) < MAX_ERROR_BYTES:
                 self._refusal += data
             return
-        if self.left:
-            return  # what still comes before the connection is closed came too late
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
+            if self.left:
+                return  # what still comes before the connection is closed comes too late
             if line.startswith(b"data:"):
                 self._event(line[5:].strip(), at_s)
 
