@@ -109,6 +109,7 @@ def make_bench(make_folder: Callable[..., ModelFolder]) -> Callable[..., Bench]:
     def make(
         dtype: str = "fp32",
         numerics: str = "exact",
+        weight_dtype: str = "auto",
         num_threads: int = 1,
         block_size: int = 16,
         num_blocks: int = 64,
@@ -124,6 +125,7 @@ def make_bench(make_folder: Callable[..., ModelFolder]) -> Callable[..., Bench]:
             block_size=block_size,
             num_threads=num_threads,
             numerics=numerics,
+            weight_dtype=weight_dtype,
         )
         return Bench(runner, num_blocks)
 

@@ -132,6 +132,7 @@ def run_schedule(schedule: Schedule, rng: random.Random) -> None:
 MODELS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "fp32"},
     "bf16": {"dtype": "bf16"},
+    "bf16, weights in int8": {"dtype": "bf16", "weight_dtype": "int8"},
     "fp32, two threads": {"dtype": "fp32", "num_threads": 2},
     "bf16, two threads, biases, blocks of 64": {
         "dtype": "bf16",
