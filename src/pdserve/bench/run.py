@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.bench.plan import Load
@@ -42,8 +42,8 @@ class Watcher(Protocol):
 class Result:
     """``outcomes`` by index. ``cpu_s`` is the CPU time of this process during ``duration_s``."""
 
-    outcomes: list[Outcome]
-    warmup: list[Outcome]
+    outcomes: list[Outcome] = field(repr=False)
+    warmup: list[Outcome] = field(repr=False)
     duration_s: float
     cpu_s: float
     max_in_flight: int
