@@ -40,12 +40,14 @@ class Step {
     for (int r = 0; r < args_.num_rows; ++r) {
       if (args_.rows[r].num_tokens > group_queries_) run_long(args_.rows[r]);
     }
+    const int parts = args_.num_threads > 1 && args_.num_rows < 2 * args_.num_threads ? args_.num_kv_heads : 1;
+    const int heads = args_.num_kv_heads / parts;
     auto item = [&](int64_t index, int) {
-      const pdserve_row& row = args_.rows[index / args_.num_kv_heads];
+      const pdserve_row& row = args_.rows[index / parts];
       if (row.num_tokens > group_queries_) return;
-      attend(row, static_cast<int>(index % args_.num_kv_heads), 0, row.num_tokens, nullptr);
+      attend_short(row, static_cast<int>(index % parts) * heads, heads);
     };
-    parallel_for(args_.num_threads, int64_t{args_.num_rows} * args_.num_kv_heads, item);
+    parallel_for(args_.num_threads, int64_t{args_.num_rows} * parts, item);
   }
 
  private:
@@ -63,7 +65,9 @@ class Step {
       const int count = left < num_heads ? left : num_heads;
       auto pack_item = [&](int64_t index, int) {
         const int tile = static_cast<int>(index % num_tiles);
-        pack(row, head + static_cast<int>(index / num_tiles), tile, packed + index * tile_size);
+        const auto rows = locate(row, head + static_cast<int>(index / num_tiles), tile);
+        float* const keys = packed + index * tile_size;
+        pack_tile<Format, false>(rows, rows, args_.head_dim, columns_, keys, keys + key_size_);
       };
       parallel_for(args_.num_threads, int64_t{count} * num_tiles, pack_item);
       auto attend_item = [&](int64_t index, int) {
@@ -71,8 +75,8 @@ class Step {
         const int group = num_groups - 1 - static_cast<int>(index % num_groups);
         const int first = group * group_queries_;
         const int rest = row.num_tokens - first;
-        attend(row, head + which, first, rest < group_queries_ ? rest : group_queries_,
-               packed + which * num_tiles * tile_size);
+        attend_packed(row, head + which, first, rest < group_queries_ ? rest : group_queries_,
+                      packed + which * num_tiles * tile_size);
       };
       parallel_for(args_.num_threads, int64_t{count} * num_groups, attend_item);
     }
@@ -102,67 +106,108 @@ class Step {
     return found;
   }
 
-  void pack(const pdserve_row& row, int kv_head, int tile, float* out) const {
-    const TileRows<Element> rows = locate(row, kv_head, tile);
-    pack_keys<Format>(rows, args_.head_dim, out);
-    pack_values<Format>(rows, args_.head_dim, columns_, out + key_size_);
+  // Query rows of one kv head and what has been made of them.
+  struct State {
+    float* scores;       // [row, 64]: of one tile, then the weights
+    float* sums;         // [row, columns]: weighted values
+    float* queries;      // [row, unit]
+    float* weight_sums;  // [row, lane]
+    float* maxima;       // [row]
+  };
+
+  int64_t state_size(int num_rows) const {
+    return num_rows * int64_t{kTile + columns_ + units_ + kWidth + 1};
   }
 
-  void prefetch(const pdserve_row& row, int kv_head, int tile) const {
-    const TileRows<Element> rows = locate(row, kv_head, tile);
-    const int64_t bytes = args_.head_dim * static_cast<int64_t>(sizeof(Element));
-    for (int j = 0; j < rows.count; ++j) {
-      const auto* key = reinterpret_cast<const char*>(rows.keys[j]);
-      const auto* value = reinterpret_cast<const char*>(rows.keys[j] + rows.to_values);
-      for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch(key + at);
-        __builtin_prefetch(value + at);
-      }
+  State state_at(float* memory, int64_t num_rows) const {
+    State state;
+    state.scores = memory;
+    state.sums = state.scores + num_rows * kTile;
+    state.queries = state.sums + num_rows * columns_;
+    state.weight_sums = state.queries + num_rows * units_;
+    state.maxima = state.weight_sums + num_rows * kWidth;
+    return state;
+  }
+
+  State begin(const pdserve_row& row, int kv_head, int first, int count, float* memory) const {
+    const int64_t num_rows = int64_t{count} * heads_per_kv_;
+    const State state = state_at(memory, num_rows);
+    load_queries(row, kv_head, first, count, state.queries);
+    std::memset(state.sums, 0, sizeof(float) * num_rows * columns_);
+    std::memset(state.weight_sums, 0, sizeof(float) * num_rows * kWidth);
+    for (int r = 0; r < num_rows; ++r) state.maxima[r] = kMinusInfinity;
+    return state;
+  }
+
+  // Add one tile to what `num_rows` query rows have seen; the first is at `position`.
+  template <class Fetch>
+  void see(const State& state, int num_rows, int position, int tile, const float* keys,
+           const Fetch& ahead_keys, const Fetch& ahead_values) const {
+    product<typename Format::Kind, false>(ahead_keys, num_rows, kTile, units_, state.queries,
+                                          units_, keys, kTile, state.scores, kTile);
+    for (int r = 0; r < num_rows; ++r) {
+      const int visible = position + r / heads_per_kv_ + 1 - tile * kTile;
+      weigh(state.scores + r * kTile, visible, state.maxima + r, state.weight_sums + r * kWidth,
+            state.sums + int64_t{r} * columns_);
+    }
+    product<typename Format::Kind, true>(ahead_values, num_rows, columns_, kTile / Format::kUnit,
+                                         state.scores, kTile, keys + key_size_, columns_,
+                                         state.sums, columns_);
+  }
+
+  void finish(const State& state, const pdserve_row& row, int kv_head, int first, int count) const {
+    for (int r = 0; r < count * heads_per_kv_; ++r) {
+      const Vec sum = splat(reduce_add(load(state.weight_sums + r * kWidth)));
+      float* const sums = state.sums + int64_t{r} * columns_;
+      for (int d = 0; d < columns_; d += kWidth) store(sums + d, div(load(sums + d), sum));
+      store_result(row, kv_head, first, r, sums);
     }
   }
 
-  // `count` queries of a row, from its `first` on, for the query heads of one kv head. Tiles come
-  // from `packed`, or else from the pool.
-  void attend(const pdserve_row& row, int kv_head, int first, int count, const float* packed) {
+  // `count` queries of a row, from its `first` on, for one kv head whose tiles are packed.
+  void attend_packed(const pdserve_row& row, int kv_head, int first, int count,
+                     const float* packed) const {
     const int num_rows = count * heads_per_kv_;
-    const int64_t tile_size = key_size_ + value_size_;
-    const int64_t own = packed == nullptr ? tile_size : 0;
-    auto* memory = static_cast<float*>(scratch(
-        1, 4 * (own + num_rows * int64_t{units_ + kTile + columns_ + kWidth + 1})));
-    float* const tile_memory = memory;
-    float* const scores = tile_memory + own;                            // [row, 64]
-    float* const sums = scores + int64_t{num_rows} * kTile;             // [row, columns]
-    float* const queries = sums + int64_t{num_rows} * columns_;         // [row, unit]
-    float* const weight_sums = queries + int64_t{num_rows} * units_;    // [row, lane]
-    float* const maxima = weight_sums + int64_t{num_rows} * kWidth;     // [row]
-    load_queries(row, kv_head, first, count, queries);
-    std::memset(sums, 0, sizeof(float) * num_rows * columns_);
-    std::memset(weight_sums, 0, sizeof(float) * num_rows * kWidth);
-    for (int r = 0; r < num_rows; ++r) maxima[r] = kMinusInfinity;
+    auto* const memory = static_cast<float*>(scratch(1, 4 * state_size(num_rows)));
+    const State state = begin(row, kv_head, first, count, memory);
     const int position = row.start + first;
     const int num_tiles = tiles(position + count);
     for (int tile = 0; tile < num_tiles; ++tile) {
-      const float* keys = packed + tile * tile_size;
-      if (packed == nullptr) {
-        if (tile + 1 < num_tiles) prefetch(row, kv_head, tile + 1);
-        pack(row, kv_head, tile, tile_memory);
-        keys = tile_memory;
-      }
-      product<typename Format::Kind, false>(num_rows, kTile, units_, queries, units_, keys, kTile,
-                                            scores, kTile);
-      for (int r = 0; r < num_rows; ++r) {
-        const int visible = position + r / heads_per_kv_ + 1 - tile * kTile;
-        weigh(scores + r * kTile, visible, maxima + r, weight_sums + r * kWidth,
-              sums + int64_t{r} * columns_);
-      }
-      product<typename Format::Kind, true>(num_rows, columns_, kTile / Format::kUnit, scores, kTile,
-                                           keys + key_size_, columns_, sums, columns_);
+      see(state, num_rows, position, tile, packed + tile * (key_size_ + value_size_), Nothing{},
+          Nothing{});
     }
-    for (int r = 0; r < num_rows; ++r) {
-      const Vec sum = splat(reduce_add(load(weight_sums + r * kWidth)));
-      float* const row_sums = sums + int64_t{r} * columns_;
-      for (int d = 0; d < columns_; d += kWidth) store(row_sums + d, div(load(row_sums + d), sum));
-      store_result(row, kv_head, first, r, row_sums);
+    finish(state, row, kv_head, first, count);
+  }
+
+  // All queries of a short row, for `num_heads` kv heads: together, because their keys and values lie
+  // together. The next tile is on its way from memory while one is computed.
+  void attend_short(const pdserve_row& row, int first_head, int num_heads) const {
+    const int num_rows = row.num_tokens * heads_per_kv_;
+    const int64_t tile_size = key_size_ + value_size_;
+    auto* const packed = static_cast<float*>(
+        scratch(1, 4 * (tile_size + num_heads * state_size(num_rows))));
+    float* const memory = packed + tile_size;
+    for (int h = 0; h < num_heads; ++h) {
+      begin(row, first_head + h, 0, row.num_tokens, memory + h * state_size(num_rows));
+    }
+    const int num_visits = tiles(row.start + row.num_tokens) * num_heads;
+    TileRows<Element> next = locate(row, first_head, 0);
+    for (int visit = 0; visit < num_visits; ++visit) {
+      const TileRows<Element> rows = next;
+      if (visit + 1 < num_visits) {
+        next = locate(row, first_head + (visit + 1) % num_heads, (visit + 1) / num_heads);
+      }
+      pack_tile<Format, true>(rows, next, args_.head_dim, columns_, packed, packed + key_size_);
+      const int64_t last = args_.head_dim * int64_t{sizeof(Element)} - 64;
+      const Ahead ahead_keys{reinterpret_cast<const void* const*>(next.keys), last};
+      const Ahead ahead_values{ahead_keys.rows,
+                               last + next.to_values * int64_t{sizeof(Element)}};
+      see(state_at(memory + visit % num_heads * state_size(num_rows), num_rows), num_rows,
+          row.start, visit / num_heads, packed, ahead_keys, ahead_values);
+    }
+    for (int h = 0; h < num_heads; ++h) {
+      finish(state_at(memory + h * state_size(num_rows), num_rows), row, first_head + h, 0,
+             row.num_tokens);
     }
   }
 

@@ -51,8 +51,11 @@ struct PairFormat {  // bf16 pool, products of bf16 pairs
 };
 #endif
 
-template <class Format>
-PDSERVE_INLINE void pack_keys(const TileRows<typename Format::Element>& rows, int head_dim,
+// Each load of `rows` also sends for the same place of `next`, so that memory is busy all along; for
+// the last vector of each row the products do that (`Ahead`), so that it is busy then, too.
+template <class Format, bool kAhead>
+PDSERVE_INLINE void pack_keys(const TileRows<typename Format::Element>& rows,
+                              const TileRows<typename Format::Element>& next, int head_dim,
                               float* out) {
   const int units = head_dim / Format::kUnit;
   for (int j = 0; j < kTile; j += kWidth) {
@@ -63,6 +66,9 @@ PDSERVE_INLINE void pack_keys(const TileRows<typename Format::Element>& rows, in
       for (int i = 0; i < kWidth; ++i) {
         square[i] =
             j + i < rows.count ? Format::units(rows.keys[j + i] + u * Format::kUnit) : zero();
+        if (kAhead && u + kWidth < units) {
+          __builtin_prefetch(next.keys[j + i] + u * Format::kUnit);
+        }
       }
       transpose(square);
 #pragma GCC unroll 16
@@ -78,14 +84,20 @@ PDSERVE_INLINE void pack_keys(const TileRows<typename Format::Element>& rows, in
 }
 
 // `columns` is head_dim, padded to whole vectors.
-template <class Format>
-PDSERVE_INLINE void pack_values(const TileRows<typename Format::Element>& rows, int head_dim,
+template <class Format, bool kAhead>
+PDSERVE_INLINE void pack_values(const TileRows<typename Format::Element>& rows,
+                                const TileRows<typename Format::Element>& next, int head_dim,
                                 int columns, float* out) {
   for (int j = 0; j < kTile; ++j, out += columns) {
     int d = 0;
     if (j < rows.count) {
       const auto* value = rows.keys[j] + rows.to_values;
-      for (; d + kWidth <= head_dim; d += kWidth) store(out + d, Format::units(value + d));
+      for (; d + kWidth <= head_dim; d += kWidth) {
+        store(out + d, Format::units(value + d));
+        if (kAhead && d + kWidth < head_dim) {
+          __builtin_prefetch(next.keys[j] + next.to_values + d);
+        }
+      }
       for (; d < head_dim; ++d) out[d] = Format::unit(value + d);
     }
     for (; d < columns; ++d) out[d] = 0.0f;
@@ -93,9 +105,9 @@ PDSERVE_INLINE void pack_values(const TileRows<typename Format::Element>& rows, 
 }
 
 #if defined(PDSERVE_IS_avx512bf16)
-template <>
-PDSERVE_INLINE void pack_values<PairFormat>(const TileRows<bf16>& rows, int head_dim, int columns,
-                                            float* out) {
+template <bool kAhead>
+PDSERVE_INLINE void pack_value_pairs(const TileRows<bf16>& rows, const TileRows<bf16>& next,
+                                     int head_dim, int columns, float* out) {
   alignas(64) static constexpr uint16_t kLow[32] = {
       0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -109,6 +121,10 @@ PDSERVE_INLINE void pack_values<PairFormat>(const TileRows<bf16>& rows, int head
       const __mmask32 known = left >= 32 ? ~0u : (1u << left) - 1u;
       const __m512i a = _mm512_maskz_loadu_epi16(j < rows.count ? known : 0u, first + d);
       const __m512i b = _mm512_maskz_loadu_epi16(j + 1 < rows.count ? known : 0u, second + d);
+      if (kAhead && d + 32 < head_dim) {
+        __builtin_prefetch(next.keys[j] + next.to_values + d);
+        __builtin_prefetch(next.keys[j + 1] + next.to_values + d);
+      }
       _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
       if (d + 16 < columns) {
         _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
@@ -117,5 +133,18 @@ PDSERVE_INLINE void pack_values<PairFormat>(const TileRows<bf16>& rows, int head
   }
 }
 #endif
+
+template <class Format, bool kAhead>
+PDSERVE_INLINE void pack_tile(const TileRows<typename Format::Element>& rows,
+                              const TileRows<typename Format::Element>& next, int head_dim,
+                              int columns, float* keys, float* values) {
+  pack_keys<Format, kAhead>(rows, next, head_dim, keys);
+#if defined(PDSERVE_IS_avx512bf16)
+  if constexpr (Format::kUnit == 2) {
+    return pack_value_pairs<kAhead>(rows, next, head_dim, columns, values);
+  }
+#endif
+  pack_values<Format, kAhead>(rows, next, head_dim, columns, values);
+}
 
 }  // namespace pdserve::PDSERVE_LEVEL

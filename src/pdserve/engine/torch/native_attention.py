@@ -76,7 +76,7 @@ class NativeAttention(Attention):
         """As the seam says; the result has the model's dtype and holds until the next layer's."""
         assert isinstance(prepared, NativeStep)
         args = prepared.args
-        assert queries.stride(2) == 1 and queries.stride(1) == args.head_dim
+        assert queries.stride()[1:] == (args.head_dim, 1), "heads lie side by side"
         args.queries = queries.data_ptr()
         args.query_stride = queries.stride(0)
         args.queries_are_bf16 = queries.dtype == torch.bfloat16

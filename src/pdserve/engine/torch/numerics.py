@@ -64,20 +64,20 @@ def check_choice(device: str, dtype: str, numerics: str) -> None:
         )
 
 
-def numerics_class(device: str, dtype: str, num_threads: int, numerics: str, products: str) -> str:
+def numerics_class(device: str, dtype: str, num_threads: int, numerics: str, kernels: str) -> str:
     """Name of the class within which results are equal bit by bit.
 
-    On a CPU: torch build, threads, kernels (``products`` names those of the projections), and the
-    processor's model, because MKL and oneDNN pick their kernels by it. On CUDA it only says on what
-    the values were computed.
+    On a CPU: torch build, threads, kernels (``kernels`` names those of the projections and of
+    attention), and the processor's model, because MKL and oneDNN pick theirs by it. On CUDA it only
+    says on what the values were computed.
     """
     build = f"torch{torch.__version__}"
-    kernels = f"{numerics}{KERNEL_REVISION}"
+    promise = f"{numerics}{KERNEL_REVISION}"
     if torch.device(device).type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-        return f"cuda-{dtype}-{build}-{kernels}-{name}"
+        return f"cuda-{dtype}-{build}-{promise}-{name}"
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return f"cpu-{dtype}-{build}-t{num_threads}-{kernels}-{products}-{capability}-{_processor()}"
+    return f"cpu-{dtype}-{build}-t{num_threads}-{promise}-{kernels}-{capability}-{_processor()}"
 
 
 def _processor() -> str:
