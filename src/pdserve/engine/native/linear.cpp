@@ -5,7 +5,8 @@
 // runs it and however many rows the call has. So a row's result is the same bits in any batch.
 //
 // A panel's tiles follow one another while the panel is in the cache; meanwhile the next panel is
-// fetched from memory, a few lines at a time, so that few rows run at the memory's rate.
+// fetched from memory, a few lines at a time, so that few rows run at the memory's rate. Sums that
+// are put down in memory and taken up again are the same sums.
 #include "linear.hpp"
 
 #include <algorithm>
@@ -18,6 +19,10 @@ namespace PDSERVE_LEVEL {
 namespace {
 
 constexpr int kLine = 64;
+#if defined(PDSERVE_IS_avx512bf16)
+constexpr int kDirectRows = 8;     // int8 is expanded to bf16 first for more rows than these
+#endif
+constexpr int64_t kExpandedInputs = 256;  // 24 KB of a panel in bf16
 constexpr int kBurst = 4;          // steps between two bursts of prefetches
 constexpr int64_t kAhead = 8192;   // bytes that a panel read only once is fetched ahead
 
@@ -27,19 +32,53 @@ struct Fetch {
   int64_t lines;
 };
 
-// sums[row][kPanel] = rows @ panel, for R rows and the whole panel, V vectors at a time.
+// Spreads the fetching of `num_lines` over the bursts of `num_tiles` tiles.
+class Schedule {
+ public:
+  Schedule(int64_t num_lines, int64_t num_tiles, int64_t num_steps)
+      : num_lines_(num_lines), bursts_(std::max<int64_t>(1, num_steps / kBurst)) {
+    const int64_t all = num_tiles * bursts_;
+    lines_ = (num_lines + all - 1) / all;
+  }
+  Fetch of(int64_t tile, const void* from) const {
+    const int64_t fetched = tile * bursts_ * lines_;
+    return {static_cast<const char*>(from) + fetched * kLine, fetched < num_lines_ ? lines_ : 0};
+  }
+
+ private:
+  int64_t num_lines_, bursts_, lines_;
+};
+
+template <class Lanes>
+int64_t tiles_of(int64_t num_rows) {
+  return (num_rows + Lanes::kRows - 1) / Lanes::kRows;
+}
+
+// sums[row][kPanel] = rows @ panel, for R rows and the whole panel, V vectors at a time; `more` goes
+// on from the sums of the inputs before.
 template <class Lanes, int R>
 void tile(const typename Lanes::Row* rows, int64_t stride, const typename Lanes::Element* panel,
-          int64_t num_steps, float* sums, Fetch fetch) {
+          int64_t num_steps, float* sums, bool more, Fetch fetch) {
   constexpr int V = Lanes::columns(R), kGroup = V * Lanes::kWidth;
   static_assert(kPanel % kGroup == 0, "a panel is whole groups of vectors");
   for (int first = 0; first < kPanel; first += kGroup, fetch.lines = 0) {
     typename Lanes::Sum sum[R][V];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sum[r][v] = Lanes::zero();
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = more ? Lanes::read(sums + r * kPanel + first + v * Lanes::kWidth) : Lanes::zero();
     const auto take = [&](int64_t step) {
-      typename Lanes::Weight weight[V];
       const auto* from = panel + (step * kPanel + first) * Lanes::kStep;
+      if constexpr (Lanes::kByColumn) {
+        for (int v = 0; v < V; ++v) {
+          const auto weight = Lanes::load(from + v * Lanes::kWidth * Lanes::kStep);
+          const auto* at = rows + step * Lanes::kStep;
+          asm("" : "+r"(at));  // inputs are read again, not kept in registers
+          for (int r = 0; r < R; ++r)
+            sum[r][v] = Lanes::add(sum[r][v], weight, Lanes::broadcast(at + r * stride));
+        }
+        return;
+      }
+      typename Lanes::Weight weight[V];
       for (int v = 0; v < V; ++v)
         weight[v] = Lanes::load(from + v * Lanes::kWidth * Lanes::kStep);
       for (int r = 0; r < R; ++r) {
@@ -62,11 +101,13 @@ void tile(const typename Lanes::Row* rows, int64_t stride, const typename Lanes:
 
 template <class Lanes>
 void tile_of(int num_rows, const typename Lanes::Row* rows, int64_t stride,
-             const typename Lanes::Element* panel, int64_t num_steps, float* sums, Fetch fetch) {
+             const typename Lanes::Element* panel, int64_t num_steps, float* sums, bool more,
+             Fetch fetch) {
   switch (num_rows) {
-#define PDSERVE_TILE(R)                                                                          \
-  case R:                                                                                        \
-    if constexpr (R <= Lanes::kRows) tile<Lanes, R>(rows, stride, panel, num_steps, sums, fetch); \
+#define PDSERVE_TILE(R)                                                          \
+  case R:                                                                        \
+    if constexpr (R <= Lanes::kRows)                                             \
+      tile<Lanes, R>(rows, stride, panel, num_steps, sums, more, fetch);         \
     return
     PDSERVE_TILE(1);
     PDSERVE_TILE(2);
@@ -171,55 +212,75 @@ void expand(const int8_t* from, int64_t num_in, uint16_t* to) {
 #endif
 }
 
-// All rows of a part on one panel. `next` is what follows the panel in memory, `num_bytes` of it are
-// fetched meanwhile; a panel that one tile reads straight from memory is fetched itself.
-template <class Lanes>
-void run_panel(const LinearPart& part, int64_t panel_index, const typename Lanes::Element* panel,
-               const char* next, int64_t num_bytes, bool in_memory) {
-  const LinearCall& call = *part.call;
-  const int64_t num_steps = call.num_in / Lanes::kStep;
-  const int64_t num_tiles = (part.num_rows + Lanes::kRows - 1) / Lanes::kRows;
-  const int64_t bursts = std::max<int64_t>(1, num_steps / kBurst);
-  const int64_t num_lines = num_bytes / kLine;
-  const int64_t lines = (num_lines + num_tiles * bursts - 1) / (num_tiles * bursts);
-  const auto* rows = static_cast<const typename Lanes::Row*>(part.rows);
-  alignas(64) float sums[kTileRows * kPanel];
-  int64_t done = 0;
+// Calls `each(number, first row, rows)` for the register tiles of a part, of nearly equal height.
+template <class Lanes, class Each>
+void for_tiles(const LinearPart& part, Each each) {
+  const int64_t num_tiles = tiles_of<Lanes>(part.num_rows);
   for (int64_t i = 0; i < num_tiles; ++i) {
-    const int count = static_cast<int>((part.num_rows - done + num_tiles - i - 1) / (num_tiles - i));
-    const int64_t first = part.first_row + done;
-    const int64_t fetched = i * bursts * lines;
-    Fetch fetch{next + fetched * kLine, fetched < num_lines ? lines : 0};
-    if (in_memory && num_tiles == 1) fetch.at = reinterpret_cast<const char*>(panel) + kAhead;
-    tile_of<Lanes>(count, rows + first * call.num_in, call.num_in, panel, num_steps, sums, fetch);
-    for (int r = 0; r < count; ++r) finish_row(call, sums + r * kPanel, first + r, panel_index);
-    done += count;
+    const int64_t first = part.num_rows * i / num_tiles;
+    each(i, part.first_row + first,
+         static_cast<int>(part.num_rows * (i + 1) / num_tiles - first));
   }
 }
 
+// Panels that products read as they lie in memory. While the tiles of one are computed, the next is
+// fetched, in equal portions; a panel that is read once only is itself fetched ahead.
 template <class Lanes>
 void run_part(const LinearPart& part) {
-  const int64_t size = part.call->num_in * kPanel;
-  const auto* weight = static_cast<const typename Lanes::Element*>(part.call->weight);
-  for (int64_t i = part.first_panel; i < part.first_panel + part.num_panels; ++i) {
-    const auto* panel = weight + i * size;
-    const char* next = reinterpret_cast<const char*>(panel + size);
-    run_panel<Lanes>(part, i, panel, next, size * sizeof(*panel), true);
+  const LinearCall& call = *part.call;
+  const int64_t size = call.num_in * kPanel;
+  const int64_t num_steps = call.num_in / Lanes::kStep;
+  const int64_t num_lines = size * static_cast<int64_t>(sizeof(typename Lanes::Element)) / kLine;
+  const int64_t num_tiles = tiles_of<Lanes>(part.num_rows);
+  const Schedule schedule(num_lines, num_tiles, num_steps);
+  const auto* rows = static_cast<const typename Lanes::Row*>(part.rows);
+  const auto* panel = static_cast<const typename Lanes::Element*>(call.weight);
+  panel += part.first_panel * size;
+  alignas(64) float sums[kTileRows * kPanel];
+  for (int64_t i = 0; i < part.num_panels; ++i, panel += size) {
+    for_tiles<Lanes>(part, [&](int64_t number, int64_t first, int count) {
+      Fetch fetch = schedule.of(number, panel + size);
+      if (num_tiles == 1) fetch.at = reinterpret_cast<const char*>(panel) + kAhead;
+      tile_of<Lanes>(count, rows + first * call.num_in, call.num_in, panel, num_steps, sums, false,
+                     fetch);
+      for (int r = 0; r < count; ++r)
+        finish_row(call, sums + r * kPanel, first + r, part.first_panel + i);
+    });
+  }
+}
+
+// Panels of int8 for many rows: a piece that fits the L1 cache is expanded, all rows go over it
+// while the next piece is fetched, and their sums wait for that.
+void run_expanded(const LinearPart& part) {
+  const LinearCall& call = *part.call;
+  const auto* rows = static_cast<const uint16_t*>(part.rows);
+  const auto* from = static_cast<const int8_t*>(call.weight);
+  from += part.first_panel * call.num_in * kPanel;
+  const int64_t num_tiles = tiles_of<Bf16Lanes>(part.num_rows);
+  alignas(64) uint16_t expanded[kExpandedInputs * kPanel];
+  for (int64_t i = 0; i < part.num_panels; ++i) {
+    for (int64_t done = 0; done < call.num_in; done += kExpandedInputs) {
+      const int64_t count = std::min(kExpandedInputs, call.num_in - done);
+      expand(from, count, expanded);
+      from += count * kPanel;
+      const int64_t num_steps = count / Bf16Lanes::kStep;
+      const Schedule schedule(count * kPanel / kLine, num_tiles, num_steps);
+      for_tiles<Bf16Lanes>(part, [&](int64_t number, int64_t first, int num_rows) {
+        tile_of<Bf16Lanes>(num_rows, rows + first * call.num_in + done, call.num_in, expanded,
+                           num_steps, part.sums + (first - part.first_row) * kPanel, done > 0,
+                           schedule.of(number, from));
+      });
+    }
+    for (int64_t r = 0; r < part.num_rows; ++r)
+      finish_row(call, part.sums + r * kPanel, part.first_row + r, part.first_panel + i);
   }
 }
 
 void run_int8(const LinearPart& part) {
 #if defined(PDSERVE_IS_avx512bf16)
-  if (part.num_rows <= Int8Lanes::kRows) return run_part<Int8Lanes>(part);
+  if (part.num_rows <= kDirectRows) return run_part<Int8Lanes>(part);
 #endif
-  const int64_t size = part.call->num_in * kPanel;
-  const auto* weight = static_cast<const int8_t*>(part.call->weight);
-  for (int64_t i = part.first_panel; i < part.first_panel + part.num_panels; ++i) {
-    const auto* panel = weight + i * size;
-    expand(panel, part.call->num_in, part.expanded);
-    const char* next = reinterpret_cast<const char*>(panel + size);
-    run_panel<Bf16Lanes>(part, i, part.expanded, next, size, false);
-  }
+  run_expanded(part);
 }
 
 }  // namespace

@@ -41,13 +41,14 @@ struct LinearCall {
 };
 
 // A rectangle of a call's output: rows from `first_row`, panels from `first_panel`. `rows` are
-// already of the kind that the products are made in. `expanded` has room for one panel in bf16.
+// already of the kind that the products are made in. `sums` has room for [num_rows][kPanel] if the
+// weight is int8.
 struct LinearPart {
   const LinearCall* call;
   const void* rows;
   int64_t first_row, num_rows;
   int64_t first_panel, num_panels;
-  uint16_t* expanded;
+  float* sums;
 };
 
 }  // namespace pdserve

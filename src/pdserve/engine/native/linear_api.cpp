@@ -19,7 +19,7 @@ PDSERVE_FOR_LEVELS(PDSERVE_DECLARE)
 
 namespace {
 
-constexpr int kRowsSlot = 2, kPanelSlot = 3;   // of `scratch`
+constexpr int kRowsSlot = 2, kSumsSlot = 3;   // of `scratch`
 constexpr int64_t kBlockBytes = 400 * 1024;    // rows of one part: they stay in the L2 cache
 constexpr int64_t kPartsPerThread = 4;         // so that threads of unequal speed end together
 
@@ -69,9 +69,9 @@ void run(const LinearCall& call, const Kernels& kernels) {
     part.num_rows = call.num_rows * (block + 1) / num_blocks - first_row;
     part.first_panel = first_panel;
     part.num_panels = num_panels * (group + 1) / num_groups - first_panel;
-    part.expanded = nullptr;
+    part.sums = nullptr;
     if (call.weight_kind == kInt8)
-      part.expanded = static_cast<uint16_t*>(scratch(kPanelSlot, call.num_in * kPanel * 2));
+      part.sums = static_cast<float*>(scratch(kSumsSlot, part.num_rows * kPanel * 4));
     kernels.linear(part);
   };
   parallel_for(call.num_threads, num_blocks * num_groups, work);

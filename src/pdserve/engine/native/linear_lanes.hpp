@@ -39,8 +39,10 @@ struct Fp32Lanes {
   using Weight = __m512;
   using Input = __m512;
   static constexpr int kWidth = 16, kStep = 1, kRows = 8;
+  static constexpr bool kByColumn = false;
   static constexpr int columns(int) { return 3; }
   static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum read(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
   static Weight load(const Element* from) { return _mm512_loadu_ps(from); }
   static Input broadcast(const Row* from) { return _mm512_set1_ps(*from); }
@@ -74,7 +76,8 @@ struct Int8Lanes : Bf16Lanes {
   struct Input {
     __m512bh first, second;
   };
-  static constexpr int kStep = 4, kRows = 4;
+  static constexpr int kStep = 4, kRows = 8;
+  static constexpr bool kByColumn = true;
   static Weight load(const Element* from) {
     const __m512i bytes = _mm512_loadu_si512(from);
     const __m512i magnitude = _mm512_abs_epi8(bytes);
@@ -150,8 +153,10 @@ struct Fp32Lanes {
   using Weight = __m256;
   using Input = __m256;
   static constexpr int kWidth = 8, kStep = 1, kRows = 4;
+  static constexpr bool kByColumn = false;
   static constexpr int columns(int rows) { return rows <= 2 ? 6 : 3; }
   static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum read(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Sum sum) { _mm256_storeu_ps(to, sum); }
   static Weight load(const Element* from) { return _mm256_loadu_ps(from); }
   static Input broadcast(const Row* from) { return _mm256_set1_ps(*from); }
@@ -190,8 +195,10 @@ struct Fp32Lanes {
   using Weight = float32x4_t;
   using Input = float32x4_t;
   static constexpr int kWidth = 4, kStep = 1, kRows = 4;
+  static constexpr bool kByColumn = false;
   static constexpr int columns(int rows) { return rows <= 2 ? 6 : 4; }
   static Sum zero() { return vdupq_n_f32(0.0f); }
+  static Sum read(const float* from) { return vld1q_f32(from); }
   static void store(float* to, Sum sum) { vst1q_f32(to, sum); }
   static Weight load(const Element* from) { return vld1q_f32(from); }
   static Input broadcast(const Row* from) { return vdupq_n_f32(*from); }
@@ -232,8 +239,10 @@ struct Fp32Lanes {
   using Weight = Four;
   using Input = float;
   static constexpr int kWidth = 4, kStep = 1, kRows = 4;
+  static constexpr bool kByColumn = false;
   static constexpr int columns(int rows) { return rows <= 2 ? 4 : 2; }
   static Sum zero() { return Sum{}; }
+  static Sum read(const float* from) { return load(from); }
   static void store(float* to, Sum sum) { std::memcpy(to, sum.at, sizeof sum.at); }
   static Weight load(const Element* from) {
     Weight weight;
