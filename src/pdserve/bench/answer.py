@@ -63,6 +63,7 @@ class Usage(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
+    id: str | None = None
     choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
@@ -81,6 +82,7 @@ class Answer:
     def __init__(self, leave_after_tokens: int | None = None) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
+        self.response_id = ""
         self.times_s: list[float] = []
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
@@ -172,6 +174,8 @@ class Answer:
         if not event.choices:
             return
         choice = event.choices[0]
+        if not self.times_s:
+            self.response_id = event.id or ""
         if choice.token_ids is not None:
             self._num_token_ids += len(choice.token_ids)
         if choice.finish_reason is not None:

@@ -204,6 +204,7 @@ def _outcome(
     times_s = [at_s - start_s for at_s in answer.times_s]
     return Outcome(
         index=request.index,
+        response_id=answer.response_id,
         due_s=sent_s if due_s is None else due_s,
         sent_s=sent_s,
         ending=ending,

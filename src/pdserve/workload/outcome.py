@@ -30,10 +30,12 @@ class Outcome:
     ``last_s`` are the times of the first and the last chunk with output (None: there was none), and
     ``gaps_s`` are the times between them, one less than there were chunks. ``failure`` says what
     went wrong, as a word that can be counted (``429``, ``timeout``, ``disconnected`` ...);
-    ``message`` says it in the server's words.
+    ``message`` says it in the server's words. ``response_id`` is what
+    the server calls the answer.
     """
 
     index: int
+    response_id: str = ""
     due_s: float
     sent_s: float
     ending: Ending

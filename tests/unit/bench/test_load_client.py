@@ -64,6 +64,7 @@ async def test_completions_are_what_was_planned(bench, bench_card, return_token_
     assert (summary.completed, summary.failures) == (12, {})
     assert summary.counted_by == {"usage": 12}
     assert [outcome.index for outcome in result.outcomes] == list(range(12))
+    assert all(outcome.response_id.startswith("cmpl-") for outcome in result.outcomes)
     for outcome in result.outcomes:
         assert 0 <= outcome.sent_s < outcome.first_s <= outcome.last_s <= result.duration_s
         assert sum(outcome.gaps_s) == pytest.approx(outcome.last_s - outcome.first_s)
