@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from pdserve.bench.connection import StaleConnectionError
+from pdserve.core.errors import ProtocolError
 from pdserve.workload.outcome import CountedBy
 
 MAX_ERROR_BYTES = 4096
@@ -145,6 +146,8 @@ class Answer:
     def _judge(self, error: Exception | None) -> None:
         if isinstance(error, StaleConnectionError):
             self.fail("stale", "")
+        elif isinstance(error, ProtocolError):
+            self.fail("not HTTP", str(error))
         elif error is not None:
             self.fail("disconnected", str(error))
         elif self.status != 200:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pdserve.bench.answer import Answer
+from pdserve.core.errors import ProtocolError
 from pdserve.workload.outcome import CountedBy
 
 pytestmark = pytest.mark.anyio
@@ -108,6 +109,7 @@ async def test_streams_that_are_no_answers(events, failure):
 
 async def test_a_break_after_tokens_is_a_failure():
     assert heard(text("a"), error=ConnectionResetError("x")).failure == "disconnected"
+    assert heard(text("a"), error=ProtocolError("x")).failure == "not HTTP"
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,17 @@ async def test_a_closed_loop_for_a_time(bench, bench_card):
     assert all(outcome.sent_s < 5 for outcome in result.outcomes)
 
 
+@pytest.mark.parametrize(("ahead_bytes", "ahead_requests"), [(1, 100), (1 << 20, 3)])
+async def test_requests_that_were_not_made_ahead_are_sent_too(
+    bench, bench_card, monkeypatch, ahead_bytes, ahead_requests
+):
+    monkeypatch.setattr("pdserve.bench.run.AHEAD_BYTES", ahead_bytes)
+    monkeypatch.setattr("pdserve.bench.run.AHEAD_REQUESTS", ahead_requests)
+    gateway = FakeGateway(bench_card)
+    result = await bench(gateway)
+    assert [outcome.index for outcome in result.outcomes] == list(range(12))
+
+
 async def test_prefixes_really_repeat(bench, bench_card):
     gateway = FakeGateway(bench_card)
     await bench(gateway, prefix_groups=2, prefix_tokens=32, num_requests=30)
