@@ -16,10 +16,12 @@ from pdserve.core.errors import ConfigError
 from pdserve.engine.torch.attention import KV_TILE, Attention, SdpaAttention, TiledAttention
 from pdserve.engine.torch.native_attention import NativeAttention
 from pdserve.engine.torch.numerics import DTYPES, Numerics
+from pdserve.engine.torch.rows import NativeRows, Rows, TorchRows
 from pdserve.weights.config import ModelConfig
 
 ATTENTION_REVISION = 1
-"""Part of the numerics class: raised when the bits of compiled attention change."""
+"""Part of the numerics class: raised when the bits of compiled attention change, or those of the
+compiled `Rows` that go with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,12 @@ class AttentionKind:
                 f"choose a divisor of {KV_TILE} or a multiple of it"
             )
         return MAKERS[self.kernels](self, config, dtype, block_size, numerics)
+
+    def rows(self, config: ModelConfig, dtype: str, device: torch.device) -> Rows:
+        """What goes with it for norms, rotation and the write to the pool."""
+        if self.kernels == "native":
+            return NativeRows(config, DTYPES[dtype], self.level)
+        return TorchRows(config, device)
 
 
 def choose_attention(device: str, numerics: str, level: str | None) -> AttentionKind:

@@ -9,15 +9,19 @@ scores and sums are fp32.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from dataclasses import dataclass
 
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import AttentionArgs
+from pdserve.engine.native.structs import AttentionArgs, StepTable
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
+
+
+def step_table(batch: StepBatch) -> StepTable:
+    """A step's rows as the kernels read them."""
+    return StepTable((row.first, row.num_tokens, row.start, row.block_ids) for row in batch.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class NativeStep:
 
     args: AttentionArgs
     out: torch.Tensor  # [padded tokens, head, head_dim]: of one layer after another
-    kept: tuple[array[int], ...]
+    table: StepTable
     """What `args` points to."""
 
 
@@ -50,19 +54,16 @@ class NativeAttention(Attention):
         self._dtype = dtype
 
     def prepare(self, batch: StepBatch, device: torch.device) -> NativeStep:
-        rows, tables = array("i"), array("i")
-        for row in batch.rows:
-            rows.extend((row.first, row.num_tokens, row.start, len(tables)))
-            tables.extend(row.block_ids)
+        table = step_table(batch)
         num_heads, num_kv_heads, head_dim = self._heads
         out = torch.empty(len(batch.token_ids), num_heads, head_dim, dtype=self._dtype)
         out[batch.num_tokens :] = 0
         args = AttentionArgs(
             out=out.data_ptr(),
-            rows=rows.buffer_info()[0],
-            tables=tables.buffer_info()[0],
+            rows=table.rows,
+            tables=table.tables,
             out_stride=num_heads * head_dim,
-            num_rows=len(batch.rows),
+            num_rows=table.num_rows,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -70,7 +71,7 @@ class NativeAttention(Attention):
             num_threads=torch.get_num_threads(),
             scale=head_dim**-0.5,
         )
-        return NativeStep(args, out, (rows, tables))
+        return NativeStep(args, out, table)
 
     def attend(self, queries: torch.Tensor, kv: torch.Tensor, prepared: object) -> torch.Tensor:
         """As the seam says; the result has the model's dtype and holds until the next layer's."""

@@ -57,7 +57,8 @@ class TorchRunner(ModelRunner):
             packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
             self._numerics = choose_numerics(config, packed, numerics)
             attends = attention.make(config, dtype, block_size, self._numerics)
-            self._model: Llama | None = Llama(config, packed, attends)
+            rows = attention.rows(config, dtype, self._device)
+            self._model: Llama | None = Llama(config, packed, attends, rows)
         self._pool: KvPool | None = None
         self.info = RunnerInfo(
             layout=KvLayout(
