@@ -24,6 +24,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
+KERNELS := $(wildcard src/pdserve/engine/native/*.[ch]* src/pdserve/engine/native/CMakeLists.txt)
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
@@ -65,7 +66,7 @@ $(BIN)/python:
 	    "(or python3.X-venv for another Python)"; exit 1; }
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(READY): pyproject.toml constraints.txt | $(BIN)/python
+$(READY): pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(INSTALL) pip
 	$(INSTALL) $(TORCH) --editable .
 	@touch $@
