@@ -26,6 +26,7 @@ PIP_VERSION := pip==26.3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint $(VENV)/constraints.txt
+KERNELS := $(wildcard src/pdserve/engine/native/*.[ch]* src/pdserve/engine/native/CMakeLists.txt)
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
@@ -67,7 +68,7 @@ $(BIN)/python:
 	    "(or python3.X-venv for another Python)"; exit 1; }
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(READY): pyproject.toml constraints.txt | $(BIN)/python
+$(READY): pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "installing pdserve into $(VENV)"
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@$(INSTALL) --quiet $(PIP_VERSION)

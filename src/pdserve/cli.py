@@ -1,4 +1,4 @@
-"""The command line: ``pdserve serve | pull | replay | top`` (and ``worker``, which serve starts).
+"""The command line: ``pdserve serve | pull | bench | replay | top`` (and ``worker``, for serve).
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
 prints one JSON document on stdout and nothing else. Each command imports what it needs when it
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("model", help="name of the model, such as smollm2-135m")
     pull.add_argument("--json", action="store_true", help="print one JSON document")
     pull.set_defaults(run=_run_pull)
+    _add_bench(commands)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
     replay.add_argument("--json", action="store_true", help="print one JSON document")
@@ -66,6 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--json", action="store_true", help="print one JSON document; implies --once")
     top.set_defaults(run=_run_top)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pdserve.bench.arguments import add_arguments
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure a server under load",
+        description="Send a load to an OpenAI-compatible server and show how it was served.",
+        epilog="docs/benchmarking.md says what each figure means.",
+    )
+    add_arguments(bench)
+    bench.set_defaults(run=_run_bench)
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -149,6 +163,12 @@ def _run_pull(parsed: argparse.Namespace) -> int:
     else:
         print(f"{parsed.model} is in {folder}")
     return 0
+
+
+def _run_bench(parsed: argparse.Namespace) -> int:
+    from pdserve.bench.command import run
+
+    return run(parsed)
 
 
 def _run_replay(parsed: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from pdserve.core.request import Role
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 MAX_WORKERS = 64
+WEIGHT_DTYPES = ("auto", "int8")
 KV_TILE_TOKENS = 64
 """Attention walks the KV in tiles of this many tokens, and a block must not straddle two."""
 
@@ -99,6 +100,10 @@ class ServeConfig:
         "cpu", _text, "device as torch names it; several, comma-separated, are dealt out in turn"
     )
     dtype: str = _option("bf16", _text, "bf16 or fp32")
+    weight_dtype: str = _option("auto", _text, "weights in products: auto (as --dtype) or int8")
+    decode_weight_dtype: str | None = _option(
+        None, _text, "the same for decode workers alone (default: as --weight-dtype)"
+    )
     numerics: str = _option("exact", _text, "exact: equal bit by bit however batched; or fast")
     threads: int | None = _option(None, _whole, "CPU threads per worker (default: cores / workers)")
     transport: str = _option("shm", _text, "how KV moves between workers")
@@ -161,8 +166,10 @@ class ServeConfig:
             )
 
     def _check_words(self) -> None:
-        choices = {
+        choices: dict[str, tuple[str | None, ...]] = {
             "dtype": tuple(sorted(DTYPE_BYTES)),
+            "weight_dtype": WEIGHT_DTYPES,
+            "decode_weight_dtype": (None, *WEIGHT_DTYPES),
             "numerics": ("exact", "fast"),
             "log_format": ("text", "json"),
         }
@@ -170,8 +177,10 @@ class ServeConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
-                    f"{flag_of(name)} is {value!r}; it is one of {', '.join(allowed)}"
+                    f"{flag_of(name)} is {value!r}; it is one of {', '.join(filter(None, allowed))}"
                 )
+        if self.dtype != "bf16" and "int8" in (self.weight_dtype, self.decode_weight_dtype):
+            raise ConfigError(f"weights in int8 go with --dtype bf16, and it is {self.dtype}")
         if self.transport == "inproc":
             raise ConfigError(
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
@@ -184,6 +193,11 @@ class ServeConfig:
     def devices(self) -> tuple[str, ...]:
         """Devices to deal out to the workers in turn."""
         return tuple(name.strip() for name in self.device.split(","))
+
+    def weight_dtype_of(self, role: Role) -> str:
+        """Of the weights in a worker's products, by its home role."""
+        special = self.decode_weight_dtype if role is Role.DECODE else None
+        return special or self.weight_dtype
 
     @property
     def worker_slots(self) -> tuple[tuple[WorkerId, Role], ...]:

@@ -79,6 +79,7 @@ class Deployment:
             engine=config.engine,
             device=config.devices[number % len(config.devices)],
             dtype=config.dtype,
+            weight_dtype=config.weight_dtype_of(self.roles[worker]),
             numerics=config.numerics,
             threads=self.threads,
             transport=config.transport,

@@ -41,6 +41,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
             block_size=start.block_size,
             num_threads=start.threads,
             numerics=start.numerics,
+            weight_dtype=start.weight_dtype,
         )
     # A runner without weights has the model's shape, so that pools and limits are as was said.
     config = ModelConfig.from_folder(Path(start.model_path))

@@ -15,6 +15,7 @@ import torch
 from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, StepId
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampleSpec, StepPlan, StepRow
+from pdserve.engine.native.library import KERNELS_VARIABLE
 from pdserve.engine.torch.runner import TorchRunner
 from pdserve.weights.folder import ModelFolder
 from pdserve.weights.random_model import write_random_model
@@ -103,28 +104,37 @@ def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model
 
 @pytest.fixture(scope="session")
 def make_bench(make_folder: Callable[..., ModelFolder]) -> Callable[..., Bench]:
-    """Bench over a tiny random model, made once per combination of arguments."""
+    """Bench over a tiny random model, made once per combination of arguments.
+
+    ``kernels`` forces a level of the compiled ones, or torch.
+    """
 
     @cache
     def make(
         dtype: str = "fp32",
         numerics: str = "exact",
+        weight_dtype: str = "auto",
+        kernels: str = "",
         num_threads: int = 1,
         block_size: int = 16,
         num_blocks: int = 64,
         **overrides: Any,
     ) -> Bench:
         folder = make_folder(**overrides)
-        runner = TorchRunner(
-            folder.config,
-            folder.load_tensors(dtype=dtype),
-            weights_digest="tiny",
-            device="cpu",
-            dtype=dtype,
-            block_size=block_size,
-            num_threads=num_threads,
-            numerics=numerics,
-        )
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if kernels:
+                monkeypatch.setenv(KERNELS_VARIABLE, kernels)
+            runner = TorchRunner(
+                folder.config,
+                folder.load_tensors(dtype=dtype),
+                weights_digest="tiny",
+                device="cpu",
+                dtype=dtype,
+                block_size=block_size,
+                num_threads=num_threads,
+                numerics=numerics,
+                weight_dtype=weight_dtype,
+            )
         return Bench(runner, num_blocks)
 
     return make

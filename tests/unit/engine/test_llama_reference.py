@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pdserve.core.errors import ModelError
+from pdserve.engine.torch.linear_registry import LinearKind
 from pdserve.engine.torch.llama_weights import pack_weights
 from pdserve.weights.folder import ModelFolder
 
@@ -113,7 +114,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     cpu = torch.device("cpu")
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ModelError, match=rf"{name}.*\[3, 64\].*\[128, 64\]"):
-        pack_weights(folder.config, {**tensors, name: torch.zeros(3, 64)}, cpu, torch.float32)
+        pack_weights(
+            folder.config,
+            {**tensors, name: torch.zeros(3, 64)},
+            cpu,
+            torch.float32,
+            LinearKind("torch"),
+        )
     del tensors[name]
     with pytest.raises(ModelError, match=f"no tensor '{name}'"):
-        pack_weights(folder.config, tensors, cpu, torch.float32)
+        pack_weights(folder.config, tensors, cpu, torch.float32, LinearKind("torch"))

@@ -10,7 +10,7 @@ import torch
 
 from pdserve.core.errors import ConfigError, ModelError
 from pdserve.engine.torch.granule import RowProbe, measure_granule
-from pdserve.engine.torch.linear import Linear
+from pdserve.engine.torch.linear import LibraryLinear
 from pdserve.engine.torch.numerics import Numerics, check_choice, numerics_class
 
 
@@ -57,7 +57,7 @@ def test_a_linear_of_many_rows_is_that_of_its_tiles(dtype: torch.dtype, has_bias
     weight = torch.randn(24, 16, generator=generator).to(dtype)
     bias = torch.randn(24, generator=generator).to(dtype) if has_bias else None
     rows = torch.randn(41, 16, generator=generator)
-    linear = Linear(weight, bias, max_rows=8)
+    linear = LibraryLinear(weight, bias, max_rows=8)
     product = linear(rows)
     assert product.dtype == dtype
     assert torch.equal(product[32:40], linear(rows[32:40]))
@@ -68,13 +68,14 @@ def test_a_linear_of_many_rows_is_that_of_its_tiles(dtype: torch.dtype, has_bias
 
 def test_the_class_names_all_that_changes_bits() -> None:
     classes = {
-        numerics_class("cpu", dtype, threads, numerics)
+        numerics_class("cpu", dtype, threads, numerics, products)
         for dtype in ("fp32", "bf16")
         for threads in (1, 2)
         for numerics in ("exact", "fast")
+        for products in ("onednn", "linear1.avx2")
     }
-    assert len(classes) == 8
-    example = numerics_class("cpu", "bf16", 1, "exact")
+    assert len(classes) == 16
+    example = numerics_class("cpu", "bf16", 1, "exact", "onednn")
     assert example.startswith(f"cpu-bf16-torch{torch.__version__}-t1-exact")
     assert torch.backends.cpu.get_cpu_capability().lower() in example
     assert " " not in example

@@ -105,3 +105,28 @@ def test_the_model_is_served_under_its_folders_name_or_the_given_one(
     assert deploy(config(tiny_model_path)).card.name == tiny_model_path.name
     named = deploy(config(tiny_model_path, served_model_name="mine"))
     assert named.card.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["auto", "auto", "auto"]),
+        ({"weight_dtype": "int8"}, ["int8", "int8", "int8"]),
+        ({"decode_weight_dtype": "int8"}, ["auto", "int8", "auto"]),
+        ({"weight_dtype": "int8", "decode_weight_dtype": "auto"}, ["int8", "auto", "int8"]),
+    ],
+)
+def test_decode_workers_can_have_weights_of_their_own(
+    tiny_model_path: Path, options: dict[str, str], expected: list[str]
+) -> None:
+    deployed = deploy(
+        config(tiny_model_path, dtype="bf16", prefill=1, decode=1, mixed=1, **options)
+    )
+    starts = {
+        worker: deployed.worker_start(
+            worker, Epoch(1), secret=b"s", gateway_address="g", address="a"
+        )
+        for worker in deployed.roles
+    }
+    dtypes = {worker: start.weight_dtype for worker, start in starts.items()}
+    assert dtypes == dict(zip(("prefill-0", "decode-0", "mixed-0"), expected, strict=True))

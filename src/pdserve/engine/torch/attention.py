@@ -1,7 +1,8 @@
 """Attention over the paged pool, behind a seam: `prepare` once per step, `attend` in every layer.
 
-`TiledAttention` is the reference and the default. It is written so that a query's result depends on
-its own vector and on the keys and values before it, bit by bit, and on nothing else of the step:
+`TiledAttention` is the reference, and what computes without compiled kernels. It is written so that
+a query's result depends on its own vector and on the keys and values before it, bit by bit, and on
+nothing else of the step:
 
 1. Keys and values are gathered into fp32 tiles of `KV_TILE` positions, counted from position 0. The
    tail of the last tile is masked, and its values are zeroed, so stale bytes cannot matter.
@@ -12,7 +13,8 @@ its own vector and on the keys and values before it, bit by bit, and on nothing 
    tile, from the first on, beginning at +0. A tile that is wholly masked adds +0, which changes no
    bit: rows of different length can share a group.
 
-`SdpaAttention` calls torch's fused kernels and promises no such thing.
+`SdpaAttention` calls torch's fused kernels and promises no such thing. `native_attention` has our
+own kernels, which promise it too, and `attention_registry` chooses.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from pdserve.core.errors import ConfigError
 from pdserve.engine.torch.batch import RowSpan, StepBatch
 from pdserve.engine.torch.numerics import Numerics
 
@@ -47,7 +48,8 @@ class Attention(ABC):
 
         ``queries [padded tokens, head, head_dim]`` fp32, rotated, not scaled; ``kv [block, 2, kv
         head, position in block, head_dim]`` one layer of the pool, this step's KV already written.
-        Returns ``[padded tokens, head, head_dim]`` fp32, zero for padding.
+        Returns ``[padded tokens, head, head_dim]``, fp32 or of the model's dtype, zero for padding;
+        it may be memory that the next layer's call writes to.
         """
 
 
@@ -79,11 +81,6 @@ class TiledAttention(Attention):
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, numerics: Numerics
     ) -> None:
-        if KV_TILE % block_size and block_size % KV_TILE:
-            raise ConfigError(
-                f"block size {block_size} does not fit attention tiles of {KV_TILE} positions: "
-                f"choose a divisor of {KV_TILE} or a multiple of it"
-            )
         self._kv_heads = num_kv_heads
         self._group = num_heads // num_kv_heads
         self._head_dim = head_dim

@@ -1,15 +1,18 @@
-"""Matrix products with weights, in tiles of bounded height.
+"""Matrix products with weights, behind a seam: packed when a model is loaded, used in every step.
 
-On a CPU the weight is packed once into the layout that oneDNN's kernels want, as torch's own
-compiler does it when it freezes a model. Measured on one Zen 5 core with torch 2.13: a pass over
-all projections of SmolLM2-135M takes 8.8 ms packed against 15.6 ms unpacked for 4 rows in bf16, and
-20 ms against 48 ms in fp32, which MKL would compute otherwise. Where torch is built without these
-operators, or the processor is without the instructions, the plain product is used; `kernels_of`
-says which, and is part of the numerics class.
+`LibraryLinear` computes with torch, everywhere. On a CPU the weight is packed into the layout that
+oneDNN's kernels want, as torch's own compiler does it when it freezes a model. Measured on one Zen
+5 core with torch 2.13: a pass over all projections of SmolLM2-135M takes 8.8 ms packed against 15.6
+ms unpacked for 4 rows in bf16, and 20 ms against 48 ms in fp32, which MKL would compute otherwise.
+Where torch is built without these operators, or the processor is without the instructions, the
+plain product is used; `kernels_of` says which.
+
+`native_linear` has our own kernels, and `linear_registry` chooses.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
 
 import torch
@@ -41,26 +44,59 @@ def pack(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
     return packed
 
 
-class Linear:
-    """``y = x @ weight.T + bias``, with the weight in whatever layout is fastest here."""
+class Linear(ABC):
+    """``y = x @ weight.T + bias``. A gated one gives ``silu(gate) * up`` of its outputs' halves."""
+
+    num_in: int
+    dtype: torch.dtype
+    """Of the weight before any rounding to fewer bits, and of the rows in the products."""
+    max_rows: int
+    """Most rows that are one product; the numerics contract is tried out up to here."""
+
+    @abstractmethod
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows [n, in]`` of any float type -> ``[n, out]`` of the output's."""
+
+    @abstractmethod
+    def add_to(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the product to ``residual [n, out]`` in place. Not for a gated one."""
+
+
+class LibraryLinear(Linear):
+    """By torch: oneDNN on a CPU, whatever it has on other devices."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, max_rows: int = MAX_ROWS
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        max_rows: int = MAX_ROWS,
+        *,
+        gated: bool = False,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         """``weight [out, in]`` and ``bias [out]``; a packed weight is a copy."""
         self.num_in = weight.shape[1]
         self.dtype = weight.dtype
         self.max_rows = max_rows
+        self._gated = gated
+        self._out_dtype = out_dtype or weight.dtype
         self._packed = weight.device.type == "cpu" and kernels_of(weight.dtype) == "onednn"
         self._weight = pack(weight, max_rows) if self._packed else weight
         self._bias = bias
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows [n, in]`` of any float type -> ``[n, out]`` of the weight's."""
         rows = rows.to(self.dtype)
         if rows.shape[0] <= self.max_rows:
-            return self._product(rows)
-        return torch.cat([self._product(tile) for tile in torch.split(rows, self.max_rows)])
+            return self._finished(self._product(rows))
+        tiles = torch.split(rows, self.max_rows)
+        return torch.cat([self._finished(self._product(tile)) for tile in tiles])
+
+    def add_to(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
+        assert not self._gated, "a gated product has no residual"
+        residual.add_(self(rows))
+
+    def _finished(self, product: torch.Tensor) -> torch.Tensor:
+        return (swiglu(product) if self._gated else product).to(self._out_dtype)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if not self._packed:
@@ -69,3 +105,13 @@ class Linear:
             rows, self._weight, self._bias, "none", [], ""
         )
         return product
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``[token, 2 * intermediate]``, in fp32 (arXiv:2002.05202).
+
+    silu is spelt out because the library's own gives other bits in a tensor's tail (`numerics`).
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    activated = gate.neg().exp_().add_(1.0)  # one buffer from here on
+    return torch.div(gate, activated, out=activated).mul_(up)

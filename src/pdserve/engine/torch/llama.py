@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
-from pdserve.engine.torch.llama_weights import LayerWeights, LlamaWeights
+from pdserve.engine.torch.llama_weights import LlamaWeights
 from pdserve.engine.torch.pool import KvPool
+from pdserve.engine.torch.rows import Rows
 from pdserve.weights.config import ModelConfig
 
 MLP_ROWS = 128
@@ -27,15 +28,12 @@ class Llama:
     """Weights and the forward pass. Holds no state of any sequence: that is in the pool."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: LlamaWeights,
-        attention: Attention,
+        self, config: ModelConfig, weights: LlamaWeights, attention: Attention, rows: Rows
     ) -> None:
-        self._config = config
+        self._head_dim = config.head_dim
         self._weights = weights
         self._attention = attention
-        self._cos, self._sin = rope_tables(config, weights.embedding.device)
+        self._rows = rows
 
     def forward(
         self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None]
@@ -45,76 +43,21 @@ class Llama:
         Writes the tokens' keys and values into ``pool``; calls ``on_layer`` after each layer.
         """
         prepared = self._attention.prepare(batch, batch.token_ids.device)
-        cos = self._cos[batch.positions][:, None]  # [padded tokens, 1, head_dim / 2]
-        sin = self._sin[batch.positions][:, None]
-        counts = [self._config.num_heads, self._config.num_kv_heads]
+        places = self._rows.prepare(batch)
         hidden = functional.embedding(batch.token_ids, self._weights.embedding)
         for index, layer in enumerate(self._weights.layers):
-            normed = self._norm(hidden, layer.attention_norm)
-            turned, values = self._qkv(layer, normed)
-            queries, keys = torch.split(rotate(turned, cos, sin), counts, dim=1)
-            keys = keys.to(values.dtype)
-            new = slice(0, batch.num_tokens)
-            pool.write(index, batch.slot_blocks, batch.slot_offsets, keys[new], values[new])
+            normed = self._rows.norm(hidden, layer.attention_norm)
+            heads = layer.qkv(normed).view(len(normed), -1, self._head_dim)
+            queries = self._rows.place(heads, pool, index, places)
             attended = self._attention.attend(queries, pool.layer(index), prepared)
-            hidden = hidden + layer.attention_out(attended.flatten(1))
-            normed = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + feed_forward(layer, normed)
+            layer.attention_out.add_to(hidden, attended.flatten(1))
+            normed = self._rows.norm(hidden, layer.mlp_norm)
+            for first in range(0, len(hidden), MLP_ROWS):
+                part = slice(first, first + MLP_ROWS)
+                layer.down.add_to(hidden[part], layer.gate_up(normed[part]))
             on_layer(index)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits, ``[padded rows, hidden]`` -> ``[padded rows, vocab]`` fp32."""
-        normed = self._norm(hidden, self._weights.norm)
-        return self._weights.output(normed).float()
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, weight, self._config.rms_norm_eps)
-
-    def _qkv(self, layer: LayerWeights, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query and key heads, then value heads, each ``[padded tokens, heads, head_dim]``."""
-        config = self._config
-        heads = layer.qkv(normed).view(normed.shape[0], -1, config.head_dim)
-        num_turned = config.num_heads + config.num_kv_heads
-        return heads[:, :num_turned], heads[:, num_turned:]
-
-
-def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Rows over their root mean square, times ``weight``; computed in fp32."""
-    wide = rows.float()
-    scale = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
-    return (wide * scale).to(weight.dtype) * weight
-
-
-def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, each ``[position, head_dim / 2]`` fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inverse_frequencies = 1.0 / (config.rope_theta**exponents)
-    positions = torch.arange(config.max_model_tokens, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``heads [token, head, head_dim]``, in fp32.
-
-    Dimension i is paired with i + head_dim / 2, as in Hugging Face's checkpoints.
-    """
-    first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
-    """The second half of a block, ``[token, hidden]`` -> ``[token, hidden]``."""
-    tiles = torch.split(normed, MLP_ROWS)
-    return torch.cat([layer.down(swiglu(layer.gate_up(tile))) for tile in tiles])
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of ``[token, 2 * intermediate]``, in fp32.
-
-    silu is spelt out because the library's own gives other bits in a tensor's tail (`numerics`).
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    activated = gate.neg().exp_().add_(1.0)  # one buffer from here on
-    return torch.div(gate, activated, out=activated).mul_(up)
+        return self._weights.output(self._rows.norm(hidden, self._weights.norm))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.core.errors import ModelError
-from pdserve.engine.torch.linear import MAX_LOGIT_ROWS, Linear
+from pdserve.engine.torch.linear import Linear
+from pdserve.engine.torch.linear_registry import LinearKind
 from pdserve.weights.config import ModelConfig
 
 
@@ -24,7 +25,7 @@ class LayerWeights:
     qkv: Linear  # out: query heads, key heads, value heads, times head_dim
     attention_out: Linear
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # out: gate, then up
+    gate_up: Linear  # gated: out is silu(gate) * up
     down: Linear
 
 
@@ -35,7 +36,7 @@ class LlamaWeights:
     embedding: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
-    output: Linear  # out: vocab
+    output: Linear  # out: vocab, fp32
 
 
 def pack_weights(
@@ -43,19 +44,21 @@ def pack_weights(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    linear: LinearKind,
 ) -> LlamaWeights:
     """Take over a checkpoint: copy, convert and pack its tensors.
 
     Everything is copied, so the source may be a mapped file that goes away, and every matrix is
     aligned as the allocator does it. Raises `ModelError` if a tensor is missing or misshapen.
     """
-    take = _Checkpoint(tensors, device, dtype)
+    take = _Checkpoint(tensors, device, dtype, linear)
     hidden, head_dim = config.hidden_size, config.head_dim
     query, key = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
         attention, mlp, inner = f"{prefix}.self_attn", f"{prefix}.mlp", config.intermediate_size
+        gates = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
         return LayerWeights(
             attention_norm=take.tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
             qkv=take.linear(
@@ -71,9 +74,7 @@ def pack_weights(
                 {f"{attention}.o_proj": hidden}, query, config.attention_bias
             ),
             mlp_norm=take.tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=take.linear(
-                {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, hidden, config.mlp_bias
-            ),
+            gate_up=take.linear(dict.fromkeys(gates, inner), hidden, config.mlp_bias, gated=True),
             down=take.linear({f"{mlp}.down_proj": hidden}, inner, config.mlp_bias),
         )
 
@@ -85,7 +86,7 @@ def pack_weights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take.tensor("model.norm.weight", (hidden,)),
-        output=Linear(output, None, MAX_LOGIT_ROWS),
+        output=linear.make(output, None, logits=True),
     )
 
 
@@ -93,23 +94,28 @@ class _Checkpoint:
     """Takes tensors out of a checkpoint by name, checked, converted and on the device."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        linear: LinearKind,
     ) -> None:
         self._tensors = tensors
         self._device = device
         self._dtype = dtype
+        self._linear = linear
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._concatenated([(name, shape)])
 
-    def linear(self, outs: Mapping[str, int], num_in: int, has_bias: bool) -> Linear:
+    def linear(
+        self, outs: Mapping[str, int], num_in: int, has_bias: bool, gated: bool = False
+    ) -> Linear:
         """Projections of one input, stacked: names (without suffix) to their output widths."""
         weight = self._concatenated([(f"{name}.weight", (n, num_in)) for name, n in outs.items()])
-        if not has_bias:
-            return Linear(weight, None)
-        return Linear(
-            weight, self._concatenated([(f"{name}.bias", (n,)) for name, n in outs.items()])
-        )
+        biases = [(f"{name}.bias", (n,)) for name, n in outs.items()] if has_bias else []
+        bias = self._concatenated(biases) if has_bias else None
+        return self._linear.make(weight, bias, gated=gated)
 
     def _concatenated(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)

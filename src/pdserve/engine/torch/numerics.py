@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from pdserve.core.errors import ConfigError
-from pdserve.engine.torch.linear import kernels_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUMERICS = ("exact", "fast")
@@ -65,20 +64,20 @@ def check_choice(device: str, dtype: str, numerics: str) -> None:
         )
 
 
-def numerics_class(device: str, dtype: str, num_threads: int, numerics: str) -> str:
+def numerics_class(device: str, dtype: str, num_threads: int, numerics: str, kernels: str) -> str:
     """Name of the class within which results are equal bit by bit.
 
-    On a CPU: torch build, threads, kernels, and the processor's model, because MKL and oneDNN pick
-    their kernels by it. On CUDA it only says on what the values were computed.
+    On a CPU: torch build, threads, kernels (``kernels`` names those of the projections and of
+    attention), and the processor's model, because MKL and oneDNN pick theirs by it. On CUDA it only
+    says on what the values were computed.
     """
     build = f"torch{torch.__version__}"
-    kernels = f"{numerics}{KERNEL_REVISION}"
+    promise = f"{numerics}{KERNEL_REVISION}"
     if torch.device(device).type == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-        return f"cuda-{dtype}-{build}-{kernels}-{name}"
-    library = kernels_of(DTYPES[dtype])
+        return f"cuda-{dtype}-{build}-{promise}-{name}"
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return f"cpu-{dtype}-{build}-t{num_threads}-{kernels}-{library}-{capability}-{_processor()}"
+    return f"cpu-{dtype}-{build}-t{num_threads}-{promise}-{kernels}-{capability}-{_processor()}"
 
 
 def _processor() -> str:

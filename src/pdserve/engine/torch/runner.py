@@ -15,12 +15,14 @@ from pdserve.core.ids import BlockId
 from pdserve.core.layout import KvLayout
 from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
-from pdserve.engine.torch.attention import Attention, SdpaAttention, TiledAttention
+from pdserve.engine.native.library import choose_level
+from pdserve.engine.torch.attention_registry import choose_attention
 from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch
 from pdserve.engine.torch.granule import choose_numerics
+from pdserve.engine.torch.linear_registry import choose_linear
 from pdserve.engine.torch.llama import Llama
 from pdserve.engine.torch.llama_weights import pack_weights
-from pdserve.engine.torch.numerics import DTYPES, Numerics, check_choice, numerics_class
+from pdserve.engine.torch.numerics import DTYPES, check_choice, numerics_class
 from pdserve.engine.torch.pool import DevicePool, HostPool, KvPool
 from pdserve.engine.torch.sampler import sample
 from pdserve.weights.config import ModelConfig
@@ -40,18 +42,23 @@ class TorchRunner(ModelRunner):
         block_size: int,
         num_threads: int,
         numerics: str = "exact",
+        weight_dtype: str = "auto",
     ) -> None:
-        """``weights`` are copied. Raises `ConfigError` for arguments that cannot work here, and
-        `ModelError` for weights that do not fit ``config``."""
+        """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Raises `ConfigError` for
+        arguments that cannot work here, `ModelError` for weights that do not fit ``config``."""
         check_choice(device, dtype, numerics)
         self._num_threads = num_threads
         self._use_threads()
         self._device = torch.device(device)
+        level = choose_level()
+        linear = choose_linear(device, dtype, weight_dtype, level)
+        attention = choose_attention(device, numerics, level)
         with torch.inference_mode():
-            packed = pack_weights(config, weights, self._device, DTYPES[dtype])
+            packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
             self._numerics = choose_numerics(config, packed, numerics)
-            attention = _attention(config, DTYPES[dtype], block_size, self._numerics)
-            self._model: Llama | None = Llama(config, packed, attention)
+            attends = attention.make(config, dtype, block_size, self._numerics)
+            rows = attention.rows(config, dtype, self._device)
+            self._model: Llama | None = Llama(config, packed, attends, rows)
         self._pool: KvPool | None = None
         self.info = RunnerInfo(
             layout=KvLayout(
@@ -60,7 +67,9 @@ class TorchRunner(ModelRunner):
                 head_dim=config.head_dim,
                 block_size=block_size,
                 dtype=dtype,
-                numerics=numerics_class(device, dtype, num_threads, numerics),
+                numerics=numerics_class(
+                    device, dtype, num_threads, numerics, f"{linear.name}-{attention.name}"
+                ),
                 weights_digest=weights_digest,
             ),
             vocab_size=config.vocab_size,
@@ -139,13 +148,3 @@ class TorchRunner(ModelRunner):
         """OpenMP keeps the count per thread: set it on whichever thread runs the step."""
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
-
-
-def _attention(
-    config: ModelConfig, dtype: torch.dtype, block_size: int, numerics: Numerics
-) -> Attention:
-    if not numerics.exact:
-        return SdpaAttention(dtype)
-    return TiledAttention(
-        config.num_heads, config.num_kv_heads, config.head_dim, block_size, numerics
-    )

@@ -1,0 +1,304 @@
+// Rows times packed weights, compiled once for each level.
+//
+// Every output is one chain of additions over the inputs in their order, made by one kind of
+// instruction (`Lanes::add`), whatever rows and columns share its register tile, whatever thread
+// runs it and however many rows the call has. So a row's result is the same bits in any batch.
+//
+// A panel's tiles follow one another while the panel is in the cache; meanwhile the next panel is
+// fetched from memory, a few lines at a time, so that few rows run at the memory's rate. Sums that
+// are put down in memory and taken up again are the same sums.
+#include "linear.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "linear_lanes.hpp"
+
+namespace pdserve {
+namespace PDSERVE_LEVEL {
+namespace {
+
+constexpr int kLine = 64;
+#if defined(PDSERVE_IS_avx512bf16)
+constexpr int kDirectRows = 8;     // int8 is expanded to bf16 first for more rows than these
+#endif
+constexpr int64_t kExpandedInputs = 256;  // 24 KB of a panel in bf16
+constexpr int kBurst = 4;          // steps between two bursts of prefetches
+constexpr int64_t kAhead = 8192;   // bytes that a panel read only once is fetched ahead
+
+// What a tile fetches for later: `lines` cache lines in each burst, from `at` on.
+struct Fetch {
+  const char* at;
+  int64_t lines;
+};
+
+// Spreads the fetching of `num_lines` over the bursts of `num_tiles` tiles.
+class Schedule {
+ public:
+  Schedule(int64_t num_lines, int64_t num_tiles, int64_t num_steps)
+      : num_lines_(num_lines), bursts_(std::max<int64_t>(1, num_steps / kBurst)) {
+    const int64_t all = num_tiles * bursts_;
+    lines_ = (num_lines + all - 1) / all;
+  }
+  Fetch of(int64_t tile, const void* from) const {
+    const int64_t fetched = tile * bursts_ * lines_;
+    return {static_cast<const char*>(from) + fetched * kLine, fetched < num_lines_ ? lines_ : 0};
+  }
+
+ private:
+  int64_t num_lines_, bursts_, lines_;
+};
+
+template <class Lanes>
+int64_t tiles_of(int64_t num_rows) {
+  return (num_rows + Lanes::kRows - 1) / Lanes::kRows;
+}
+
+// sums[row][kPanel] = rows @ panel, for R rows and the whole panel, V vectors at a time; `more` goes
+// on from the sums of the inputs before.
+template <class Lanes, int R>
+void tile(const typename Lanes::Row* rows, int64_t stride, const typename Lanes::Element* panel,
+          int64_t num_steps, float* sums, bool more, Fetch fetch) {
+  constexpr int V = Lanes::columns(R), kGroup = V * Lanes::kWidth;
+  static_assert(kPanel % kGroup == 0, "a panel is whole groups of vectors");
+  for (int first = 0; first < kPanel; first += kGroup, fetch.lines = 0) {
+    typename Lanes::Sum sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = more ? Lanes::read(sums + r * kPanel + first + v * Lanes::kWidth) : Lanes::zero();
+    const auto take = [&](int64_t step) {
+      const auto* from = panel + (step * kPanel + first) * Lanes::kStep;
+      if constexpr (Lanes::kByColumn) {
+        for (int v = 0; v < V; ++v) {
+          const auto weight = Lanes::load(from + v * Lanes::kWidth * Lanes::kStep);
+          const auto* at = rows + step * Lanes::kStep;
+          asm("" : "+r"(at));  // inputs are read again, not kept in registers
+          for (int r = 0; r < R; ++r)
+            sum[r][v] = Lanes::add(sum[r][v], weight, Lanes::broadcast(at + r * stride));
+        }
+        return;
+      }
+      typename Lanes::Weight weight[V];
+      for (int v = 0; v < V; ++v)
+        weight[v] = Lanes::load(from + v * Lanes::kWidth * Lanes::kStep);
+      for (int r = 0; r < R; ++r) {
+        const auto input = Lanes::broadcast(rows + r * stride + step * Lanes::kStep);
+        for (int v = 0; v < V; ++v) sum[r][v] = Lanes::add(sum[r][v], weight[v], input);
+      }
+    };
+    int64_t step = 0;
+    for (; step + kBurst <= num_steps; step += kBurst) {
+      for (int64_t line = 0; line < fetch.lines; ++line, fetch.at += kLine)
+        __builtin_prefetch(fetch.at, 0, 3);
+      for (int i = 0; i < kBurst; ++i) take(step + i);
+    }
+    for (; step < num_steps; ++step) take(step);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        Lanes::store(sums + r * kPanel + first + v * Lanes::kWidth, sum[r][v]);
+  }
+}
+
+template <class Lanes>
+void tile_of(int num_rows, const typename Lanes::Row* rows, int64_t stride,
+             const typename Lanes::Element* panel, int64_t num_steps, float* sums, bool more,
+             Fetch fetch) {
+  switch (num_rows) {
+#define PDSERVE_TILE(R)                                                          \
+  case R:                                                                        \
+    if constexpr (R <= Lanes::kRows)                                             \
+      tile<Lanes, R>(rows, stride, panel, num_steps, sums, more, fetch);         \
+    return
+    PDSERVE_TILE(1);
+    PDSERVE_TILE(2);
+    PDSERVE_TILE(3);
+    PDSERVE_TILE(4);
+    PDSERVE_TILE(5);
+    PDSERVE_TILE(6);
+    PDSERVE_TILE(7);
+    PDSERVE_TILE(8);
+#undef PDSERVE_TILE
+    default:
+      return;
+  }
+}
+
+inline uint16_t bf16_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline float fp32_of(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+// e to the power of x, to about an ulp: 2^n by its bits, times a polynomial on [-ln2/2, ln2/2]
+// (the first terms of its Taylor series).
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float n = (x * 1.44269504f + kRound) - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9841270e-4f;
+  p = p * r + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = (p * r + 1.0f) * r + 1.0f;
+  return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+// One row of a panel from its sums to the output. Loops run over whole panels of local arrays, so
+// that each column is computed by the same code wherever it stands.
+void finish_row(const LinearCall& call, const float* sums, int64_t row, int64_t panel) {
+  float values[kPanel];
+  std::memcpy(values, sums, sizeof values);
+  if (call.scale != nullptr)
+    for (int c = 0; c < kPanel; ++c) values[c] *= call.scale[panel * kPanel + c];
+  if (call.bias != nullptr)
+    for (int c = 0; c < kPanel; ++c) values[c] += call.bias[panel * kPanel + c];
+  int width = kPanel;
+  if (call.epilogue == kGate) {
+    width = kPanel / 2;
+    for (int c = 0; c < kPanel / 2; ++c)
+      values[c] = values[c] / (1.0f + exponential(-values[c])) * values[c + kPanel / 2];
+  }
+  const int64_t first = panel * width;
+  const int64_t count = std::min<int64_t>(width, call.num_out - first);
+  const int64_t at = row * call.num_out + first;
+  if (call.out_kind == kFp32) {
+    if (call.epilogue == kAdd) {
+      const float* residual = static_cast<const float*>(call.residual) + at;
+      for (int64_t c = 0; c < count; ++c) values[c] += residual[c];
+    }
+    std::memcpy(static_cast<float*>(call.out) + at, values, static_cast<size_t>(count) * 4);
+    return;
+  }
+  uint16_t narrow[kPanel] = {};
+  if (call.epilogue == kAdd) {
+    std::memcpy(narrow, static_cast<const uint16_t*>(call.residual) + at,
+                static_cast<size_t>(count) * 2);
+    for (int c = 0; c < kPanel; ++c) values[c] += fp32_of(narrow[c]);
+  }
+  for (int c = 0; c < kPanel; ++c) narrow[c] = bf16_of(values[c]);
+  std::memcpy(static_cast<uint16_t*>(call.out) + at, narrow, static_cast<size_t>(count) * 2);
+}
+
+// A panel of int8 as bf16: exact, so products are the same as of a panel that is read directly.
+void expand(const int8_t* from, int64_t num_in, uint16_t* to) {
+#if defined(PDSERVE_IS_avx512bf16)
+  for (int64_t step = 0; step < num_in / 4; ++step)
+    for (int v = 0; v < 3; ++v, from += 64) {
+      const auto weight = Int8Lanes::load(from);
+      uint16_t* first = to + step * 4 * kPanel + v * 32;
+      _mm512_storeu_si512(first, reinterpret_cast<__m512i>(weight.first));
+      _mm512_storeu_si512(first + 2 * kPanel, reinterpret_cast<__m512i>(weight.second));
+    }
+#else
+  for (int64_t step = 0; step < num_in / 4; ++step)
+    for (int group = 0; group < kPanel / 4; ++group, from += 16) {
+      uint16_t bits[16];
+      for (int i = 0; i < 16; ++i) {
+        const float value = from[i];
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        bits[i] = static_cast<uint16_t>(wide >> 16);
+      }
+      uint16_t* first = to + step * 4 * kPanel + group * 8;
+      std::memcpy(first, bits, 16);
+      std::memcpy(first + 2 * kPanel, bits + 8, 16);
+    }
+#endif
+}
+
+// Calls `each(number, first row, rows)` for the register tiles of a part, of nearly equal height.
+template <class Lanes, class Each>
+void for_tiles(const LinearPart& part, Each each) {
+  const int64_t num_tiles = tiles_of<Lanes>(part.num_rows);
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t first = part.num_rows * i / num_tiles;
+    each(i, part.first_row + first,
+         static_cast<int>(part.num_rows * (i + 1) / num_tiles - first));
+  }
+}
+
+// Panels that products read as they lie in memory. While the tiles of one are computed, the next is
+// fetched, in equal portions; a panel that is read once only is itself fetched ahead.
+template <class Lanes>
+void run_part(const LinearPart& part) {
+  const LinearCall& call = *part.call;
+  const int64_t size = call.num_in * kPanel;
+  const int64_t num_steps = call.num_in / Lanes::kStep;
+  const int64_t num_lines = size * static_cast<int64_t>(sizeof(typename Lanes::Element)) / kLine;
+  const int64_t num_tiles = tiles_of<Lanes>(part.num_rows);
+  const Schedule schedule(num_lines, num_tiles, num_steps);
+  const auto* rows = static_cast<const typename Lanes::Row*>(part.rows);
+  const auto* panel = static_cast<const typename Lanes::Element*>(call.weight);
+  panel += part.first_panel * size;
+  alignas(64) float sums[kTileRows * kPanel];
+  for (int64_t i = 0; i < part.num_panels; ++i, panel += size) {
+    for_tiles<Lanes>(part, [&](int64_t number, int64_t first, int count) {
+      Fetch fetch = schedule.of(number, panel + size);
+      if (num_tiles == 1) fetch.at = reinterpret_cast<const char*>(panel) + kAhead;
+      tile_of<Lanes>(count, rows + first * call.num_in, call.num_in, panel, num_steps, sums, false,
+                     fetch);
+      for (int r = 0; r < count; ++r)
+        finish_row(call, sums + r * kPanel, first + r, part.first_panel + i);
+    });
+  }
+}
+
+// Panels of int8 for many rows: a piece that fits the L1 cache is expanded, all rows go over it
+// while the next piece is fetched, and their sums wait for that.
+void run_expanded(const LinearPart& part) {
+  const LinearCall& call = *part.call;
+  const auto* rows = static_cast<const uint16_t*>(part.rows);
+  const auto* from = static_cast<const int8_t*>(call.weight);
+  from += part.first_panel * call.num_in * kPanel;
+  const int64_t num_tiles = tiles_of<Bf16Lanes>(part.num_rows);
+  alignas(64) uint16_t expanded[kExpandedInputs * kPanel];
+  for (int64_t i = 0; i < part.num_panels; ++i) {
+    for (int64_t done = 0; done < call.num_in; done += kExpandedInputs) {
+      const int64_t count = std::min(kExpandedInputs, call.num_in - done);
+      expand(from, count, expanded);
+      from += count * kPanel;
+      const int64_t num_steps = count / Bf16Lanes::kStep;
+      const Schedule schedule(count * kPanel / kLine, num_tiles, num_steps);
+      for_tiles<Bf16Lanes>(part, [&](int64_t number, int64_t first, int num_rows) {
+        tile_of<Bf16Lanes>(num_rows, rows + first * call.num_in + done, call.num_in, expanded,
+                           num_steps, part.sums + (first - part.first_row) * kPanel, done > 0,
+                           schedule.of(number, from));
+      });
+    }
+    for (int64_t r = 0; r < part.num_rows; ++r)
+      finish_row(call, part.sums + r * kPanel, part.first_row + r, part.first_panel + i);
+  }
+}
+
+void run_int8(const LinearPart& part) {
+#if defined(PDSERVE_IS_avx512bf16)
+  if (part.num_rows <= kDirectRows) return run_part<Int8Lanes>(part);
+#endif
+  run_expanded(part);
+}
+
+}  // namespace
+
+void linear(const LinearPart& part) {
+  switch (part.call->weight_kind) {
+    case kFp32:
+      return run_part<Fp32Lanes>(part);
+    case kBf16:
+      return run_part<Bf16Lanes>(part);
+    default:
+      return run_int8(part);
+  }
+}
+
+void narrow_rows(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = bf16_of(from[i]);
+}
+
+}  // namespace PDSERVE_LEVEL
+}  // namespace pdserve

@@ -1,0 +1,149 @@
+// Kernels over single tokens: each row's bits depend on that row alone. Sums run lane by lane over
+// the row from its start, then over the lanes in pairs; everything is computed in fp32.
+#include "rows.h"
+
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace pdserve::PDSERVE_LEVEL {
+namespace {
+
+constexpr int64_t kItemBytes = 64 << 10;  // of input for one item of a thread's work, about
+
+PDSERVE_INLINE Vec read(const float* p) { return load(p); }
+PDSERVE_INLINE Vec read(const bf16* p) { return widen(p); }
+PDSERVE_INLINE void write(float* p, Vec x) { store(p, x); }
+PDSERVE_INLINE void write(bf16* p, Vec x) { narrow(p, x); }
+
+// The first `count` lanes, the others zero.
+template <class Element>
+PDSERVE_INLINE Vec read_some(const Element* p, int64_t count) {
+  Element lanes[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return read(lanes);
+}
+
+template <class Element>
+PDSERVE_INLINE void write_some(Element* p, int64_t count, Vec x) {
+  Element lanes[kWidth];
+  write(lanes, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// To the element's precision and back: a normalised row is rounded before it meets the weight.
+PDSERVE_INLINE Vec through(Vec x, const float*) { return x; }
+PDSERVE_INLINE Vec through(Vec x, const bf16*) {
+  bf16 lanes[kWidth];
+  narrow(lanes, x);
+  return widen(lanes);
+}
+
+template <class Element>
+PDSERVE_INLINE void norm_row(const Element* row, const Element* weight, Element* out,
+                             int64_t width, float epsilon) {
+  Vec squares[2] = {zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= width; i += 2 * kWidth) {
+    const Vec a = read(row + i), b = read(row + i + kWidth);
+    squares[0] = fma(a, a, squares[0]);
+    squares[1] = fma(b, b, squares[1]);
+  }
+  for (; i < width; i += kWidth) {
+    const int64_t left = width - i;
+    const Vec a = left >= kWidth ? read(row + i) : read_some(row + i, left);
+    squares[0] = fma(a, a, squares[0]);
+  }
+  const float mean = reduce_add(add(squares[0], squares[1])) / static_cast<float>(width);
+  const Vec scale = splat(1.0f / __builtin_sqrtf(mean + epsilon));
+  for (i = 0; i + kWidth <= width; i += kWidth) {
+    const Vec normal = through(mul(read(row + i), scale), row);
+    write(out + i, mul(normal, read(weight + i)));
+  }
+  if (i < width) {
+    const Vec normal = through(mul(read_some(row + i, width - i), scale), row);
+    write_some(out + i, width - i, mul(normal, read_some(weight + i, width - i)));
+  }
+}
+
+template <class Element>
+void norm_rows(const pdserve_norm_args& args) {
+  const int64_t bytes = args.width * static_cast<int64_t>(sizeof(Element));
+  const int64_t share = bytes < kItemBytes ? kItemBytes / bytes : 1;
+  auto item = [&](int64_t index, int) {
+    const int64_t end = (index + 1) * share < args.num_rows ? (index + 1) * share : args.num_rows;
+    for (int64_t r = index * share; r < end; ++r) {
+      norm_row(static_cast<const Element*>(args.rows) + r * args.width,
+               static_cast<const Element*>(args.weight),
+               static_cast<Element*>(args.out) + r * args.width, args.width, args.epsilon);
+    }
+  };
+  parallel_for(args.num_threads, (args.num_rows + share - 1) / share, item);
+}
+
+// Dimension i turns with i + half (arXiv:2104.09864, in the convention of Hugging Face's weights).
+template <class Element>
+PDSERVE_INLINE void rotate(const Element* from, const float* cosines, const float* sines, int half,
+                           Element* to) {
+  int i = 0;
+  for (; i + kWidth <= half; i += kWidth) {
+    const Vec a = read(from + i), b = read(from + half + i);
+    const Vec c = load(cosines + i), s = load(sines + i);
+    const Vec first = sub(mul(a, c), mul(b, s)), second = add(mul(b, c), mul(a, s));
+    write(to + i, first);
+    write(to + half + i, second);
+  }
+  if (i == half) return;
+  const Vec a = read_some(from + i, half - i), b = read_some(from + half + i, half - i);
+  const Vec c = read_some(cosines + i, half - i), s = read_some(sines + i, half - i);
+  const Vec first = sub(mul(a, c), mul(b, s)), second = add(mul(b, c), mul(a, s));
+  write_some(to + i, half - i, first);
+  write_some(to + half + i, half - i, second);
+}
+
+template <class Element>
+void place_token(const pdserve_place_args& args, const pdserve_row& row, int index) {
+  const int half = args.head_dim / 2, position = row.start + index;
+  const float* const cosines = args.cosines + int64_t{position} * half;
+  const float* const sines = args.sines + int64_t{position} * half;
+  const int64_t num_all = args.num_heads + 2 * int64_t{args.num_kv_heads};
+  auto* head = static_cast<Element*>(args.heads) + (row.first + index) * num_all * args.head_dim;
+  for (int h = 0; h < args.num_heads; ++h, head += args.head_dim) {
+    rotate(head, cosines, sines, half, head);
+  }
+  const int64_t run = int64_t{args.block_size} * args.head_dim;
+  const int64_t block = args.tables[row.first_block + position / args.block_size];
+  auto* slot = static_cast<Element*>(args.kv) + block * 2 * args.num_kv_heads * run +
+               position % args.block_size * int64_t{args.head_dim};
+  for (int h = 0; h < args.num_kv_heads; ++h, head += args.head_dim, slot += run) {
+    rotate(head, cosines, sines, half, slot);
+  }
+  for (int h = 0; h < args.num_kv_heads; ++h, head += args.head_dim, slot += run) {
+    std::memcpy(slot, head, sizeof(Element) * args.head_dim);
+  }
+}
+
+template <class Element>
+void place_tokens(const pdserve_place_args& args) {
+  constexpr int kShare = 32;  // tokens of a long row in one item
+  for (int r = 0; r < args.num_rows; ++r) {
+    const pdserve_row& row = args.rows[r];
+    auto item = [&](int64_t index, int) {
+      const int first = static_cast<int>(index) * kShare;
+      const int end = first + kShare < row.num_tokens ? first + kShare : row.num_tokens;
+      for (int i = first; i < end; ++i) place_token<Element>(args, row, i);
+    };
+    parallel_for(args.num_threads, (row.num_tokens + kShare - 1) / kShare, item);
+  }
+}
+
+}  // namespace
+
+void norm(const pdserve_norm_args& args) {
+  args.is_bf16 ? norm_rows<bf16>(args) : norm_rows<float>(args);
+}
+
+void place(const pdserve_place_args& args) {
+  args.is_bf16 ? place_tokens<bf16>(args) : place_tokens<float>(args);
+}
+
+}  // namespace pdserve::PDSERVE_LEVEL

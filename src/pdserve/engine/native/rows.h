@@ -1,0 +1,33 @@
+// What the kernels over single tokens take. Plain C, see abi.h.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+struct pdserve_norm_args {
+  const void* rows;    // [row, width]; all of bf16 or all fp32
+  const void* weight;  // [width]
+  void* out;           // [row, width]
+  int64_t num_rows;
+  int64_t width;
+  int32_t is_bf16;
+  int32_t num_threads;
+  float epsilon;
+};
+
+struct pdserve_place_args {
+  void* heads;           // [token, head, head_dim]: query heads, key heads, value heads
+  void* kv;              // [block, 2, kv head, position, head_dim]: one layer of the pool
+  const float* cosines;  // [position, head_dim / 2]
+  const float* sines;    // the same
+  const pdserve_row* rows;
+  const int32_t* tables;
+  int32_t num_rows;
+  int32_t num_heads;  // of queries
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_size;
+  int32_t is_bf16;  // heads and pool; else fp32
+  int32_t num_threads;
+};

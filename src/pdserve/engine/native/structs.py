@@ -1,0 +1,88 @@
+"""The structs of the C interface (abi.h and what it names), for ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Iterable, Sequence
+
+
+class AttentionArgs(ctypes.Structure):
+    """`pdserve_attention_args` in attention.h, which says what each field is."""
+
+    _fields_ = [
+        ("queries", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("kv", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("query_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("kv_is_bf16", ctypes.c_int32),
+        ("queries_are_bf16", ctypes.c_int32),
+        ("out_is_bf16", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class NormArgs(ctypes.Structure):
+    """`pdserve_norm_args` in rows.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class PlaceArgs(ctypes.Structure):
+    """`pdserve_place_args` in rows.h."""
+
+    _fields_ = [
+        ("heads", ctypes.c_void_p),
+        ("kv", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("is_bf16", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+    ]
+
+
+class StepTable:
+    """The rows of a step and their block tables, as `pdserve_row` and one list of blocks."""
+
+    def __init__(self, rows: Iterable[tuple[int, int, int, Sequence[int]]]) -> None:
+        """Each row as (first token, number of tokens, start, block ids)."""
+        self._rows, self._tables = array("i"), array("i")
+        for first, num_tokens, start, block_ids in rows:
+            self._rows.extend((first, num_tokens, start, len(self._tables)))
+            self._tables.extend(block_ids)
+        self.num_rows = len(self._rows) // 4
+
+    @property
+    def rows(self) -> int:
+        """Address of the rows; good as long as this object lives."""
+        return self._rows.buffer_info()[0]
+
+    @property
+    def tables(self) -> int:
+        """Address of the block ids."""
+        return self._tables.buffer_info()[0]

@@ -1,0 +1,160 @@
+"""What a layer does to each token by itself, behind a seam: norms, rotation, the write to the pool.
+
+`TorchRows` is the reference, and what computes without compiled kernels; `NativeRows` fuses each of
+them into one pass. Both give a token the same bits in any batch. Norms and rotations are computed
+in fp32, the rotated keys and the values are rounded to the pool's dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from pdserve.engine.native import library
+from pdserve.engine.native.structs import NormArgs, PlaceArgs, StepTable
+from pdserve.engine.torch.batch import StepBatch
+from pdserve.engine.torch.native_attention import step_table
+from pdserve.engine.torch.pool import KvPool
+from pdserve.weights.config import ModelConfig
+
+
+class Rows(ABC):
+    """Made for one model; no state between steps."""
+
+    @abstractmethod
+    def prepare(self, batch: StepBatch) -> object:
+        """What `place` needs of this step in every layer."""
+
+    @abstractmethod
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``rows [n, width]`` over their root mean square, times ``weight [width]``."""
+
+    @abstractmethod
+    def place(
+        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+    ) -> torch.Tensor:
+        """Write the step's keys, rotated, and values into the pool; give back its queries, rotated.
+
+        ``heads [padded tokens, query heads + key heads + value heads, head_dim]`` of the model's
+        dtype, which may be overwritten. Returns ``[padded tokens, query heads, head_dim]``, fp32 or
+        of the model's dtype, its heads side by side.
+        """
+
+
+class TorchRows(Rows):
+    """By torch, op by op, on any device."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._epsilon = config.rms_norm_eps
+        self._cos, self._sin = rope_tables(config, device)
+
+    def prepare(self, batch: StepBatch) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
+        cos = self._cos[batch.positions][:, None]  # [padded tokens, 1, head_dim / 2]
+        sin = self._sin[batch.positions][:, None]
+        return batch, cos, sin
+
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(rows, weight, self._epsilon)
+
+    def place(
+        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+    ) -> torch.Tensor:
+        assert isinstance(prepared, tuple)
+        batch, cos, sin = prepared
+        queries, keys, values = torch.split(heads, self._counts, dim=1)
+        new = slice(0, batch.num_tokens)
+        rotated = rotate(keys, cos, sin).to(values.dtype)
+        pool.write(layer, batch.slot_blocks, batch.slot_offsets, rotated[new], values[new])
+        return rotate(queries, cos, sin)
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlace:
+    """A step's arguments, made once."""
+
+    args: PlaceArgs
+    table: StepTable
+    """What ``args`` points to."""
+
+
+class NativeRows(Rows):
+    """By compiled kernels (native/rows.cpp) on the CPU. The library is there."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, level: str) -> None:
+        loaded = library.load()
+        assert loaded is not None, "a level was chosen without a library"
+        self._run_norm, self._run_place = loaded.pdserve_norm, loaded.pdserve_place
+        self._level = library.LEVELS.index(level)
+        self._config = config
+        self._is_bf16 = dtype == torch.bfloat16
+        self._cos, self._sin = rope_tables(config, torch.device("cpu"))
+        self._norm_args = NormArgs(is_bf16=self._is_bf16, epsilon=config.rms_norm_eps)
+
+    def prepare(self, batch: StepBatch) -> NativePlace:
+        table, config = step_table(batch), self._config
+        args = PlaceArgs(
+            cosines=self._cos.data_ptr(),
+            sines=self._sin.data_ptr(),
+            rows=table.rows,
+            tables=table.tables,
+            num_rows=table.num_rows,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            is_bf16=self._is_bf16,
+            num_threads=torch.get_num_threads(),
+        )
+        return NativePlace(args, table)
+
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert rows.is_contiguous(), "kernels read rows one after another"
+        out = torch.empty_like(rows)
+        args = self._norm_args
+        args.rows, args.weight, args.out = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
+        args.num_rows, args.width = rows.shape
+        args.num_threads = torch.get_num_threads()
+        failed = self._run_norm(self._level, ctypes.byref(args))
+        assert not failed, "the level was checked when it was chosen"
+        return out
+
+    def place(
+        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+    ) -> torch.Tensor:
+        assert isinstance(prepared, NativePlace)
+        assert heads.is_contiguous(), "kernels read rows one after another"
+        args = prepared.args
+        args.heads = heads.data_ptr()
+        args.kv = pool.layer(layer).data_ptr()
+        args.block_size = pool.block_size
+        failed = self._run_place(self._level, ctypes.byref(args))
+        assert not failed, "the level was checked when it was chosen"
+        return heads[:, : self._config.num_heads]
+
+
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Rows over their root mean square, times ``weight``; computed in fp32 (arXiv:1910.07467)."""
+    wide = rows.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (wide * scale).to(weight.dtype) * weight
+
+
+def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position's angles, each ``[position, head_dim / 2]`` fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    inverse_frequencies = 1.0 / (config.rope_theta**exponents)
+    positions = torch.arange(config.max_model_tokens, dtype=torch.float32)
+    angles = positions[:, None] * inverse_frequencies
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``heads [token, head, head_dim]``, in fp32 (arXiv:2104.09864).
+
+    Dimension i is paired with i + head_dim / 2, as in Hugging Face's checkpoints.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

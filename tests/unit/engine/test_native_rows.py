@@ -1,0 +1,127 @@
+"""Compiled norms and rotation: what torch computes, and a token's own bits in any batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pdserve.core.layout import KvLayout
+from pdserve.engine.native import library
+from pdserve.engine.torch.batch import RowSpan, StepBatch
+from pdserve.engine.torch.numerics import DTYPES
+from pdserve.engine.torch.pool import HostPool
+from pdserve.engine.torch.rows import NativeRows, Rows, TorchRows
+from pdserve.weights.config import ModelConfig
+from pdserve.weights.random_model import DEFAULT_CONFIG
+
+BLOCK_SIZE = 8
+NUM_BLOCKS = 40
+SHAPES = ((4, 2, 16), (6, 3, 12), (9, 3, 64), (2, 1, 80))
+"""Heads, kv heads, head_dim."""
+
+
+def a_config(shape: tuple[int, int, int]) -> ModelConfig:
+    heads, kv_heads, head_dim = shape
+    return replace(DEFAULT_CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+
+
+def a_pool(config: ModelConfig, dtype: str) -> HostPool:
+    layout = KvLayout(
+        num_layers=2,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=BLOCK_SIZE,
+        dtype=dtype,
+        numerics="test",
+        weights_digest="test",
+    )
+    return HostPool(memoryview(bytearray(layout.pool_bytes(NUM_BLOCKS))), layout, NUM_BLOCKS)
+
+
+def a_batch(rows: list[RowSpan], num_padding: int) -> StepBatch:
+    positions = [p for row in rows for p in range(row.start, row.end)]
+    blocks = [row.block_ids[p // BLOCK_SIZE] for row in rows for p in range(row.start, row.end)]
+    padded = torch.tensor(positions + [0] * num_padding)
+    return StepBatch(
+        num_tokens=len(positions),
+        token_ids=padded,
+        positions=padded,
+        slot_blocks=torch.tensor(blocks),
+        slot_offsets=torch.tensor(positions) % BLOCK_SIZE,
+        sampled=padded[:0],
+        num_sampled=0,
+        rows=tuple(rows),
+    )
+
+
+def placed(
+    rows: Rows, config: ModelConfig, dtype: str, batch: StepBatch, heads: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, and all of the pool, after a step in layer 1."""
+    pool = a_pool(config, dtype)
+    queries = rows.place(heads.clone(), pool, 1, rows.prepare(batch))
+    return queries[: batch.num_tokens].float(), pool.blocks
+
+
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 64, 100, 576])
+def test_norm(width: int, dtype: str, level: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    rows = (torch.randn(300, width, generator=generator) * 3).to(DTYPES[dtype])
+    weight = torch.randn(width, generator=generator).to(DTYPES[dtype])
+    config = a_config(SHAPES[0])
+    native = NativeRows(config, DTYPES[dtype], level)
+    actual = native.norm(rows, weight)
+    expected = TorchRows(config, torch.device("cpu")).norm(rows, weight)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "fp32" else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    for first, count in ((0, 1), (17, 1), (3, 5), (250, 50)):
+        assert torch.equal(native.norm(rows[first : first + count], weight), actual[first:][:count])
+
+
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_place(num_threads: int, shape: tuple[int, int, int], dtype: str, level: str) -> None:
+    """The pool and the queries are what torch makes, and slots of no token stay untouched."""
+    torch.set_num_threads(num_threads)
+    config = a_config(shape)
+    blocks = random.Random(6).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    rows = [
+        RowSpan(0, 1, 30, tuple(blocks[:4])),
+        RowSpan(1, 90, 5, tuple(blocks[4:16])),
+        RowSpan(91, 7, 0, tuple(blocks[16:17])),
+    ]
+    batch = a_batch(rows, num_padding=2)
+    generator = torch.Generator().manual_seed(6)
+    num_heads = config.num_heads + 2 * config.num_kv_heads
+    heads = torch.randn(100, num_heads, config.head_dim, generator=generator).to(DTYPES[dtype])
+    native = NativeRows(config, DTYPES[dtype], level)
+    queries, pool = placed(native, config, dtype, batch, heads)
+    expected = placed(TorchRows(config, torch.device("cpu")), config, dtype, batch, heads)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(queries, expected[0], **tolerance)
+    torch.testing.assert_close(pool, expected[1], **tolerance)
+    assert torch.equal(pool == 0, expected[1] == 0)
+    alone = a_batch([RowSpan(0, 1, 40, rows[1].block_ids)], num_padding=0)
+    queries_alone, pool_alone = placed(native, config, dtype, alone, heads[36:37])
+    assert torch.equal(queries_alone[0], queries[36])
+    block = rows[1].block_ids[5]
+    assert torch.equal(pool_alone[1, block, :, :, 0], pool[1, block, :, :, 0])
+
+
+def test_the_tables_are_of_the_step() -> None:
+    """Nothing of one step is left in the next, be it longer or shorter."""
+    config, level = a_config(SHAPES[0]), library.levels()[-1]
+    native = NativeRows(config, torch.float32, level)
+    heads = torch.ones(20, 8, 16)
+    first = placed(native, config, "fp32", a_batch([RowSpan(0, 20, 0, (3, 4, 5))], 0), heads)
+    again = placed(native, config, "fp32", a_batch([RowSpan(0, 2, 0, (7,))], 0), heads[:2])
+    assert torch.equal(first[0][:2], again[0])
+    assert again[1][1, 7].any()
+    assert not again[1][1, 3:6].any()
