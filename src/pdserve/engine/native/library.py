@@ -1,8 +1,9 @@
 """Finds the compiled kernels, and names the instruction set that they are to use.
 
-The library lies beside this file: put there by an installation, or by a build in the source tree.
-It may be missing, because installing pdserve does not demand a compiler, or be of another version
-after an update; then `load` gives None, says why once, and everything runs on torch alone.
+The library lies beside this file: put there by an installation, or by a build in the source tree;
+of two, the newer one counts. It may be missing, because installing pdserve does not demand a
+compiler, or be of another version after an update; then `load` gives None, says why once, and
+everything runs on torch alone.
 
 ``PDSERVE_KERNELS`` forces a level of `LEVELS`, or ``torch`` for none; by default the best one that
 the processor has is taken.
@@ -34,10 +35,8 @@ _log = logging.getLogger(__name__)
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, or None if there is none that fits; that is logged, once per process."""
-    for folder in native.__path__:
-        path = Path(folder) / "_kernels.so"
-        if not path.exists():
-            continue
+    found = [path for folder in native.__path__ if (path := Path(folder) / "_kernels.so").exists()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:1]:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:

@@ -185,31 +185,55 @@ void finish_row(const LinearCall& call, const float* sums, int64_t row, int64_t 
   std::memcpy(static_cast<uint16_t*>(call.out) + at, narrow, static_cast<size_t>(count) * 2);
 }
 
-// A panel of int8 as bf16: exact, so products are the same as of a panel that is read directly.
+#if !defined(PDSERVE_IS_avx512bf16)
+// Sixteen weights, of two steps of four columns, as bf16: eight to each step.
+inline void expand16(const int8_t* from, uint16_t* first, uint16_t* second) {
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const auto high_halves = [](__m128i eight) {
+    const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    return _mm256_srli_epi32(_mm256_castps_si256(wide), 16);
+  };
+  const __m256i packed =  // four of the first step, four of the second, and again
+      _mm256_packus_epi32(high_halves(bytes), high_halves(_mm_srli_si128(bytes, 8)));
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(ordered));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(ordered, 1));
+#elif defined(__ARM_NEON)
+  const auto high_halves = [](int16x4_t four) {
+    return vshrn_n_u32(vreinterpretq_u32_f32(vcvtq_f32_s32(vmovl_s16(four))), 16);
+  };
+  const auto eight = [&](int8x8_t bytes) {
+    const int16x8_t wide = vmovl_s8(bytes);
+    return vcombine_u16(high_halves(vget_low_s16(wide)), high_halves(vget_high_s16(wide)));
+  };
+  vst1q_u16(first, eight(vld1_s8(from)));
+  vst1q_u16(second, eight(vld1_s8(from + 8)));
+#else
+  for (int i = 0; i < 16; ++i) {
+    const float value = from[i];
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    (i < 8 ? first : second - 8)[i] = static_cast<uint16_t>(bits >> 16);
+  }
+#endif
+}
+#endif
+
+// Inputs of a panel of int8 as bf16: exact, so products are those of a panel that is read directly.
 void expand(const int8_t* from, int64_t num_in, uint16_t* to) {
+  for (int64_t step = 0; step < num_in / 4; ++step, to += 4 * kPanel) {
 #if defined(PDSERVE_IS_avx512bf16)
-  for (int64_t step = 0; step < num_in / 4; ++step)
-    for (int v = 0; v < 3; ++v, from += 64) {
+    for (int c = 0; c < kPanel; c += 16, from += 64) {
       const auto weight = Int8Lanes::load(from);
-      uint16_t* first = to + step * 4 * kPanel + v * 32;
-      _mm512_storeu_si512(first, reinterpret_cast<__m512i>(weight.first));
-      _mm512_storeu_si512(first + 2 * kPanel, reinterpret_cast<__m512i>(weight.second));
+      _mm512_storeu_si512(to + 2 * c, reinterpret_cast<__m512i>(weight.first));
+      _mm512_storeu_si512(to + 2 * (kPanel + c), reinterpret_cast<__m512i>(weight.second));
     }
 #else
-  for (int64_t step = 0; step < num_in / 4; ++step)
-    for (int group = 0; group < kPanel / 4; ++group, from += 16) {
-      uint16_t bits[16];
-      for (int i = 0; i < 16; ++i) {
-        const float value = from[i];
-        uint32_t wide;
-        std::memcpy(&wide, &value, 4);
-        bits[i] = static_cast<uint16_t>(wide >> 16);
-      }
-      uint16_t* first = to + step * 4 * kPanel + group * 8;
-      std::memcpy(first, bits, 16);
-      std::memcpy(first + 2 * kPanel, bits + 8, 16);
-    }
+    for (int c = 0; c < kPanel; c += 4, from += 16)
+      expand16(from, to + 2 * c, to + 2 * (kPanel + c));
 #endif
+  }
 }
 
 // Calls `each(number, first row, rows)` for the register tiles of a part, of nearly equal height.
