@@ -175,12 +175,27 @@ def test_a_header_waits_for_room_and_the_ticket_comes_with_it() -> None:
     stale = cluster.router.books.workers["decode-0"]
     stale.report = None
     cluster.submit(make_ask("s", (1, *PROMPT), max_tokens=4))
-    held = any_of(of(decode, "step", "to_gateway"))
-    cluster.run(hold=held)
+    cluster.run(hold=of(decode, "step", "to_gateway"))
     assert decode.node.inbound.num_queued == 1
     cluster.run_for(2)
     assert cluster.client.answers["s"].is_complete
     assert not [m for p in cluster.current.values() for _, m in p.said if type(m) is TicketRefused]
+
+
+def test_a_ticket_leaves_every_running_sequence_a_block_to_grow_into() -> None:
+    """Three are free and three are needed, but then the next token would cost a hand-back."""
+    cluster = started(num_blocks=7, block_size=4, ticket_timeout_s=5.0)
+    decode = cluster.current["decode-0"]
+    cluster.submit(make_ask("r", PROMPT, max_tokens=10))
+    pool = decode.node.batch.tables.pool
+    cluster.run(until=lambda: pool.num_free == 3)
+    cluster.router.books.workers["decode-0"].report = None
+    cluster.submit(make_ask("s", (1, *PROMPT), max_tokens=2))
+    cluster.run(hold=of(decode, "step", "to_gateway"))
+    assert decode.node.inbound.num_queued == 1
+    cluster.run_for(2)
+    assert cluster.client.answers["s"].is_complete
+    assert decode.node.batch.num_preemptions == 0
 
 
 # --- with nobody left ----------------------------------------------------------------------------

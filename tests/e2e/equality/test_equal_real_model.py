@@ -26,7 +26,7 @@ SPLIT = Shape("split", prefill=1, decode=1, max_step_tokens=48, one_shot_tokens=
 MIXED = Shape("mixed", mixed=1, max_step_tokens=96, mixed_chunk_tokens=32, num_blocks=128)
 TEXT = (
     "The tide had gone out by the time she reached the harbour, and the boats lay on their sides "
-    "in the mud like sleeping cattle. Nobody was about. She counted the masts, as her father had "
+    "in the mud like tired cattle. Nobody was about. She counted the masts, as her father had "
     "taught her: one for each day that the storm had lasted, and two more that did not belong to "
     "the village at all. "
 )

@@ -22,7 +22,7 @@ NUM_WORDS = 380
 """Prompts are made of ids below this: every model of these tests has them."""
 
 EOS = 2
-NUM_TOKENS = 6
+NUM_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True)
