@@ -90,4 +90,4 @@ class RouterSettings:
     report_timeout_s: float = 3.0
     step_timeout_s: float = 30.0
     max_attempts: int = 8
-    no_worker_timeout_s: float = 5.0
+    no_worker_timeout_s: float = 15.0

@@ -1,12 +1,11 @@
 """A diagonal of the same equality on the real model: split, mixed, chunked, cached and resumed.
 
-The prompts are text. All runners share one copy of the packed weights.
+The prompts are text.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,28 +44,27 @@ NUM_TOKENS = 5
 
 
 class RealModel:
-    """One dtype: packed weights for all runners, the reference, and what is asked."""
+    """One dtype: the runners, the reference, and what is asked."""
 
     def __init__(self, model: Path, dtype: str) -> None:
         self.dtype = dtype
         self._model = model
-        self._loaded = cast(TorchRunner, build_runner(SPLIT.start(model, dtype)))
-        self.reference = Reference(self._share())
+        self.reference = Reference(self._load())
         words = Tokenizer.from_folder(model).encode(TEXT * 2)
         made = (ask_of(kind, tuple(words[:length]), self.reference) for length, kind in CELLS)
         self.asks = [self._shortened(ask) for ask in made]
 
     def lab(self, shape: Shape) -> Lab:
         start = shape.start(self._model, self.dtype)
-        return Lab(shape, start, self.reference, lambda start: self._share())
+        return Lab(shape, start, self.reference, lambda start: self._load())
 
     def salted(self, salt: str) -> list[Ask]:
         """All that is asked; prompts begin alike, so those of one salt share blocks."""
         return [replace(ask, salt=salt) for ask in self.asks]
 
-    def _share(self) -> TorchRunner:
-        """A runner with a pool of its own. No step changes what it shares."""
-        return copy.copy(self._loaded)
+    def _load(self) -> TorchRunner:
+        """A runner of its own for each worker: one may be used from one thread only."""
+        return cast(TorchRunner, build_runner(SPLIT.start(self._model, self.dtype)))
 
     def _shortened(self, ask: Ask) -> Ask:
         num_tokens = min(ask.params.max_tokens, NUM_TOKENS)
