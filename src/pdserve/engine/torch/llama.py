@@ -45,16 +45,17 @@ class Llama:
         prepared = self._attention.prepare(batch, batch.token_ids.device)
         places = self._rows.prepare(batch)
         hidden = functional.embedding(batch.token_ids, self._weights.embedding)
+        residuals = torch.split(hidden, MLP_ROWS)  # views: a residual is added in place
+        num_rows = hidden.shape[0]
         for index, layer in enumerate(self._weights.layers):
             normed = self._rows.norm(hidden, layer.attention_norm)
-            heads = layer.qkv(normed).view(len(normed), -1, self._head_dim)
+            heads = layer.qkv(normed).view(num_rows, -1, self._head_dim)
             queries = self._rows.place(heads, pool, index, places)
             attended = self._attention.attend(queries, pool.layer(index), prepared)
             layer.attention_out.add_to(hidden, attended.flatten(1))
             normed = self._rows.norm(hidden, layer.mlp_norm)
-            for first in range(0, len(hidden), MLP_ROWS):
-                part = slice(first, first + MLP_ROWS)
-                layer.down.add_to(hidden[part], layer.gate_up(normed[part]))
+            for residual, part in zip(residuals, torch.split(normed, MLP_ROWS), strict=True):
+                layer.down.add_to(residual, layer.gate_up(part))
             on_layer(index)
         return hidden
 
