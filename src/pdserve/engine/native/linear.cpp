@@ -177,30 +177,33 @@ void put_part(const float* values, bool add, int64_t count, Out* out) {
   std::memcpy(out, all, static_cast<size_t>(count) * sizeof(Out));
 }
 
-// One row of a panel from its sums to the output; `sums` are used up. Each loop is as long as a
+// One row of a panel from its sums to the output. Each loop is as long as a
 // panel, and each column of it is computed by itself, without contraction: bits do not depend on
 // how the compiler makes vectors of it.
 template <int kWidth, class Out>
-void finish_row(const LinearCall& call, float* sums, int64_t row, int64_t panel, Out* out,
+void finish_row(const LinearCall& call, const float* sums, int64_t row, int64_t panel, Out* out,
                 const Out* residual) {
+  alignas(64) float values[kPanel];
+  for (int c = 0; c < kPanel; ++c) values[c] = sums[c];
   if (call.scale != nullptr)
-    for (int c = 0; c < kPanel; ++c) sums[c] *= call.scale[panel * kPanel + c];
+    for (int c = 0; c < kPanel; ++c) values[c] *= call.scale[panel * kPanel + c];
   if (call.bias != nullptr)
-    for (int c = 0; c < kPanel; ++c) sums[c] += call.bias[panel * kPanel + c];
+    for (int c = 0; c < kPanel; ++c) values[c] += call.bias[panel * kPanel + c];
   if (kWidth < kPanel)
     for (int c = 0; c < kPanel / 2; ++c)
-      sums[c] = sums[c] / (1.0f + exponential(-sums[c])) * sums[c + kPanel / 2];
+      values[c] = values[c] / (1.0f + exponential(-values[c])) * values[c + kPanel / 2];
   const int64_t first = panel * kWidth;
   const int64_t count = std::min<int64_t>(kWidth, call.num_out - first);
   const int64_t at = row * call.num_out + first;
   const bool add = call.epilogue == kAdd;
   if (add && residual != out)
     std::memcpy(out + at, residual + at, static_cast<size_t>(count) * sizeof(Out));
-  put_part<kWidth>(sums, add, count, out + at);
+  put_part<kWidth>(values, add, count, out + at);
 }
 
 template <class Out>
-void finish_as(const LinearCall& call, float* sums, int64_t first, int64_t num_rows, int64_t panel) {
+void finish_as(const LinearCall& call, const float* sums, int64_t first, int64_t num_rows,
+               int64_t panel) {
   auto* out = static_cast<Out*>(call.out);
   const auto* residual = static_cast<const Out*>(call.residual);
   for (int64_t r = 0; r < num_rows; ++r, sums += kPanel) {
@@ -212,7 +215,8 @@ void finish_as(const LinearCall& call, float* sums, int64_t first, int64_t num_r
 }
 
 // Rows from `first` on, of one panel, from their sums to the output.
-void finish(const LinearCall& call, float* sums, int64_t first, int64_t num_rows, int64_t panel) {
+void finish(const LinearCall& call, const float* sums, int64_t first, int64_t num_rows,
+            int64_t panel) {
   if (call.out_kind == kFp32)
     finish_as<float>(call, sums, first, num_rows, panel);
   else
