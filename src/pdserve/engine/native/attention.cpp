@@ -139,20 +139,23 @@ class Step {
     return state;
   }
 
-  // Add one tile to what `num_rows` query rows have seen; the first is at `position`.
+  // Add one tile to what `num_rows` query rows have seen; the first is at `position`. Positions that
+  // no query sees are left out of the products: their weights are 0, which changes no bit.
   template <class Fetch>
   void see(const State& state, int num_rows, int position, int tile, const float* keys,
            const Fetch& ahead_keys, const Fetch& ahead_values) const {
-    product<typename Format::Kind, false>(ahead_keys, num_rows, kTile, units_, state.queries,
-                                          units_, keys, kTile, state.scores, kTile);
+    const int last = position + (num_rows - 1) / heads_per_kv_ + 1 - tile * kTile;
+    const int seen = last < kTile ? (last + kWidth - 1) / kWidth * kWidth : kTile;
+    product<typename Format::Kind, false>(ahead_keys, num_rows, seen, units_, state.queries, units_,
+                                          keys, kTile, state.scores, kTile);
     for (int r = 0; r < num_rows; ++r) {
       const int visible = position + r / heads_per_kv_ + 1 - tile * kTile;
       weigh(state.scores + r * kTile, visible, state.maxima + r, state.weight_sums + r * kWidth,
             state.sums + int64_t{r} * columns_);
     }
-    product<typename Format::Kind, true>(ahead_values, num_rows, columns_, kTile / Format::kUnit,
-                                         state.scores, kTile, keys + key_size_, columns_,
-                                         state.sums, columns_);
+    const int depth = (seen + Format::kUnit - 1) / Format::kUnit;
+    product<typename Format::Kind, true>(ahead_values, num_rows, columns_, depth, state.scores,
+                                         kTile, keys + key_size_, columns_, state.sums, columns_);
   }
 
   void finish(const State& state, const pdserve_row& row, int kv_head, int first, int count) const {

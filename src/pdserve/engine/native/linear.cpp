@@ -132,57 +132,95 @@ inline uint16_t bf16_of(float value) {
 
 inline float fp32_of(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
+// a * b + c, rounded once where the level can.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e to the power of x, to about an ulp: 2^n by its bits, times a polynomial on [-ln2/2, ln2/2]
 // (the first terms of its Taylor series).
 inline float exponential(float x) {
   x = std::min(std::max(x, -87.0f), 88.0f);
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const float n = (x * 1.44269504f + kRound) - kRound;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9841270e-4f;
-  p = p * r + 1.3888889e-3f;
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = (p * r + 1.0f) * r + 1.0f;
+  const float n = fused(x, 1.44269504f, kRound) - kRound;
+  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x));
+  float p = fused(1.9841270e-4f, r, 1.3888889e-3f);
+  p = fused(p, r, 8.3333333e-3f);
+  p = fused(p, r, 4.1666667e-2f);
+  p = fused(p, r, 1.6666667e-1f);
+  p = fused(p, r, 0.5f);
+  p = fused(fused(p, r, 1.0f), r, 1.0f);
   return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-// One row of a panel from its sums to the output. Loops run over whole panels of local arrays, so
-// that each column is computed by the same code wherever it stands.
-void finish_row(const LinearCall& call, const float* sums, int64_t row, int64_t panel) {
-  float values[kPanel];
-  std::memcpy(values, sums, sizeof values);
+// Columns [0, kWidth) of one row of a panel into the output, added to what is there if `add`.
+template <int kWidth>
+void put(const float* values, bool add, float* out) {
+  for (int c = 0; c < kWidth; ++c) out[c] = add ? values[c] + out[c] : values[c];
+}
+
+template <int kWidth>
+void put(const float* values, bool add, uint16_t* out) {
+  for (int c = 0; c < kWidth; ++c) out[c] = bf16_of(add ? values[c] + fp32_of(out[c]) : values[c]);
+}
+
+template <int kWidth, class Out>
+void put_part(const float* values, bool add, int64_t count, Out* out) {
+  if (count == kWidth) return put<kWidth>(values, add, out);
+  Out all[kWidth] = {};  // the last panel: by way of a whole one, so that the code is the same
+  std::memcpy(all, out, static_cast<size_t>(count) * sizeof(Out));
+  put<kWidth>(values, add, all);
+  std::memcpy(out, all, static_cast<size_t>(count) * sizeof(Out));
+}
+
+// One row of a panel from its sums to the output. Each loop is as long as a
+// panel, and each column of it is computed by itself, without contraction: bits do not depend on
+// how the compiler makes vectors of it.
+template <int kWidth, class Out>
+void finish_row(const LinearCall& call, const float* sums, int64_t row, int64_t panel, Out* out,
+                const Out* residual) {
+  alignas(64) float values[kPanel];
+  for (int c = 0; c < kPanel; ++c) values[c] = sums[c];
   if (call.scale != nullptr)
     for (int c = 0; c < kPanel; ++c) values[c] *= call.scale[panel * kPanel + c];
   if (call.bias != nullptr)
     for (int c = 0; c < kPanel; ++c) values[c] += call.bias[panel * kPanel + c];
-  int width = kPanel;
-  if (call.epilogue == kGate) {
-    width = kPanel / 2;
+  if (kWidth < kPanel)
     for (int c = 0; c < kPanel / 2; ++c)
       values[c] = values[c] / (1.0f + exponential(-values[c])) * values[c + kPanel / 2];
-  }
-  const int64_t first = panel * width;
-  const int64_t count = std::min<int64_t>(width, call.num_out - first);
+  const int64_t first = panel * kWidth;
+  const int64_t count = std::min<int64_t>(kWidth, call.num_out - first);
   const int64_t at = row * call.num_out + first;
-  if (call.out_kind == kFp32) {
-    if (call.epilogue == kAdd) {
-      const float* residual = static_cast<const float*>(call.residual) + at;
-      for (int64_t c = 0; c < count; ++c) values[c] += residual[c];
-    }
-    std::memcpy(static_cast<float*>(call.out) + at, values, static_cast<size_t>(count) * 4);
-    return;
+  const bool add = call.epilogue == kAdd;
+  if (add && residual != out)
+    std::memcpy(out + at, residual + at, static_cast<size_t>(count) * sizeof(Out));
+  put_part<kWidth>(values, add, count, out + at);
+}
+
+template <class Out>
+void finish_as(const LinearCall& call, const float* sums, int64_t first, int64_t num_rows,
+               int64_t panel) {
+  auto* out = static_cast<Out*>(call.out);
+  const auto* residual = static_cast<const Out*>(call.residual);
+  for (int64_t r = 0; r < num_rows; ++r, sums += kPanel) {
+    if (call.epilogue == kGate)
+      finish_row<kPanel / 2>(call, sums, first + r, panel, out, residual);
+    else
+      finish_row<kPanel>(call, sums, first + r, panel, out, residual);
   }
-  uint16_t narrow[kPanel] = {};
-  if (call.epilogue == kAdd) {
-    std::memcpy(narrow, static_cast<const uint16_t*>(call.residual) + at,
-                static_cast<size_t>(count) * 2);
-    for (int c = 0; c < kPanel; ++c) values[c] += fp32_of(narrow[c]);
-  }
-  for (int c = 0; c < kPanel; ++c) narrow[c] = bf16_of(values[c]);
-  std::memcpy(static_cast<uint16_t*>(call.out) + at, narrow, static_cast<size_t>(count) * 2);
+}
+
+// Rows from `first` on, of one panel, from their sums to the output.
+void finish(const LinearCall& call, const float* sums, int64_t first, int64_t num_rows,
+            int64_t panel) {
+  if (call.out_kind == kFp32)
+    finish_as<float>(call, sums, first, num_rows, panel);
+  else
+    finish_as<uint16_t>(call, sums, first, num_rows, panel);
 }
 
 #if !defined(PDSERVE_IS_avx512bf16)
@@ -267,8 +305,7 @@ void run_part(const LinearPart& part) {
       if (num_tiles == 1) fetch.at = reinterpret_cast<const char*>(panel) + kAhead;
       tile_of<Lanes>(count, rows + first * call.num_in, call.num_in, panel, num_steps, sums, false,
                      fetch);
-      for (int r = 0; r < count; ++r)
-        finish_row(call, sums + r * kPanel, first + r, part.first_panel + i);
+      finish(call, sums, first, count, part.first_panel + i);
     });
   }
 }
@@ -295,8 +332,7 @@ void run_expanded(const LinearPart& part) {
                            schedule.of(number, from));
       });
     }
-    for (int64_t r = 0; r < part.num_rows; ++r)
-      finish_row(call, part.sums + r * kPanel, part.first_row + r, part.first_panel + i);
+    finish(call, part.sums, part.first_row, part.num_rows, part.first_panel + i);
   }
 }
 

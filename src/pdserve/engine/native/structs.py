@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 
 
 class AttentionArgs(ctypes.Structure):
@@ -64,6 +65,25 @@ class PlaceArgs(ctypes.Structure):
         ("is_bf16", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     ]
+
+
+class Op(ctypes.Structure):
+    """`pdserve_op` in program.cpp: a kernel and its arguments, which must outlive it."""
+
+    _fields_ = [
+        ("args", ctypes.c_void_p),
+        ("kernel", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+    ]
+
+
+class Kernel(IntEnum):
+    """What an `Op` can be, by its number in program.cpp."""
+
+    NORM = 0
+    PLACE = 1
+    ATTENTION = 2
+    LINEAR = 3
 
 
 class StepTable:

@@ -46,8 +46,14 @@ class RowProbe:
     max_rows: int
 
 
-def choose_numerics(config: ModelConfig, weights: LlamaWeights, numerics: str) -> Numerics:
-    """The numerics for a loaded model. Raises `ModelError` if exact ones cannot be had."""
+def choose_numerics(
+    config: ModelConfig, weights: LlamaWeights, numerics: str, row_kernels: str = "torch"
+) -> Numerics:
+    """The numerics for a loaded model. Raises `ModelError` if exact ones cannot be had.
+
+    ``row_kernels`` compute attention and what is done to each token by itself. With ``native`` ones
+    only the projections can make padding necessary.
+    """
     if numerics == "fast":
         return FAST
     if weights.embedding.device.type != "cpu":
@@ -63,6 +69,8 @@ def choose_numerics(config: ModelConfig, weights: LlamaWeights, numerics: str) -
             weights.output,
         )
     ]
+    if row_kernels == "native":
+        return Numerics(exact=True, granule=measure_granule(probes, (1, *GRANULES)))
     probes += attention_probes(config)
     return Numerics(exact=True, granule=measure_granule(probes))
 
@@ -81,12 +89,12 @@ def attention_probes(config: ModelConfig) -> tuple[RowProbe, RowProbe]:
     )
 
 
-def measure_granule(probes: Sequence[RowProbe]) -> int:
-    """Smallest granule under which all probes give a row the same bits in any batch.
+def measure_granule(probes: Sequence[RowProbe], granules: Sequence[int] = GRANULES) -> int:
+    """Smallest of ``granules`` under which all probes give a row the same bits in any batch.
 
     Raises `ModelError` if there is none; no such library build is known.
     """
-    for granule in GRANULES:
+    for granule in granules:
         if all(_holds(probe, granule) for probe in probes):
             return granule
     raise ModelError(

@@ -15,13 +15,11 @@ from torch.nn import functional
 
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
-from pdserve.engine.torch.llama_weights import LlamaWeights
+from pdserve.engine.torch.llama_weights import MLP_ROWS, LlamaWeights
+from pdserve.engine.torch.native_layers import NativeLayers
 from pdserve.engine.torch.pool import KvPool
 from pdserve.engine.torch.rows import Rows
 from pdserve.weights.config import ModelConfig
-
-MLP_ROWS = 128
-"""Tokens that pass the feed-forward part together: keeps what is between in the cache."""
 
 
 class Llama:
@@ -34,27 +32,32 @@ class Llama:
         self._weights = weights
         self._attention = attention
         self._rows = rows
+        self._native = NativeLayers.of(config, weights, attention, rows)
 
     def forward(
         self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None]
     ) -> torch.Tensor:
         """Last hidden states of the step's tokens, ``[padded tokens, hidden]``, not normalised.
 
-        Writes the tokens' keys and values into ``pool``; calls ``on_layer`` after each layer.
+        Writes the tokens' keys and values into ``pool``; calls ``on_layer`` after each layer. The
+        result may be memory that the next step writes to.
         """
+        if self._native is not None:
+            return self._native.forward(batch, pool, on_layer)
         prepared = self._attention.prepare(batch, batch.token_ids.device)
         places = self._rows.prepare(batch)
         hidden = functional.embedding(batch.token_ids, self._weights.embedding)
+        residuals = torch.split(hidden, MLP_ROWS)  # views: a residual is added in place
+        num_rows = hidden.shape[0]
         for index, layer in enumerate(self._weights.layers):
             normed = self._rows.norm(hidden, layer.attention_norm)
-            heads = layer.qkv(normed).view(len(normed), -1, self._head_dim)
+            heads = layer.qkv(normed).view(num_rows, -1, self._head_dim)
             queries = self._rows.place(heads, pool, index, places)
             attended = self._attention.attend(queries, pool.layer(index), prepared)
             layer.attention_out.add_to(hidden, attended.flatten(1))
             normed = self._rows.norm(hidden, layer.mlp_norm)
-            for first in range(0, len(hidden), MLP_ROWS):
-                part = slice(first, first + MLP_ROWS)
-                layer.down.add_to(hidden[part], layer.gate_up(normed[part]))
+            for residual, part in zip(residuals, torch.split(normed, MLP_ROWS), strict=True):
+                layer.down.add_to(residual, layer.gate_up(part))
             on_layer(index)
         return hidden
 

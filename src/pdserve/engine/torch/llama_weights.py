@@ -16,6 +16,9 @@ from pdserve.engine.torch.linear import Linear
 from pdserve.engine.torch.linear_registry import LinearKind
 from pdserve.weights.config import ModelConfig
 
+MLP_ROWS = 128
+"""Tokens that pass the feed-forward part together: keeps what is between in the cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:

@@ -54,10 +54,14 @@ class NativeAttention(Attention):
         self._dtype = dtype
 
     def prepare(self, batch: StepBatch, device: torch.device) -> NativeStep:
-        table = step_table(batch)
-        num_heads, num_kv_heads, head_dim = self._heads
+        num_heads, _, head_dim = self._heads
         out = torch.empty(len(batch.token_ids), num_heads, head_dim, dtype=self._dtype)
         out[batch.num_tokens :] = 0
+        return self.step_into(out, step_table(batch))
+
+    def step_into(self, out: torch.Tensor, table: StepTable) -> NativeStep:
+        """A step whose results go to ``out [padded tokens, head, head_dim]``."""
+        num_heads, num_kv_heads, head_dim = self._heads
         args = AttentionArgs(
             out=out.data_ptr(),
             rows=table.rows,
@@ -77,13 +81,18 @@ class NativeAttention(Attention):
         """As the seam says; the result has the model's dtype and holds until the next layer's."""
         assert isinstance(prepared, NativeStep)
         args = prepared.args
-        assert queries.stride()[1:] == (args.head_dim, 1), "heads lie side by side"
-        args.queries = queries.data_ptr()
-        args.query_stride = queries.stride(0)
-        args.queries_are_bf16 = queries.dtype == torch.bfloat16
-        args.kv = kv.data_ptr()
-        args.kv_is_bf16 = kv.dtype == torch.bfloat16
-        args.block_size = kv.shape[3]
+        read_from(args, queries, kv)
         if failed := self._call(self._level, ctypes.byref(args)):
             raise MemoryError(f"attention failed ({failed}): no memory for its scratch space")
         return prepared.out
+
+
+def read_from(args: AttentionArgs, queries: torch.Tensor, kv: torch.Tensor) -> None:
+    """Point ``args`` to a layer's queries and pool, of the shapes that `Attention.attend` says."""
+    assert queries.stride()[1:] == (args.head_dim, 1), "heads lie side by side"
+    args.queries = queries.data_ptr()
+    args.query_stride = queries.stride(0)
+    args.queries_are_bf16 = queries.dtype == torch.bfloat16
+    args.kv = kv.data_ptr()
+    args.kv_is_bf16 = kv.dtype == torch.bfloat16
+    args.block_size = kv.shape[3]

@@ -120,6 +120,28 @@ class NativeLinear(Linear):
         assert residual.shape == (rows.shape[0], self.num_out), "one residual for each output"
         self._launch(rows, residual, _ADD)
 
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether rows of the weight's dtype can be read where they are: see `call_on`."""
+        return not self._missing_in
+
+    def call_on(self, rows: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> LinearCall:
+        """The call that puts the product of ``rows`` into ``out``, or adds it to that.
+
+        Both are contiguous and of the weight's dtype, and must outlive the call.
+        """
+        assert self.reads_in_place, "rows of this width are padded first"
+        assert (rows.dtype, out.dtype) == (self.dtype, self.out_dtype), "read and written as is"
+        assert out.shape == (rows.shape[0], self.num_out), "one output for each column"
+        call = LinearCall()
+        ctypes.pointer(call)[0] = self._call
+        call.rows, call.rows_kind = rows.data_ptr(), _KINDS[rows.dtype]
+        call.out = call.residual = out.data_ptr()
+        call.num_rows = rows.shape[0]
+        call.epilogue = _ADD if add else _GATE if self._gated else _STORE
+        call.num_threads = torch.get_num_threads()
+        return call
+
     def _launch(self, rows: torch.Tensor, out: torch.Tensor, epilogue: int) -> None:
         assert rows.shape[1] == self.num_in, "rows are as wide as the weight"
         if self.dtype == torch.float32 or rows.dtype not in _KINDS:

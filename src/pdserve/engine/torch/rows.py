@@ -88,14 +88,17 @@ class NativeRows(Rows):
         loaded = library.load()
         assert loaded is not None, "a level was chosen without a library"
         self._run_norm, self._run_place = loaded.pdserve_norm, loaded.pdserve_place
-        self._level = library.LEVELS.index(level)
+        self.level = library.LEVELS.index(level)
         self._config = config
         self._is_bf16 = dtype == torch.bfloat16
         self._cos, self._sin = rope_tables(config, torch.device("cpu"))
-        self._norm_args = NormArgs(is_bf16=self._is_bf16, epsilon=config.rms_norm_eps)
 
     def prepare(self, batch: StepBatch) -> NativePlace:
-        table, config = step_table(batch), self._config
+        return self.step_of(step_table(batch))
+
+    def step_of(self, table: StepTable) -> NativePlace:
+        """A step of these rows."""
+        config = self._config
         args = PlaceArgs(
             cosines=self._cos.data_ptr(),
             sines=self._sin.data_ptr(),
@@ -110,14 +113,24 @@ class NativeRows(Rows):
         )
         return NativePlace(args, table)
 
-    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def norm_on(self, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> NormArgs:
+        """Arguments of a norm from ``rows`` into ``out``, contiguous; they must outlive it."""
         assert rows.is_contiguous(), "kernels read rows one after another"
+        return NormArgs(
+            rows=rows.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            num_rows=rows.shape[0],
+            width=rows.shape[1],
+            is_bf16=self._is_bf16,
+            num_threads=torch.get_num_threads(),
+            epsilon=self._config.rms_norm_eps,
+        )
+
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(rows)
-        args = self._norm_args
-        args.rows, args.weight, args.out = rows.data_ptr(), weight.data_ptr(), out.data_ptr()
-        args.num_rows, args.width = rows.shape
-        args.num_threads = torch.get_num_threads()
-        failed = self._run_norm(self._level, ctypes.byref(args))
+        args = self.norm_on(rows, weight, out)
+        failed = self._run_norm(self.level, ctypes.byref(args))
         assert not failed, "the level was checked when it was chosen"
         return out
 
@@ -130,7 +143,7 @@ class NativeRows(Rows):
         args.heads = heads.data_ptr()
         args.kv = pool.layer(layer).data_ptr()
         args.block_size = pool.block_size
-        failed = self._run_place(self._level, ctypes.byref(args))
+        failed = self._run_place(self.level, ctypes.byref(args))
         assert not failed, "the level was checked when it was chosen"
         return heads[:, : self._config.num_heads]
 

@@ -55,7 +55,7 @@ class TorchRunner(ModelRunner):
         attention = choose_attention(device, numerics, level)
         with torch.inference_mode():
             packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
-            self._numerics = choose_numerics(config, packed, numerics)
+            self._numerics = choose_numerics(config, packed, numerics, attention.kernels)
             attends = attention.make(config, dtype, block_size, self._numerics)
             rows = attention.rows(config, dtype, self._device)
             self._model: Llama | None = Llama(config, packed, attends, rows)

@@ -1,0 +1,68 @@
+"""A layer's kernels as one program: the same bits as one by one, and frames that are kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pdserve.engine.native import library
+from pdserve.engine.torch.native_layers import KEPT_FRAMES, KEPT_TOKENS
+
+
+def a_step(row: Callable[..., Any], sizes: list[int], rng: random.Random) -> list[Any]:
+    rows, first = [], 0
+    for size in sizes:
+        num_blocks = -(-size // 16)
+        rows.append(
+            row([rng.randrange(384) for _ in range(size)], 0, range(first, first + num_blocks))
+        )
+        first += num_blocks
+    return rows
+
+
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_programs_give_the_bits_of_their_kernels(
+    dtype: str, level: str, make_bench: Callable[..., Any], row: Callable[..., Any]
+) -> None:
+    bench = make_bench(dtype, kernels=level)
+    model = bench.runner._model
+    programs = model._native
+    assert programs is not None
+    rng = random.Random(8)
+    for sizes in ([1], [1, 1, 5], [300], [129, 1, 64], [1]):
+        rows = a_step(row, sizes, rng)
+        bench.fresh_pool()
+        together, pool = bench.logits(rows), bytes(bench.memory)
+        bench.fresh_pool()
+        model._native = None
+        apart = bench.logits(rows)
+        model._native = programs
+        assert torch.equal(together, apart)
+        assert pool == bytes(bench.memory)
+
+
+def test_only_some_small_frames_are_kept(
+    make_bench: Callable[..., Any], row: Callable[..., Any]
+) -> None:
+    bench = make_bench("bf16", num_blocks=300)
+    frames = bench.runner._model._native._kept
+    rng = random.Random(9)
+    for num_tokens in (*range(1, KEPT_FRAMES + 5), KEPT_TOKENS + 1, 2):
+        bench.logits(a_step(row, [num_tokens], rng))
+    sizes = [num_tokens for num_tokens, _ in frames]
+    assert len(sizes) == KEPT_FRAMES
+    assert max(sizes) <= KEPT_TOKENS
+    assert sizes[-1] == 2
+
+
+def test_rows_that_must_be_padded_go_one_by_one(make_bench: Callable[..., Any]) -> None:
+    """An odd width has no pairs: those products read a padded copy, which no program holds."""
+    widths = {"intermediate_size": 101, "hidden_size": 64}
+    assert make_bench("bf16", **widths).runner._model._native is None
+    assert make_bench("fp32", **widths).runner._model._native is not None
+    assert make_bench("bf16", kernels="torch").runner._model._native is None
