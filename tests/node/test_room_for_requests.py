@@ -14,6 +14,8 @@ from pdserve.node.settings import RouterSettings
 
 PROMPT = tuple(range(2, 12))
 
+PATIENCE_S = RouterSettings().no_worker_timeout_s
+
 
 def started(**settings: object) -> VirtualCluster:
     cluster = VirtualCluster(ClusterSpec(**settings))  # type: ignore[arg-type]
@@ -209,7 +211,7 @@ def test_with_nobody_left_the_client_hears_of_it() -> None:
     for process in (together.prefill, together.decode):
         cluster.kill(process)
     cluster.submit(make_ask("late", PROMPT))
-    cluster.run_for(4.5)
+    cluster.run_for(PATIENCE_S - 0.5)
     assert cluster.client.answers["r"].failure is None
     cluster.run_for(1)
     assert failure_of(cluster, "r").kind == Refusal.UNAVAILABLE
@@ -332,7 +334,7 @@ def test_only_workers_that_are_too_small_are_as_good_as_none(returns: bool) -> N
     cluster.run(until=lambda: len(cluster.client.answers["large"].tokens[0]) == 3)
     cluster.restarts = False
     cluster.kill(cluster.current["mixed-1"])
-    cluster.run_for(4.5)
+    cluster.run_for(PATIENCE_S - 0.5)
     assert cluster.client.answers["large"].failure is None
     cluster.restarts = returns
     cluster.run_for(3)
