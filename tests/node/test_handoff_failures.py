@@ -36,7 +36,7 @@ R1 = AttemptId(RequestId("r"), Epoch(1))
 
 
 def test_a_lease_that_runs_out_quarantines_until_the_late_trailer() -> None:
-    """The writer was asleep; what it says when it wakes up proves that it has finished."""
+    """The writer was stopped; what it says when it wakes up proves that it has finished."""
     together = submitted()
     cluster, pool = together.cluster, together.decode.node.batch.tables.pool
     reach("trailer under way", together)

@@ -1,4 +1,4 @@
-"""Workers that die, sleep and come back, and links that break, in the orders that matter."""
+"""Workers that die, stop and come back, and links that break, in the orders that matter."""
 
 from __future__ import annotations
 
@@ -145,18 +145,18 @@ def test_a_broken_link_costs_no_answer(stage: str, kept: int) -> None:
     check_nothing_left(cluster)
 
 
-@pytest.mark.parametrize("sleeps_s", [0.5, 2.0, 6.0])
-@pytest.mark.parametrize("sleeper", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("stopped_s", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_sleeping_worker_costs_no_answer(stage: str, sleeper: str, sleeps_s: float) -> None:
+def test_a_stopped_worker_costs_no_answer(stage: str, victim: str, stopped_s: float) -> None:
     """Shorter than a lease, longer than a lease, and long enough to be killed for it. What it still
     writes when it wakes up lands where nobody reads."""
     cluster = at(stage).cluster
-    process = cluster.current[sleeper]
+    process = cluster.current[victim]
     process.stopped = True
-    cluster.run_for(sleeps_s)
+    cluster.run_for(stopped_s)
     process.stopped = False
-    assert process.alive == (sleeps_s < cluster.spec.router.report_timeout_s)
+    assert process.alive == (stopped_s < cluster.spec.router.report_timeout_s)
     cluster.run_for(4)
     assert cluster.client.answers["r"].is_complete
     check_nothing_left(cluster)

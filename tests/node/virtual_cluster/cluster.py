@@ -86,7 +86,6 @@ class VirtualCluster:
         self.unreaped: list[Process] = []
         self.late_peer_lost = False
         self.restarts = True
-        self.unavailable_is_fine = False
         self.below: Callable[[int], int] = _all
         self._tell_router(Started())
         for worker, _ in spec.slots:
