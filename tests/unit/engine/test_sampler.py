@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampleSpec
 from pdserve.engine.torch.philox import uniforms
-from pdserve.engine.torch.sampler import TOP_P_CANDIDATES, keep_threshold, sample
+from pdserve.engine.torch.sampler import TOP_P_CANDIDATES, first_best, keep_threshold, sample
 
 VOCAB = 40
 
@@ -250,3 +250,15 @@ def test_ending_tokens_return_after_min_tokens() -> None:
     early = spec(temperature=0.0, min_tokens=3, eos_token_ids=(7,), index=2)
     assert sample(logits, [early])[0][0].token_id != 7
     assert sample(logits, [replace(early, index=3)])[0][0].token_id == 7
+
+
+@pytest.mark.parametrize("vocab", [64, 301, 384, 3072])
+def test_the_first_of_the_best_is_taken(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    rows = torch.randint(0, 40, (50, vocab), generator=generator).float()
+    rows[3] = float("-inf")
+    rows[4, vocab // 2] = float("nan")
+    expected = [row.tolist().index(max(row.tolist())) for row in rows]
+    expected[4] = vocab // 2
+    assert first_best(rows).tolist() == expected
+    assert first_best(rows).tolist() == rows.argmax(dim=-1).tolist()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from math import gcd
 
 import torch
 
@@ -35,7 +36,7 @@ def sample(
 ) -> tuple[tuple[SampledToken, ...], ...]:
     """One token per row and choice of its spec. ``logits [row, vocab]`` fp32 are not changed."""
     adjusted = adjust_logits(logits, specs)
-    best = adjusted.argmax(dim=-1).tolist()
+    best = first_best(adjusted).tolist()
     chosen = [[token] * len(spec.choices) for token, spec in zip(best, specs, strict=True)]
     drawn = [i for i, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW]
     if drawn:
@@ -46,6 +47,20 @@ def sample(
         _with_logprobs(row, tokens, spec.params.logprobs)
         for row, tokens, spec in zip(logits, chosen, specs, strict=True)
     )
+
+
+def first_best(rows: torch.Tensor) -> torch.Tensor:
+    """The first index of the greatest value of each of ``rows [n, vocab]``, as `argmax` has it.
+
+    On a CPU `argmax` is ten times as slow as a maximum; so it searches only the part that has it.
+    """
+    width = gcd(rows.shape[1], 1024)
+    if width < 64:
+        return rows.argmax(dim=-1)
+    parts = rows.reshape(rows.shape[0], -1, width)
+    part = parts.amax(dim=-1).argmax(dim=-1)  # the first one, if several have it
+    found = parts[torch.arange(len(rows), device=rows.device), part]
+    return part * width + found.argmax(dim=-1)
 
 
 def adjust_logits(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
