@@ -4,7 +4,6 @@
 
     PdserveError
     ├── ConfigError            a flag, file or combination that cannot work; says what to change
-    │   └── MissingExtraError  an optional library is not installed; names the extra
     ├── ModelError             a model folder or file that cannot be served; says why
     │   └── PullError          a model could not be fetched or converted
     ├── RequestError           the client's fault; ``param`` names the field          -> 400
@@ -32,11 +31,6 @@ class PdserveError(Exception):
 
 class ConfigError(PdserveError):
     pass
-
-
-class MissingExtraError(ConfigError):
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional library: pip install 'pdserve[{extra}]'")
 
 
 class ModelError(PdserveError):

@@ -181,14 +181,11 @@ class InboundHandoffs:
 
     def peer_lost(self, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         """The link closed; the writer may live and write. What was verified or is, goes on."""
-        for attempt, handoff in list(self._handoffs.items()):
+        for handoff in list(self._handoffs.values()):
             if (handoff.peer, handoff.peer_epoch) != (peer, epoch):
                 continue
             if handoff.state in (InboundState.QUEUED, InboundState.GRANTED):
-                detail = f"lost the link to {peer}"
-                kind = FailureKind.HANDOFF
-                out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail))
-                self._end(handoff, out)
+                self._fail(handoff, f"lost the link to {peer}", out)
 
     def peer_up(self, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         """The link is back: ask again for the blocks that are still in quarantine. A later process
@@ -203,10 +200,7 @@ class InboundHandoffs:
         for attempt, handoff in self._handoffs.items():
             if timer == _lease_timer(attempt):
                 if handoff.state is InboundState.GRANTED:
-                    detail = f"the lease of {self._settings.lease_s:g} s ran out"
-                    kind = FailureKind.HANDOFF
-                    out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail))
-                    self._end(handoff, out)
+                    self._fail(handoff, f"the lease of {self._settings.lease_s:g} s ran out", out)
                 return True
         return False
 
@@ -303,6 +297,12 @@ class InboundHandoffs:
         attempt = handoff.header.attempt
         out.send(handoff.peer, HandoffRejected(attempt=attempt, detail=detail))
         self._drop(handoff, out)
+
+    def _fail(self, handoff: Inbound, detail: str, out: Outbox) -> None:
+        """The writer is not to be waited for: the router resumes the attempt elsewhere."""
+        attempt = handoff.header.attempt
+        out.tell_router(AttemptFailed(attempt=attempt, kind=FailureKind.HANDOFF, detail=detail))
+        self._end(handoff, out)
 
     def _end(self, handoff: Inbound, out: Outbox) -> None:
         """It ends from this side: blocks that the writer may still write are quarantined."""

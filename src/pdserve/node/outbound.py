@@ -204,9 +204,6 @@ class OutboundHandoffs:
         handoff.revoked = True
         self.fail(attempt, FailureKind.HANDOFF, "the ticket was revoked", out)
 
-    def transfer_failed(self, attempt: AttemptId, detail: str, out: Outbox) -> None:
-        self.fail(attempt, FailureKind.HANDOFF, detail, out)
-
     def stopped(self, attempt: AttemptId, out: Outbox) -> None:
         """No write will follow: tell the peer, release the blocks."""
         handoff = self._open.get(attempt)

@@ -29,7 +29,6 @@ class WorkerView:
     num_decoding: int
     free_blocks: int
     numerics: str
-    can_hand_off: bool = True
 
 
 @dataclass(frozen=True, slots=True)
