@@ -14,11 +14,11 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from typing import Any
+
+from server import serving
 
 MAX_TOKENS = 200
 KILL_AT = 60
@@ -61,22 +61,11 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     longest, median = [], []
     for _ in range(arguments.repeats):
-        server = [sys.executable, "-m", "pdserve", "serve", "--port", "0", "--log-format", "json"]
-        process = subprocess.Popen(
-            [*server, "--prefill", "1", "--decode", "1", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert process.stdout is not None
-        ready = json.loads(process.stdout.readline())
-        try:
-            model = get(f"{ready['url']}/v1/models")["data"][0]["id"]
-            gaps = gaps_s(ready["url"], model)
+        with serving(["--prefill", "1", "--decode", "1", *flags]) as server:
+            model = get(f"{server.url}/v1/models")["data"][0]["id"]
+            gaps = gaps_s(server.url, model)
             longest.append(max(gaps))
             median.append(statistics.median(gaps))
-        finally:
-            process.terminate()
-            process.wait()
     pause, usual = statistics.median(longest), statistics.median(median)
     print(f"median gap    {1000 * usual:8.1f} ms")
     print(f"longest gap   {1000 * pause:8.1f} ms   {pause / usual:.0f} x")

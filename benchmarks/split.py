@@ -21,7 +21,6 @@ import contextlib
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -29,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from server import serving
 
 from pdserve.bench.options import TargetOptions
 from pdserve.bench.plan import Load
@@ -96,25 +97,6 @@ def _until(requests: Iterator[TraceRequest], end_s: float, first: int) -> Iterat
             replace(segment, name=f"{first}/{segment.name}") for segment in request.segments
         )
         yield replace(request, index=first + request.index, segments=segments)
-
-
-@contextlib.contextmanager
-def serving(flags: list[str]) -> Iterator[str]:
-    """A server of its own; gives its URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pdserve", "serve", "--port", "0", "--log-format", "json", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit("the server did not start: run pdserve serve with the same flags")
-        yield json.loads(line)["url"]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 async def send(url: str, load: Load, seed: int) -> Result:
@@ -197,9 +179,9 @@ def main() -> None:
     raw: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         for name, roles in SYSTEMS.items():
-            with serving([*roles, *flags]) as url:
-                result = asyncio.run(send(url, load_of(arguments, number), number))
-                rounds[name].append(figures_of(result, url))
+            with serving([*roles, *flags]) as server:
+                result = asyncio.run(send(server.url, load_of(arguments, number), number))
+                rounds[name].append(figures_of(result, server.url))
             raw.append({"system": name, "round": number, "figures": rounds[name][-1]})
             raw[-1]["outcomes"] = [asdict(outcome) for outcome in result.outcomes]
             print(f"round {number} {name}: {result.duration_s:.0f} s", file=sys.stderr)

@@ -18,6 +18,8 @@ import sys
 import time
 import urllib.request
 
+from server import Server, serving
+
 
 def import_torch_s() -> float:
     started_s = time.perf_counter()
@@ -32,16 +34,14 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start(flags: list[str]) -> tuple[subprocess.Popen[bytes], str, float]:
-    started_s = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pdserve", "serve", "--port", "0", "--log-format", "json", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert process.stdout is not None
-    url = json.loads(process.stdout.readline())["url"]
-    return process, url, time.perf_counter() - started_s
+def idle_shares(server: Server, idle_s: float) -> dict[str, float]:
+    """Share of a core that each process takes while nobody asks anything."""
+    with urllib.request.urlopen(f"{server.url}/cluster") as response:
+        workers = json.load(response)["workers"]
+    pids = {"gateway": server.pid, **{worker["id"]: worker["pid"] for worker in workers}}
+    before = {name: cpu_s(pid) for name, pid in pids.items()}
+    time.sleep(idle_s)
+    return {name: (cpu_s(pid) - before[name]) / idle_s for name, pid in pids.items()}
 
 
 def main() -> None:
@@ -52,22 +52,11 @@ def main() -> None:
     ready_s, torch_s, idle = [], [], {}
     for repeat in range(arguments.repeats):
         torch_s.append(import_torch_s())
-        process, url, took_s = start(flags)
-        ready_s.append(took_s)
-        try:
+        started_s = time.perf_counter()
+        with serving(flags) as server:
+            ready_s.append(time.perf_counter() - started_s)
             if repeat == arguments.repeats - 1:
-                with urllib.request.urlopen(f"{url}/cluster") as response:
-                    workers = json.load(response)["workers"]
-                pids = {"gateway": process.pid, **{w["id"]: w["pid"] for w in workers}}
-                before = {name: cpu_s(pid) for name, pid in pids.items()}
-                time.sleep(arguments.idle_s)
-                idle = {
-                    name: (cpu_s(pid) - before[name]) / arguments.idle_s
-                    for name, pid in pids.items()
-                }
-        finally:
-            process.terminate()
-            process.wait()
+                idle = idle_shares(server, arguments.idle_s)
     floor, ready = statistics.median(torch_s), statistics.median(ready_s)
     print(f"import torch, one process   {floor:6.2f} s")
     print(f"server ready                {ready:6.2f} s   {ready / floor:.1f} x")
