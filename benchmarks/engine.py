@@ -40,7 +40,7 @@ PREFILLS = (512, 1024, 2048)
 DECODES = ((1, 256), (1, 1024), (16, 256), (16, 1024))
 """Batch, and tokens of context of each row."""
 
-KERNELS = ("pdserve_run", "pdserve_linear", "pdserve_norm")
+KERNELS = ("pdserve_run_layers", "pdserve_run", "pdserve_linear", "pdserve_norm", "pdserve_best")
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 

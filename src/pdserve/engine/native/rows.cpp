@@ -136,7 +136,53 @@ void place_tokens(const pdserve_place_args& args) {
   }
 }
 
+// The greatest of `count` numbers, four vectors at a time; what is not a number is left out.
+// `doubt` is not a number afterwards if one of them is not, or is infinite.
+PDSERVE_INLINE float greatest(const float* row, int64_t count, Vec* doubt) {
+  Vec most[4] = {splat(row[0]), splat(row[0]), splat(row[0]), splat(row[0])};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vec x = load(row + i + v * kWidth);
+      most[v] = max(x, most[v]);
+      *doubt = fma(x, zero(), *doubt);
+    }
+  }
+  float found = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+  for (; i < count; ++i) {
+    if (row[i] > found) found = row[i];
+    *doubt = fma(splat(row[i]), zero(), *doubt);
+  }
+  return found;
+}
+
+// Looks at a row once from memory, and again only at the part that has the greatest value.
+inline int64_t best_of(const float* row, int64_t width) {
+  constexpr int64_t kPart = 1024;
+  Vec doubt = zero();
+  float found = 0.0f;
+  int64_t at = -1;
+  for (int64_t first = 0; first < width; first += kPart) {
+    const int64_t count = width - first < kPart ? width - first : kPart;
+    const float here = greatest(row + first, count, &doubt);
+    if (at < 0 || here > found) found = here, at = first;
+  }
+  if (const float sum = reduce_add(doubt); sum != sum) {
+    for (int64_t i = 0; i < width; ++i) {
+      if (row[i] != row[i]) return i;
+    }
+  }
+  while (row[at] != found) ++at;
+  return at;
+}
+
 }  // namespace
+
+void best(const pdserve_best_args& args) {
+  auto item = [&](int64_t r, int) { args.out[r] = best_of(args.rows + r * args.width, args.width); };
+  parallel_for(args.num_threads, args.num_rows, item);
+}
 
 void norm(const pdserve_norm_args& args) {
   args.is_bf16 ? norm_rows<bf16>(args) : norm_rows<float>(args);
