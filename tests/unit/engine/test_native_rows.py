@@ -114,11 +114,12 @@ def test_place(num_threads: int, shape: tuple[int, int, int], dtype: str, level:
         RowSpan(0, 1, 30, tuple(blocks[:4])),
         RowSpan(1, 90, 5, tuple(blocks[4:16])),
         RowSpan(91, 7, 0, tuple(blocks[16:17])),
+        *(RowSpan(98 + 2 * i, 2, 3 + i, (blocks[17 + i], blocks[27 + i])) for i in range(10)),
     ]
     batch = a_batch(rows, num_padding=2)
     generator = torch.Generator().manual_seed(6)
     num_heads = config.num_heads + 2 * config.num_kv_heads
-    heads = torch.randn(100, num_heads, config.head_dim, generator=generator).to(DTYPES[dtype])
+    heads = torch.randn(120, num_heads, config.head_dim, generator=generator).to(DTYPES[dtype])
     native = NativeRows(config, DTYPES[dtype], level)
     queries, pool = placed(native, config, dtype, batch, heads)
     expected = placed(TorchRows(config, torch.device("cpu")), config, dtype, batch, heads)

@@ -125,8 +125,14 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
 template <class Element>
 void place_tokens(const pdserve_place_args& args) {
   constexpr int kShare = 32;  // tokens of a long row in one item
+  constexpr int kFew = 4;     // so many are worth an item if rows are short
+  int num_short = 0;
   for (int r = 0; r < args.num_rows; ++r) {
     const pdserve_row& row = args.rows[r];
+    if (row.num_tokens <= kFew) {
+      ++num_short;
+      continue;
+    }
     auto item = [&](int64_t index, int) {
       const int first = static_cast<int>(index) * kShare;
       const int end = first + kShare < row.num_tokens ? first + kShare : row.num_tokens;
@@ -134,6 +140,17 @@ void place_tokens(const pdserve_place_args& args) {
     };
     parallel_for(args.num_threads, (row.num_tokens + kShare - 1) / kShare, item);
   }
+  if (num_short == 0) return;
+  auto item = [&](int64_t index, int) {
+    const int64_t first = index * kFew;
+    for (int64_t r = first; r < first + kFew && r < args.num_rows; ++r) {
+      const pdserve_row& row = args.rows[r];
+      for (int i = 0; row.num_tokens <= kFew && i < row.num_tokens; ++i) {
+        place_token<Element>(args, row, i);
+      }
+    }
+  };
+  parallel_for(args.num_threads, (args.num_rows + kFew - 1) / kFew, item);
 }
 
 // The greatest of `count` numbers, four vectors at a time; what is not a number is left out.
