@@ -125,6 +125,7 @@ class _Frame:
         self._table = table  # kept as long as its addresses are used
         read_from(self.attention, self._queries, kv)
         self.place.block_size = self.attention.block_size
+        self.place.kv_is_int8 = kv.dtype == torch.int8
         for args in (self.attention, self.place):
             args.rows, args.tables, args.num_rows = table.rows, table.tables, table.num_rows
         self._attended[num_tokens:] = 0
