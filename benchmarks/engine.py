@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, StepId
+from pdserve.core.layout import KV_DTYPES, KvLayout
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampleSpec, StepPlan, StepRow
 from pdserve.engine.native import library
@@ -73,11 +74,11 @@ def widths(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def cases(config: ModelConfig, weight_bytes: int, kv_bytes: int, num_blocks: int) -> list[Case]:
-    """``weight_bytes`` and ``kv_bytes`` are those of one number."""
+def cases(config: ModelConfig, weight_bytes: int, layout: KvLayout, num_blocks: int) -> list[Case]:
+    """``weight_bytes`` are those of one number."""
     per_token, logits = widths(config)
     seen = 4 * config.num_layers * config.num_heads * config.head_dim  # FLOPs of a (query, key)
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
+    kv = layout.pool_bytes(1) // layout.block_size  # of a token
     found = []
     for n in PREFILLS:
         plan = StepPlan(step_id=StepId(1), rows=(row(n, 0, range(-(-n // BLOCK_SIZE))),), copies=())
@@ -107,6 +108,7 @@ def a_runner(folder: ModelFolder, arguments: argparse.Namespace) -> TorchRunner:
         num_threads=arguments.threads,
         numerics=arguments.numerics,
         weight_dtype=arguments.weight_dtype,
+        kv_dtype=arguments.kv_dtype,
     )
 
 
@@ -179,7 +181,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     runner.attach_pool(memoryview(memory), num_blocks)
     number_bytes = 2 if arguments.dtype == "bf16" else 4
     weight_bytes = 1 if arguments.weight_dtype == "int8" else number_bytes
-    all_cases = cases(folder.config, weight_bytes, number_bytes, num_blocks)
+    all_cases = cases(folder.config, weight_bytes, layout, num_blocks)
     ceilings = Ceilings(torch.bfloat16 if number_bytes == 2 else torch.float32, clock)
     times: dict[str, list[float]] = {case.name: [] for case in all_cases}
     for repeat in range(arguments.repeats + 1):
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--weight-dtype", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="exact")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")

@@ -1,121 +1,30 @@
 // Paged attention over a pool of int8 (`kv_int8.hpp`), with the online softmax and the tiles of
 // attention.cpp and the same promise: a query's result depends on itself and on what it sees alone.
 //
-// Products are of integers and exact. A query becomes 16 bits a number, with one scale; so do the
-// softmax weights of a tile, times the scales of the values. A 16-bit number is two rows of bytes, the
-// high ones and the low ones, whose sums are joined. Keys and values are read where they lie, by
-// decode and prefill alike: nothing is packed.
+// Products are of integers and exact. A query becomes 16 bits a number, with one scale; so does a
+// tile's softmax weight times its value's scale, as a share of what the largest of both would give. A
+// 16-bit number is a pair of rows of bytes, the high ones and the low ones, whose sums are joined.
+// Keys and values are read where they lie, by decode and prefill alike: nothing is packed.
 #include "attention.h"
-#include "kv_int8.hpp"
-#include "simd_int8.hpp"
+#include "product_int8.hpp"
 #include "threads.hpp"
 
 namespace pdserve::PDSERVE_LEVEL {
 namespace {
 
-constexpr int kTile = 64;
-constexpr int kGroups = kTile / kInt8Group;
 constexpr int kGroupRows = 24;  // query heads of a group, about: fits the L1 cache
 constexpr float kQueryRange = 32512.0f;  // both bytes of a number are then signed ones
 constexpr float kWeightRange = 65535.0f;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Where the 16-position groups of a tile lie.
-struct Places {
-  const int8_t* keys[kGroups];
-  const float* key_scales[kGroups];
-  int64_t to_values;  // from a group's keys to its values, and from scales to scales, in bytes
-
-  const int8_t* values(int group) const { return keys[group] + to_values; }
-  const float* value_scales(int group) const { return key_scales[group] + to_values / 4; }
+// What a tile has in common for all queries that see the whole of it.
+struct Scales {
+  float keys[kTile];
+  float values[kTile];
+  float shares[kTile];  // what a value's weight is multiplied with to become an integer
+  float step;           // and what 1 of those integers is worth
 };
-
-// The two sides of attention as B of a product [row][k] x [k][column], a number being four bytes.
-struct KeySide {
-  const Places& places;
-  PDSERVE_INLINE const int8_t* at(int k, int column) const {
-    return places.keys[column / kInt8Group] + (k * kInt8Group + column % kInt8Group) * 4;
-  }
-  // Unsigned by adding 128, which `begin` takes off again.
-  static PDSERVE_INLINE Ints read(const int8_t* p) { return flip_signs(load_ints(p)); }
-  static PDSERVE_INLINE Ints dot(Ints sum, Ints row, Ints column) { return dot4(sum, column, row); }
-};
-
-struct ValueSide {
-  const Places& places;
-  int64_t stride;  // of four positions
-  PDSERVE_INLINE const int8_t* at(int k, int column) const {
-    return places.values(k / 4) + k % 4 * stride + column * 4;
-  }
-  static PDSERVE_INLINE Ints read(const int8_t* p) { return load_ints(p); }
-  static PDSERVE_INLINE Ints dot(Ints sum, Ints row, Ints column) { return dot4(sum, row, column); }
-};
-
-// Each load also sends for the same place of the next tile.
-template <int kRows, int kVecs, class Side>
-PDSERVE_INLINE void product_tile(const Side& side, const Side& next, int depth, int column,
-                                 const int32_t* a, int64_t a_stride, const int32_t* start,
-                                 int32_t* c, int64_t c_stride) {
-  Ints sums[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = splat_int(start[r]);
-  }
-  for (int k = 0; k < depth; ++k) {
-    Ints columns[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      columns[v] = Side::read(side.at(k, column + v * kWidth));
-      __builtin_prefetch(next.at(k, column + v * kWidth));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Ints row = splat_int(a[r * a_stride + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = Side::dot(sums[r][v], row, columns[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) store_ints(c + r * c_stride + column + v * kWidth, sums[r][v]);
-  }
-}
-
-// Rows come in pairs: the high bytes and the low ones.
-template <int kVecs, class Side>
-PDSERVE_INLINE void product_columns(const Side& side, const Side& next, int rows, int depth,
-                                    int column, const int32_t* a, int64_t a_stride,
-                                    const int32_t* start, int32_t* c, int64_t c_stride) {
-  int r = 0;
-  for (; r + 6 <= rows; r += 6) {
-    product_tile<6, kVecs>(side, next, depth, column, a + r * a_stride, a_stride, start + r,
-                           c + r * c_stride, c_stride);
-  }
-  a += r * a_stride;
-  c += r * c_stride;
-  if (rows - r == 4) {
-    product_tile<4, kVecs>(side, next, depth, column, a, a_stride, start + r, c, c_stride);
-  } else if (rows - r == 2) {
-    product_tile<2, kVecs>(side, next, depth, column, a, a_stride, start + r, c, c_stride);
-  }
-}
-
-// C[r][column] = start[r] + the sum over k of A[r][k] * B[k][column], for the first `columns`.
-template <class Side>
-inline void product(const Side& side, const Side& next, int rows, int columns, int depth,
-                    const int32_t* a, int64_t a_stride, const int32_t* start, int32_t* c,
-                    int64_t c_stride) {
-  int n = 0;
-  for (; n + kColumnVecs * kWidth <= columns; n += kColumnVecs * kWidth) {
-    product_columns<kColumnVecs>(side, next, rows, depth, n, a, a_stride, start, c, c_stride);
-  }
-  for (; n < columns; n += kWidth) {
-    product_columns<1>(side, next, rows, depth, n, a, a_stride, start, c, c_stride);
-  }
-}
 
 class Int8Step {
  public:
@@ -124,7 +33,6 @@ class Int8Step {
         heads_per_kv_(args.num_heads / args.num_kv_heads),
         quads_(args.head_dim / 4),
         columns_((args.head_dim + kWidth - 1) / kWidth * kWidth),
-        products_(columns_ > kTile ? columns_ : kTile),
         group_queries_(heads_per_kv_ < kGroupRows ? kGroupRows / heads_per_kv_ : 1),
         run_(int8_run(args.block_size, args.head_dim)) {}
 
@@ -157,18 +65,16 @@ class Int8Step {
     float* scores;         // [row, 64]: of one tile, then the weights
     float* sums;           // [row, columns]: weighted values
     float* weight_sums;    // [row, lane]
-    int32_t* products;     // [row, high and low, column]
     int32_t* queries;      // [row, high and low, quad of dimensions]
     int32_t* weights;      // [row, high and low, quad of positions]
     int32_t* key_starts;   // [row, high and low]
-    int32_t* value_starts;  // the same: zero
     float* maxima;         // [row]
     float* factors;        // [row]: a score of integers times this and the key's scale is in log2
-    float* weight_steps;   // [row]: what 1 of the tile's integer weights is worth
+    float* steps;          // [row]: what 1 of a sum of the tile's values is worth
   };
 
   int64_t state_size(int num_rows) const {
-    return num_rows * int64_t{kTile + columns_ + kWidth + 2 * (products_ + quads_ + kTile / 4) + 7};
+    return num_rows * int64_t{kTile + columns_ + kWidth + 2 * (quads_ + kTile / 4) + 5};
   }
 
   State state_at(float* memory, int64_t num_rows) const {
@@ -176,14 +82,12 @@ class Int8Step {
     state.scores = memory;
     state.sums = state.scores + num_rows * kTile;
     state.weight_sums = state.sums + num_rows * columns_;
-    state.products = reinterpret_cast<int32_t*>(state.weight_sums + num_rows * kWidth);
-    state.queries = state.products + num_rows * 2 * products_;
+    state.queries = reinterpret_cast<int32_t*>(state.weight_sums + num_rows * kWidth);
     state.weights = state.queries + num_rows * 2 * quads_;
     state.key_starts = state.weights + num_rows * 2 * (kTile / 4);
-    state.value_starts = state.key_starts + num_rows * 2;
-    state.maxima = reinterpret_cast<float*>(state.value_starts + num_rows * 2);
+    state.maxima = reinterpret_cast<float*>(state.key_starts + num_rows * 2);
     state.factors = state.maxima + num_rows;
-    state.weight_steps = state.factors + num_rows;
+    state.steps = state.factors + num_rows;
     return state;
   }
 
@@ -222,8 +126,11 @@ class Int8Step {
       if (visit + 1 < num_visits) {
         next = locate(row, first_head + (visit + 1) % num_heads, (visit + 1) / num_heads);
       }
-      see(state_at(memory + visit % num_heads * state_size(num_rows), num_rows), num_rows,
-          position - visit / num_heads * kTile, here, next);
+      const State state = state_at(memory + visit % num_heads * state_size(num_rows), num_rows);
+      const int from_tile = position - visit / num_heads * kTile;
+      count <= group_queries_ && num_heads == 1 && row.num_tokens > group_queries_
+          ? see<false>(state, num_rows, from_tile, here, next)
+          : see<true>(state, num_rows, from_tile, here, next);
     }
     for (int h = 0; h < num_heads; ++h) {
       finish(row, first_head + h, first, count,
@@ -235,7 +142,6 @@ class Int8Step {
     const int num_rows = count * heads_per_kv_;
     std::memset(state.sums, 0, sizeof(float) * num_rows * columns_);
     std::memset(state.weight_sums, 0, sizeof(float) * num_rows * kWidth);
-    std::memset(state.value_starts, 0, sizeof(int32_t) * num_rows * 2);
     for (int r = 0; r < num_rows; ++r) {
       state.maxima[r] = kMinusInfinity;
       const int64_t at = (row.first + first + r / heads_per_kv_) * args_.query_stride +
@@ -275,83 +181,91 @@ class Int8Step {
   }
 
   // Add one tile to what `num_rows` query rows have seen; the first is at `position` of the tile.
+  template <bool kAhead>
   void see(const State& state, int num_rows, int position, const Places& here,
            const Places& next) const {
     const int last = position + (num_rows - 1) / heads_per_kv_ + 1;
     const int seen = last < kTile ? (last + kInt8Group - 1) / kInt8Group * kInt8Group : kTile;
-    product(KeySide{here}, KeySide{next}, 2 * num_rows, seen, quads_, state.queries, quads_,
-            state.key_starts, state.products, products_);
-    for (int group = 0; group < kGroups; ++group) {
-      __builtin_prefetch(next.key_scales[group]);
-      __builtin_prefetch(next.value_scales(group));
+    Scales scales;
+    for (int j = 0; j < seen; j += kWidth) {
+      const int group = j / kInt8Group, in_group = j % kInt8Group;
+      store(scales.keys + j, load(here.key_scales[group] + in_group));
+      store(scales.values + j, load(here.value_scales(group) + in_group));
     }
-    for (int r = 0; r < num_rows; ++r) {
-      weigh(state, r, position + r / heads_per_kv_ + 1, seen, here);
-    }
-    const int64_t stride = int64_t{4} * args_.head_dim;
-    product(ValueSide{here, stride}, ValueSide{next, stride}, 2 * num_rows, columns_, seen / 4,
-            state.weights, kTile / 4, state.value_starts, state.products, products_);
-    for (int r = 0; r < num_rows; ++r) {
-      const int32_t* const high = state.products + 2 * r * products_;
-      const Vec step = splat(state.weight_steps[r]);
-      float* const sums = state.sums + int64_t{r} * columns_;
-      for (int d = 0; d < columns_; d += kWidth) {
-        const Vec whole = to_floats(join(load_ints(high + d), load_ints(high + products_ + d)));
-        store(sums + d, fma(whole, step, load(sums + d)));
+    const KeySide keys{here, state.key_starts, state.factors, scales.keys, state.scores};
+    const KeySide next_keys{next, nullptr, nullptr, nullptr, nullptr};
+    product<kAhead>(keys, next_keys, num_rows, seen, quads_, state.queries, quads_);
+    if (kAhead) {
+      for (int group = 0; group < kGroups; ++group) {
+        __builtin_prefetch(next.key_scales[group]);
+        __builtin_prefetch(next.value_scales(group));
       }
+    }
+    int shared = -1;
+    for (int r = 0; r < num_rows; ++r) {
+      const int visible = position + r / heads_per_kv_ + 1;
+      const int known = visible < 0 ? 0 : visible < kTile ? visible : kTile;
+      if (known != shared) share(scales, known);
+      shared = known;
+      if (seen == kTile) {
+        weigh(state, r, visible, kTile, scales);  // a constant: the loops are unrolled
+      } else {
+        weigh(state, r, visible, seen, scales);
+      }
+    }
+    const ValueSide values(here, args_.head_dim, state.steps, state.sums, columns_);
+    const ValueSide next_values(next, args_.head_dim, nullptr, nullptr, 0);
+    product<kAhead>(values, next_values, num_rows, columns_, seen / 4, state.weights, kTile / 4);
+  }
+
+  // A value that is no number, or infinite, makes the step none, and with it the result.
+  static PDSERVE_INLINE void share(Scales& scales, int visible) {
+    const float range = range_of(scales.values, visible);
+    const Vec inverse = splat(range > kSmallest ? kWeightRange / range : 0.0f);
+    scales.step = range / kWeightRange;
+    for (int j = 0; j < kTile; j += kWidth) {
+      const Vec known = keep_first(load(scales.values + j), visible - j);
+      store(scales.shares + j, mul(known, inverse));
     }
   }
 
-  // Products of one query head become weights. The first `visible` positions are seen by it, the
-  // first `seen` were multiplied.
+  // Scores of one query head become weights, of which the tile's largest is 1. The first `visible`
+  // positions are seen by it, the first `seen` have scores.
   PDSERVE_INLINE void weigh(const State& state, int r, int visible, int seen,
-                            const Places& here) const {
+                            const Scales& scales) const {
     float* const scores = state.scores + r * kTile;
-    const int32_t* const high = state.products + 2 * r * products_;
-    const Vec factor = splat(state.factors[r]);
-    for (int j = 0; j < seen; j += kWidth) {
-      const Vec whole = to_floats(join(load_ints(high + j), load_ints(high + products_ + j)));
-      const Vec scale = load(here.key_scales[j / kInt8Group] + j % kInt8Group);
-      store(scores + j, mul(whole, mul(factor, scale)));
-    }
     for (int j = visible < 0 ? 0 : visible; j < seen; ++j) scores[j] = kMinusInfinity;
-    Vec highest = splat(kMinusInfinity);
-    for (int j = 0; j < seen; j += kWidth) highest = max(highest, load(scores + j));
+    Vec highest = load(scores);
+#pragma GCC unroll 16
+    for (int j = kWidth; j < seen; j += kWidth) highest = max(highest, load(scores + j));
     const float top = reduce_max(highest);
     float* const maximum = state.maxima + r;
-    Vec weight_sum = load(state.weight_sums + r * kWidth);
+    float* const weight_sums = state.weight_sums + r * kWidth;
+    Vec part = splat(1.0f);  // of the tile's weights in those of the row
     if (!(top <= *maximum)) {
       const Vec shrink = exp2(splat(*maximum - top));
       *maximum = top;
-      weight_sum = mul(weight_sum, shrink);
+      store(weight_sums, mul(load(weight_sums), shrink));
       float* const sums = state.sums + int64_t{r} * columns_;
       for (int d = 0; d < columns_; d += kWidth) store(sums + d, mul(load(sums + d), shrink));
+    } else {
+      part = exp2(splat(top - *maximum));
     }
-    const Vec shift = splat(*maximum);
-    Vec largest = zero();
+    const Vec shift = splat(visible > 0 ? top : 0.0f);
+    Vec weight_sum = zero();
+    auto* const high = reinterpret_cast<uint8_t*>(state.weights + 2 * r * (kTile / 4));
+#pragma GCC unroll 16
     for (int j = 0; j < seen; j += kWidth) {
       const Vec weight = exp2(sub(load(scores + j), shift));
-      const Vec scale = load(here.value_scales(j / kInt8Group) + j % kInt8Group);
-      const Vec scaled = keep_first(mul(weight, scale), visible - j);
-      // The last term is zero, or no number if the value is none: then it shows in the result.
-      weight_sum = fma(scaled, zero(), add(weight_sum, weight));
-      largest = max(largest, scaled);
-      store(scores + j, scaled);
-    }
-    store(state.weight_sums + r * kWidth, weight_sum);
-    narrow_weights(state, r, seen, reduce_max(largest));
-  }
-
-  PDSERVE_INLINE void narrow_weights(const State& state, int r, int seen, float largest) const {
-    const float* const scores = state.scores + r * kTile;
-    const Vec inverse = splat(largest > kSmallest ? kWeightRange / largest : 0.0f);
-    state.weight_steps[r] = largest / kWeightRange;
-    auto* const high = reinterpret_cast<uint8_t*>(state.weights + 2 * r * (kTile / 4));
-    for (int j = 0; j < seen; j += kWidth) {
-      const Ints whole = to_ints(mul(load(scores + j), inverse));
+      weight_sum = add(weight_sum, weight);
+      const Ints whole = to_ints(mul(weight, load(scales.shares + j)));
       store_bytes(high + j, high_byte(whole));
       store_bytes(high + kTile + j, whole);
     }
+    store(weight_sums, fma(weight_sum, part, load(weight_sums)));
+    float parts[kWidth];
+    store(parts, part);
+    state.steps[r] = scales.step * parts[0];
   }
 
   void finish(const pdserve_row& row, int kv_head, int first, int count, const State& state) const {
@@ -377,7 +291,6 @@ class Int8Step {
   const int heads_per_kv_;
   const int quads_;     // of dimensions
   const int columns_;   // of values, padded to whole vectors
-  const int products_;  // columns of either product
   const int group_queries_;
   const int64_t run_;  // bytes of a block's keys of one head
 };

@@ -8,37 +8,34 @@ namespace pdserve::PDSERVE_LEVEL {
 
 #if defined(PDSERVE_IS_avx512) || defined(PDSERVE_IS_avx512bf16)
 
-using Ints = __m512i;
+// Not __m512i, whose lanes are of 64 bits: GCC then keeps sums in memory.
+typedef int32_t Ints __attribute__((vector_size(64)));
 
-PDSERVE_INLINE Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
-PDSERVE_INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
-PDSERVE_INLINE void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
-PDSERVE_INLINE Ints flip_signs(Ints x) {
-  return _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int32_t>(0x80808080u)));
-}
+PDSERVE_INLINE Ints splat_int(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
+PDSERVE_INLINE Ints load_ints(const void* p) { return (Ints)_mm512_loadu_si512(p); }
+PDSERVE_INLINE Ints flip_signs(Ints x) { return x ^ static_cast<int32_t>(0x80808080u); }
 // sum + the dot product of four unsigned bytes with four signed ones.
 PDSERVE_INLINE Ints dot4(Ints sum, Ints u, Ints s) {
 #if defined(PDSERVE_IS_avx512bf16)
-  return _mm512_dpbusd_epi32(sum, u, s);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
 #else
-  const Ints even = _mm512_madd_epi16(_mm512_and_si512(u, _mm512_set1_epi16(255)),
-                                      _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
-  const Ints odd = _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(s, 8));
-  return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+  const __m512i a = (__m512i)u, b = (__m512i)s;
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(255)),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+  return sum + (Ints)even + (Ints)odd;
 #endif
 }
+PDSERVE_INLINE Ints add(Ints a, Ints b) { return a + b; }
 // high * 256 + low
-PDSERVE_INLINE Ints join(Ints high, Ints low) {
-  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-}
-PDSERVE_INLINE Vec to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
-PDSERVE_INLINE Ints to_ints(Vec x) { return _mm512_cvtps_epi32(x); }
-PDSERVE_INLINE void store_bytes(void* p, Ints x) {
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
-}
-PDSERVE_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+PDSERVE_INLINE Ints join(Ints high, Ints low) { return (high << 8) + low; }
 // The byte above the lowest comes to be the lowest.
-PDSERVE_INLINE Ints high_byte(Ints x) { return _mm512_srli_epi32(x, 8); }
+PDSERVE_INLINE Ints high_byte(Ints x) { return x >> 8; }
+PDSERVE_INLINE Vec to_floats(Ints x) { return _mm512_cvtepi32_ps((__m512i)x); }
+PDSERVE_INLINE Ints to_ints(Vec x) { return (Ints)_mm512_cvtps_epi32(x); }
+PDSERVE_INLINE void store_bytes(void* p, Ints x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+}
 PDSERVE_INLINE Vec magnitude(Vec x) { return _mm512_abs_ps(x); }
 // The first `count` lanes, the others zero, whatever they were.
 PDSERVE_INLINE Vec keep_first(Vec x, int count) {
@@ -48,41 +45,32 @@ PDSERVE_INLINE Vec keep_first(Vec x, int count) {
 
 #elif defined(PDSERVE_IS_avx2)
 
-using Ints = __m256i;
+typedef int32_t Ints __attribute__((vector_size(32)));
 
-PDSERVE_INLINE Ints splat_int(int32_t x) { return _mm256_set1_epi32(x); }
+PDSERVE_INLINE Ints splat_int(int32_t x) { return (Ints)_mm256_set1_epi32(x); }
 PDSERVE_INLINE Ints load_ints(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return (Ints)_mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-PDSERVE_INLINE void store_ints(int32_t* p, Ints x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
-}
-PDSERVE_INLINE Ints flip_signs(Ints x) {
-  return _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int32_t>(0x80808080u)));
-}
+PDSERVE_INLINE Ints flip_signs(Ints x) { return x ^ static_cast<int32_t>(0x80808080u); }
 PDSERVE_INLINE Ints dot4(Ints sum, Ints u, Ints s) {
-  const Ints even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
-                                      _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
-  const Ints odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
-  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  const __m256i a = (__m256i)u, b = (__m256i)s;
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  return sum + (Ints)even + (Ints)odd;
 }
-PDSERVE_INLINE Ints join(Ints high, Ints low) {
-  return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low);
-}
-PDSERVE_INLINE Vec to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
-PDSERVE_INLINE Ints to_ints(Vec x) { return _mm256_cvtps_epi32(x); }
+PDSERVE_INLINE Ints add(Ints a, Ints b) { return a + b; }
+PDSERVE_INLINE Ints join(Ints high, Ints low) { return (high << 8) + low; }
+PDSERVE_INLINE Ints high_byte(Ints x) { return x >> 8; }
+PDSERVE_INLINE Vec to_floats(Ints x) { return _mm256_cvtepi32_ps((__m256i)x); }
+PDSERVE_INLINE Ints to_ints(Vec x) { return (Ints)_mm256_cvtps_epi32(x); }
 PDSERVE_INLINE void store_bytes(void* p, Ints x) {
-  int32_t lanes[kWidth];
-  store_ints(lanes, x);
-  for (int i = 0; i < kWidth; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(lanes[i]);
+  for (int i = 0; i < kWidth; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(x[i]);
 }
-PDSERVE_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-PDSERVE_INLINE Ints high_byte(Ints x) { return _mm256_srli_epi32(x, 8); }
 PDSERVE_INLINE Vec magnitude(Vec x) { return _mm256_andnot_ps(splat(-0.0f), x); }
 PDSERVE_INLINE Vec keep_first(Vec x, int count) {
-  const Ints lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const Ints kept = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);
-  return _mm256_and_ps(x, _mm256_castsi256_ps(kept));
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  return (Vec)((Ints)x & (lanes < splat_int(count)));
 }
 
 #else
@@ -95,7 +83,6 @@ PDSERVE_INLINE Ints load_ints(const void* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-PDSERVE_INLINE void store_ints(int32_t* p, Ints x) { std::memcpy(p, &x, sizeof x); }
 PDSERVE_INLINE Ints flip_signs(Ints x) { return x ^ static_cast<int32_t>(0x80808080u); }
 PDSERVE_INLINE Ints dot4(Ints sum, Ints u, Ints s) {
   sum += (u & 255) * ((s << 24) >> 24);
@@ -110,7 +97,7 @@ PDSERVE_INLINE void store_bytes(void* p, Ints x) {
   for (int i = 0; i < kWidth; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(x[i]);
 }
 PDSERVE_INLINE Ints add(Ints a, Ints b) { return a + b; }
-PDSERVE_INLINE Ints high_byte(Ints x) { return (x >> 8) & 0xffffff; }
+PDSERVE_INLINE Ints high_byte(Ints x) { return x >> 8; }
 PDSERVE_INLINE Vec magnitude(Vec x) { return (Vec)((Ints)x & 0x7fffffff); }
 PDSERVE_INLINE Vec keep_first(Vec x, int count) {
   const Ints lanes = {0, 1, 2, 3};
@@ -129,7 +116,7 @@ PDSERVE_INLINE float range_of(const float* x, int count) {
     broken = fma(here, zero(), broken);
   }
   float lanes[kWidth] = {};
-  for (int rest = i; rest < count; ++rest) lanes[rest - i] = x[rest];
+  if (i < count) std::memcpy(lanes, x + i, sizeof(float) * static_cast<size_t>(count - i));
   const Vec here = load(lanes);
   highest = max(highest, magnitude(here));
   broken = fma(here, zero(), broken);
