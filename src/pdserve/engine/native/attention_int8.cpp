@@ -49,7 +49,8 @@ class Int8Step {
       };
       parallel_for(args_.num_threads, int64_t{args_.num_kv_heads} * num_groups, item);
     }
-    const int parts = args_.num_threads > 1 && args_.num_rows < 2 * args_.num_threads ? args_.num_kv_heads : 1;
+    const bool by_head = args_.num_threads > 1 && args_.num_rows < 2 * args_.num_threads;
+    const int parts = by_head ? args_.num_kv_heads : 1;
     const int heads = args_.num_kv_heads / parts;
     auto item = [&](int64_t index, int) {
       const pdserve_row& row = args_.rows[index / parts];
@@ -117,7 +118,8 @@ class Int8Step {
     const int position = row.start + first;
     auto* const memory = static_cast<float*>(scratch(1, 4 * num_heads * state_size(num_rows)));
     for (int h = 0; h < num_heads; ++h) {
-      begin(row, first_head + h, first, count, state_at(memory + h * state_size(num_rows), num_rows));
+      begin(row, first_head + h, first, count,
+            state_at(memory + h * state_size(num_rows), num_rows));
     }
     const int num_visits = (position + count + kTile - 1) / kTile * num_heads;
     Places next = locate(row, first_head, 0);
@@ -128,9 +130,11 @@ class Int8Step {
       }
       const State state = state_at(memory + visit % num_heads * state_size(num_rows), num_rows);
       const int from_tile = position - visit / num_heads * kTile;
-      count <= group_queries_ && num_heads == 1 && row.num_tokens > group_queries_
-          ? see<false>(state, num_rows, from_tile, here, next)
-          : see<true>(state, num_rows, from_tile, here, next);
+      if (row.num_tokens > group_queries_) {
+        see<false>(state, num_rows, from_tile, here, next);  // other groups have just read it
+      } else {
+        see<true>(state, num_rows, from_tile, here, next);
+      }
     }
     for (int h = 0; h < num_heads; ++h) {
       finish(row, first_head + h, first, count,
@@ -157,7 +161,8 @@ class Int8Step {
       const auto* from = static_cast<const bf16*>(args_.queries) + at;
       for (int d = 0; d < args_.head_dim; ++d) wide[d] = widen(from[d]);
     } else {
-      std::memcpy(wide, static_cast<const float*>(args_.queries) + at, sizeof(float) * args_.head_dim);
+      const auto* from = static_cast<const float*>(args_.queries) + at;
+      std::memcpy(wide, from, sizeof(float) * args_.head_dim);
     }
     const float range = range_of(wide, args_.head_dim);
     const float inverse = range > kSmallest ? kQueryRange / range : 0.0f;

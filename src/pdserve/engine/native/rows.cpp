@@ -113,7 +113,9 @@ PDSERVE_INLINE void narrow_to_int8(const Element* row, int head_dim, int8_t* num
   std::memset(numbers, 0, head_dim);
   if (!(range > kSmallest)) return;
   const Vec inverse = splat(kInt8Range / range);
-  for (d = 0; d < head_dim; d += kWidth) store_bytes(numbers + d, to_ints(mul(load(wide + d), inverse)));
+  for (d = 0; d < head_dim; d += kWidth) {
+    store_bytes(numbers + d, to_ints(mul(load(wide + d), inverse)));
+  }
 }
 
 // The key heads from `head` on and the value heads behind them, into one slot of a block.
@@ -154,7 +156,9 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
     rotate(head, cosines, sines, half, head);
   }
   const int64_t block = args.tables[row.first_block + position / args.block_size];
-  if (args.kv_is_int8) return place_int8(args, head, block, position % args.block_size, cosines, sines);
+  if (args.kv_is_int8) {
+    return place_int8(args, head, block, position % args.block_size, cosines, sines);
+  }
   const int64_t run = int64_t{args.block_size} * args.head_dim;
   auto* slot = static_cast<Element*>(args.kv) + block * 2 * args.num_kv_heads * run +
                position % args.block_size * int64_t{args.head_dim};
