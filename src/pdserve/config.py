@@ -117,6 +117,9 @@ class ServeConfig:
     )
     max_model_len: int | None = _option(None, _whole, "longest prompt and answer, in tokens")
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    one_shot_tokens: int = _option(
+        512, _whole, "KV of a shorter prompt moves at once after its last layer, not layer by layer"
+    )
     queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
     drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
     record: str | None = _option(None, _text, "folder to record every input of every node in")
@@ -126,6 +129,8 @@ class ServeConfig:
         self._check_workers()
         self._check_memory()
         self._check_words()
+        if self.one_shot_tokens < 0:
+            raise ConfigError("--one-shot-tokens must not be negative; 0 always moves by layer")
         for name in ("queue_timeout", "drain_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{flag_of(name)} must be 0 or more seconds")

@@ -88,6 +88,7 @@ class Deployment:
             num_blocks=self.num_blocks,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
+            one_shot_tokens=config.one_shot_tokens,
             record=config.record,
             log_format=config.log_format,
         )

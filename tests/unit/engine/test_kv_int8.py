@@ -101,12 +101,8 @@ def a_step(chunks: list[tuple[Known, int, int]], block_size: int, rng: random.Ra
     queries.append(torch.full((rng.randrange(3), *queries[0].shape[1:]), float("nan")))
     num_tokens = sum(row.num_tokens for row in rows)
     ids = torch.zeros(num_tokens + len(queries[-1]), dtype=torch.int64)
-    none = ids[:0]
-    return (
-        pool,
-        StepBatch(num_tokens, ids, ids, none, none, none, 0, tuple(rows)),
-        torch.cat(queries),
-    )
+    batch = StepBatch(num_tokens, ids, ids[:0], 0, tuple(rows), block_size)
+    return pool, batch, torch.cat(queries)
 
 
 def attend(
@@ -181,10 +177,8 @@ def test_kernels_write_what_torch_writes(
     """To the byte for values; a key may be rounded otherwise, since its rotation may."""
     config = a_config(shape)
     rows = (RowSpan(0, 1, 30, (7, 3)), RowSpan(1, 40, 5, (1, 4, 2)), RowSpan(41, 1, 0, (9,)))
-    positions = torch.tensor([p for row in rows for p in range(row.start, row.end)])
-    blocks = [row.block_ids[p // 16] for row in rows for p in range(row.start, row.end)]
-    slots = torch.tensor(blocks)
-    batch = StepBatch(42, positions, positions, slots, positions % 16, positions[:0], 0, rows)
+    ids = torch.zeros(42, dtype=torch.int64)
+    batch = StepBatch(42, ids, ids[:0], 0, rows, 16)
     generator = torch.Generator().manual_seed(6)
     num_heads = config.num_heads + 2 * config.num_kv_heads
     heads = torch.randn(42, num_heads, config.head_dim, generator=generator)
@@ -211,10 +205,8 @@ def test_kernels_write_what_is_no_number(level: str) -> None:
     config = a_config((2, 1, 12))
     heads = torch.ones(3, 4, 12)
     heads[0, 3, 11], heads[1, 2, 0], heads[2, 3, 2] = float("nan"), float("inf"), float("-inf")
-    positions = torch.arange(3)
-    rows = (RowSpan(0, 3, 0, (0,)),)
-    none = positions[:0]
-    batch = StepBatch(3, positions, positions, positions * 0, positions, none, 0, rows)
+    ids = torch.zeros(3, dtype=torch.int64)
+    batch = StepBatch(3, ids, ids[:0], 0, (RowSpan(0, 3, 0, (0,)),), 16)
     pool = a_pool(1, 12, 16, 1)
     each = NativeRows(config, torch.float32, level)
     each.place(heads, pool, 0, each.prepare(batch))

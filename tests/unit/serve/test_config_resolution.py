@@ -73,6 +73,7 @@ def test_giving_one_count_leaves_the_others_at_none(
         ({"port": "70000"}, "0 to 65535"),
         ({"threads": "0"}, "at least 1"),
         ({"drain_timeout": "-1"}, "0 or more"),
+        ({"one_shot_tokens": "-1"}, "--one-shot-tokens must not be negative"),
         ({"queue_timeout": "nan"}, "0 or more"),
         ({"drain_timeout": "soon"}, "a number of seconds"),
         ({"decode": "two"}, "a whole number"),

@@ -90,13 +90,14 @@ def test_cores_are_shared_out_unless_the_user_says_otherwise(
 
 
 def test_each_worker_is_told_who_it_is(tiny_model_path: Path) -> None:
-    deployed = deploy(config(tiny_model_path, prefill=1, decode=2, device="cuda:0,cuda:1"))
+    options = {"device": "cuda:0,cuda:1", "one_shot_tokens": 0}
+    deployed = deploy(config(tiny_model_path, prefill=1, decode=2, **options))
     start = deployed.worker_start(
         WorkerId("decode-1"), Epoch(3), secret=b"hush", gateway_address="g", address="a"
     )
     assert (start.worker, start.epoch, start.role.value) == ("decode-1", 3, "decode")
     assert start.device == "cuda:0"  # the third worker of two devices
-    assert start.num_blocks == 64
+    assert (start.num_blocks, start.one_shot_tokens) == (64, 0)
     assert "hush" not in repr(start)
     assert WorkerStart.decode(start.encode()) == start
 

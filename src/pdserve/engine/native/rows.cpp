@@ -173,8 +173,14 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
 template <class Element>
 void place_tokens(const pdserve_place_args& args) {
   constexpr int kShare = 32;  // tokens of a long row in one item
+  constexpr int kFew = 4;     // so many are worth an item if rows are short
+  int num_short = 0;
   for (int r = 0; r < args.num_rows; ++r) {
     const pdserve_row& row = args.rows[r];
+    if (row.num_tokens <= kFew) {
+      ++num_short;
+      continue;
+    }
     auto item = [&](int64_t index, int) {
       const int first = static_cast<int>(index) * kShare;
       const int end = first + kShare < row.num_tokens ? first + kShare : row.num_tokens;
@@ -182,9 +188,66 @@ void place_tokens(const pdserve_place_args& args) {
     };
     parallel_for(args.num_threads, (row.num_tokens + kShare - 1) / kShare, item);
   }
+  if (num_short == 0) return;
+  auto item = [&](int64_t index, int) {
+    const int64_t first = index * kFew;
+    for (int64_t r = first; r < first + kFew && r < args.num_rows; ++r) {
+      const pdserve_row& row = args.rows[r];
+      for (int i = 0; row.num_tokens <= kFew && i < row.num_tokens; ++i) {
+        place_token<Element>(args, row, i);
+      }
+    }
+  };
+  parallel_for(args.num_threads, (args.num_rows + kFew - 1) / kFew, item);
+}
+
+// The greatest of `count` numbers, four vectors at a time; what is not a number is left out.
+// `doubt` is not a number afterwards if one of them is not, or is infinite.
+PDSERVE_INLINE float greatest(const float* row, int64_t count, Vec* doubt) {
+  Vec most[4] = {splat(row[0]), splat(row[0]), splat(row[0]), splat(row[0])};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vec x = load(row + i + v * kWidth);
+      most[v] = max(x, most[v]);
+      *doubt = fma(x, zero(), *doubt);
+    }
+  }
+  float found = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+  for (; i < count; ++i) {
+    if (row[i] > found) found = row[i];
+    *doubt = fma(splat(row[i]), zero(), *doubt);
+  }
+  return found;
+}
+
+// Looks at a row once from memory, and again only at the part that has the greatest value.
+inline int64_t best_of(const float* row, int64_t width) {
+  constexpr int64_t kPart = 1024;
+  Vec doubt = zero();
+  float found = 0.0f;
+  int64_t at = -1;
+  for (int64_t first = 0; first < width; first += kPart) {
+    const int64_t count = width - first < kPart ? width - first : kPart;
+    const float here = greatest(row + first, count, &doubt);
+    if (at < 0 || here > found) found = here, at = first;
+  }
+  if (const float sum = reduce_add(doubt); sum != sum) {
+    for (int64_t i = 0; i < width; ++i) {
+      if (row[i] != row[i]) return i;
+    }
+  }
+  while (row[at] != found) ++at;
+  return at;
 }
 
 }  // namespace
+
+void best(const pdserve_best_args& args) {
+  auto item = [&](int64_t r, int) { args.out[r] = best_of(args.rows + r * args.width, args.width); };
+  parallel_for(args.num_threads, args.num_rows, item);
+}
 
 void norm(const pdserve_norm_args& args) {
   args.is_bf16 ? norm_rows<bf16>(args) : norm_rows<float>(args);

@@ -16,6 +16,14 @@ struct pdserve_norm_args {
   float epsilon;
 };
 
+struct pdserve_best_args {
+  const float* rows;  // [row, width]
+  int64_t* out;       // [row]
+  int64_t num_rows;
+  int64_t width;  // at least 1
+  int32_t num_threads;
+};
+
 struct pdserve_place_args {
   void* heads;           // [token, head, head_dim]: query heads, key heads, value heads
   void* kv;              // one layer of the pool: [block, 2, kv head, position, head_dim], or see

@@ -86,6 +86,31 @@ class KvKind(IntEnum):
     INT8 = 2
 
 
+class Layers(ctypes.Structure):
+    """`pdserve_layers` in program.cpp."""
+
+    _fields_ = [
+        ("ops", ctypes.c_void_p),
+        ("attention", ctypes.c_void_p),
+        ("place", ctypes.c_void_p),
+        ("kv", ctypes.c_void_p),
+        ("layer_bytes", ctypes.c_int64),
+        ("ops_per_layer", ctypes.c_int32),
+    ]
+
+
+class BestArgs(ctypes.Structure):
+    """`pdserve_best_args` in rows.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    ]
+
+
 class Kernel(IntEnum):
     """What an `Op` can be, by its number in program.cpp."""
 
