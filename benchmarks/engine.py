@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, StepId
+from pdserve.core.layout import DTYPE_BYTES, KV_DTYPES, KvLayout
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampleSpec, StepPlan, StepRow
 from pdserve.engine.native import library
@@ -80,11 +81,11 @@ def widths(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def cases(config: ModelConfig, weight_bytes: int, kv_bytes: int, num_blocks: int) -> list[Case]:
-    """``weight_bytes`` and ``kv_bytes`` are those of one number."""
+def cases(config: ModelConfig, weight_bytes: int, layout: KvLayout, num_blocks: int) -> list[Case]:
+    """``weight_bytes`` are those of one number."""
     per_token, logits = widths(config)
     seen = 4 * config.num_layers * config.num_heads * config.head_dim  # FLOPs of a (query, key)
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
+    kv = layout.pool_bytes(1) // layout.block_size  # of a token
     found = []
     for n in PREFILLS:
         plan = StepPlan(step_id=StepId(1), rows=(row(n, 0, range(-(-n // BLOCK_SIZE))),), copies=())
@@ -114,6 +115,7 @@ def a_runner(folder: ModelFolder, arguments: argparse.Namespace, threads: int) -
         num_threads=threads,
         numerics=arguments.numerics,
         weight_dtype=arguments.weight_dtype,
+        kv_dtype=arguments.kv_dtype,
     )
 
 
@@ -184,7 +186,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     num_blocks = NUM_BLOCKS
     memory = bytearray(layout.pool_bytes(num_blocks))
     runner.attach_pool(memoryview(memory), num_blocks)
-    all_cases = cases(folder.config, *number_bytes(arguments), num_blocks)
+    all_cases = cases(folder.config, weight_bytes(arguments), layout, num_blocks)
     ceilings = Ceilings(DTYPES[arguments.dtype], clock)
     times: dict[str, list[float]] = {case.name: [] for case in all_cases}
     for repeat in range(arguments.repeats + 1):
@@ -217,17 +219,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def number_bytes(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Of a weight, and of a number of KV."""
-    number = 2 if arguments.dtype == "bf16" else 4
-    return 1 if arguments.weight_dtype == "int8" else number, number
+def weight_bytes(arguments: argparse.Namespace) -> int:
+    return 1 if arguments.weight_dtype == "int8" else DTYPE_BYTES[arguments.dtype]
 
 
 def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each case on one thread and on two, in turn."""
     folder = ModelFolder.open(resolve(arguments.model, progress=False))
     runners = {threads: a_runner(folder, arguments, threads) for threads in THREADS}
-    memory = bytearray(runners[1].info.layout.pool_bytes(NUM_BLOCKS))
+    layout = runners[1].info.layout
+    memory = bytearray(layout.pool_bytes(NUM_BLOCKS))
     for runner in runners.values():
         runner.attach_pool(memoryview(memory), NUM_BLOCKS)
     square = torch.randn(2048, 2048).to(DTYPES[arguments.dtype])
@@ -236,7 +237,7 @@ def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
         "product": lambda threads: torch.mm(square, square),
         "reading": lambda threads: array.max(),
     }
-    for case in cases(folder.config, *number_bytes(arguments), NUM_BLOCKS):
+    for case in cases(folder.config, weight_bytes(arguments), layout, NUM_BLOCKS):
         work[case.name] = lambda threads, plan=case.plan: runners[threads].execute(plan)
     report: dict[str, Any] = {}
     for name, run in work.items():
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--weight-dtype", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="exact")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scaling", action="store_true", help="one thread against two")

@@ -23,7 +23,7 @@ from typing import Any
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
-from pdserve.core.layout import DTYPE_BYTES
+from pdserve.core.layout import DTYPE_BYTES, INT8, KV_DTYPES
 from pdserve.core.request import Role
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
@@ -31,6 +31,8 @@ MAX_WORKERS = 64
 WEIGHT_DTYPES = ("auto", "int8")
 KV_TILE_TOKENS = 64
 """Attention walks the KV in tiles of this many tokens, and a block must not straddle two."""
+INT8_BLOCK_TOKENS = 16
+"""A block of int8 is a multiple of this many tokens."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -104,6 +106,7 @@ class ServeConfig:
     decode_weight_dtype: str | None = _option(
         None, _text, "the same for decode workers alone (default: as --weight-dtype)"
     )
+    kv_dtype: str = _option("auto", _text, "KV in the pool: auto (as --dtype) or int8")
     numerics: str = _option("exact", _text, "exact: equal bit by bit however batched; or fast")
     threads: int | None = _option(None, _whole, "CPU threads per worker (default: cores / workers)")
     transport: str = _option("shm", _text, "how KV moves between workers")
@@ -158,6 +161,10 @@ class ServeConfig:
                 f"--block-size is {self.block_size}; it must divide {KV_TILE_TOKENS}, because "
                 f"attention reads the KV in tiles of {KV_TILE_TOKENS} tokens: 8, 16, 32 or 64"
             )
+        if self.kv_dtype == INT8 and self.block_size % INT8_BLOCK_TOKENS:
+            raise ConfigError(
+                f"--block-size is {self.block_size}; with --kv-dtype int8 it is 16, 32 or 64"
+            )
         if self.kv_blocks is not None and self.kv_memory is not None:
             raise ConfigError("--kv-blocks and --kv-memory say the same thing; give one of them")
         for name in ("kv_blocks", "kv_memory", "max_model_len"):
@@ -175,6 +182,7 @@ class ServeConfig:
             "dtype": tuple(sorted(DTYPE_BYTES)),
             "weight_dtype": WEIGHT_DTYPES,
             "decode_weight_dtype": (None, *WEIGHT_DTYPES),
+            "kv_dtype": KV_DTYPES,
             "numerics": ("exact", "fast"),
             "log_format": ("text", "json"),
         }

@@ -28,10 +28,11 @@ GREEDY = SamplingParams(max_tokens=9, seed=3, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=9, seed=3, temperature=1.0)
 PROMPT = tuple(random.Random(1).randrange(256) for _ in range(70))
 
-FAKES = {"fake": {}, "fake, staged": {"staged": True}}
+FAKES = {"fake": {}, "fake, staged": {"staged": True}, "fake, int8": {"dtype": "int8"}}
 TORCH = {
     "torch fp32": {"device": "cpu", "dtype": "fp32"},
     "torch bf16": {"device": "cpu", "dtype": "bf16"},
+    "torch int8 KV": {"device": "cpu", "dtype": "bf16", "kv_dtype": "int8"},
     "torch cuda": {"device": "cuda", "dtype": "fp32"},
 }
 

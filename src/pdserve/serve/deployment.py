@@ -16,7 +16,7 @@ from pdserve.api.gateway import ModelCard
 from pdserve.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
-from pdserve.core.layout import KvLayout
+from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.request import Role
 from pdserve.serve.runners import ENGINES
 from pdserve.serve.start import WorkerStart
@@ -79,6 +79,7 @@ class Deployment:
             engine=config.engine,
             device=config.devices[number % len(config.devices)],
             dtype=config.dtype,
+            kv_dtype=config.kv_dtype,
             weight_dtype=config.weight_dtype_of(self.roles[worker]),
             numerics=config.numerics,
             threads=self.threads,
@@ -111,7 +112,7 @@ def deploy(config: ServeConfig) -> Deployment:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=config.block_size,
-        dtype=config.dtype,
+        dtype=pool_dtype(config.dtype, config.kv_dtype),
         numerics="",
         weights_digest="",
     )

@@ -44,6 +44,7 @@ class WorkerStart:
     mixed_chunk_tokens: int = 512
     one_shot_tokens: int = 512
     weight_dtype: str = "auto"
+    kv_dtype: str = "auto"
 
     def encode(self) -> bytes:
         """JSON, for the worker's standard input. Holds the cluster secret."""

@@ -25,11 +25,11 @@ def a_step(row: Callable[..., Any], sizes: list[int], rng: random.Random) -> lis
 
 
 @pytest.mark.parametrize("level", library.levels())
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "kv"), [("fp32", "auto"), ("bf16", "auto"), ("bf16", "int8")])
 def test_programs_give_the_bits_of_their_kernels(
-    dtype: str, level: str, make_bench: Callable[..., Any], row: Callable[..., Any]
+    dtype: str, kv: str, level: str, make_bench: Callable[..., Any], row: Callable[..., Any]
 ) -> None:
-    bench = make_bench(dtype, kernels=level)
+    bench = make_bench(dtype, kernels=level, kv_dtype=kv)
     model = bench.runner._model
     programs = model._native
     assert programs is not None

@@ -64,6 +64,8 @@ def test_giving_one_count_leaves_the_others_at_none(
         ({"weight_dtype": "int4"}, "--weight-dtype is 'int4'; it is one of auto, int8"),
         ({"decode_weight_dtype": "int4"}, "--decode-weight-dtype is 'int4'"),
         ({"weight_dtype": "int8", "dtype": "fp32"}, "go with --dtype bf16, and it is fp32"),
+        ({"kv_dtype": "fp8"}, "--kv-dtype is 'fp8'; it is one of auto, int8"),
+        ({"kv_dtype": "int8", "block_size": "8"}, "with --kv-dtype int8 it is 16, 32 or 64"),
         ({"numerics": "loose"}, "one of exact, fast"),
         ({"log_format": "xml"}, "one of text, json"),
         ({"transport": "inproc"}, "use shm"),

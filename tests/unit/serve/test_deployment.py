@@ -56,6 +56,19 @@ def test_pools_are_sized_in_blocks_of_all_layers(tiny_model_path: Path) -> None:
     assert half.num_blocks == 2
 
 
+def test_a_pool_of_int8_holds_nearly_four_times_that_of_fp32(tiny_model_path: Path) -> None:
+    """Each 16 numbers of a head are 16 bytes and one fp32 scale."""
+    options = {"kv_blocks": None, "kv_memory": 1 << 20, "kv_dtype": "int8"}
+    for dtype in ("fp32", "bf16"):
+        deployed = deploy(config(tiny_model_path, dtype=dtype, **options))
+        assert deployed.block_bytes == 2 * 2 * 2 * 16 * (16 + 4)
+        assert deployed.num_blocks == (1 << 20) // deployed.block_bytes
+        start = deployed.worker_start(
+            WorkerId("decode-0"), Epoch(1), secret=b"s", gateway_address="g", address="a"
+        )
+        assert (start.dtype, start.kv_dtype) == (dtype, "int8")
+
+
 def test_by_default_all_pools_together_leave_memory_to_others(
     tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ class AttentionArgs(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
-        ("kv_is_bf16", ctypes.c_int32),
+        ("kv_kind", ctypes.c_int32),
         ("queries_are_bf16", ctypes.c_int32),
         ("out_is_bf16", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
@@ -63,6 +63,7 @@ class PlaceArgs(ctypes.Structure):
         ("head_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
         ("is_bf16", ctypes.c_int32),
+        ("kv_is_int8", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     ]
 
@@ -75,6 +76,14 @@ class Op(ctypes.Structure):
         ("kernel", ctypes.c_int32),
         ("level", ctypes.c_int32),
     ]
+
+
+class KvKind(IntEnum):
+    """Numbers of a pool, as in attention.h."""
+
+    FP32 = 0
+    BF16 = 1
+    INT8 = 2
 
 
 class Layers(ctypes.Structure):

@@ -189,6 +189,7 @@ class _Frame:
         kv = pool.layer(0)
         read_from(self.attention, self._queries, kv)
         self.place.block_size = self.attention.block_size
+        self.place.kv_is_int8 = kv.dtype == torch.int8
         for args in (self.attention, self.place):
             args.rows, args.tables, args.num_rows = table.rows, table.tables, table.num_rows
         self._layers.kv = kv.data_ptr()

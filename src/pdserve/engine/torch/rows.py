@@ -2,7 +2,7 @@
 
 `TorchRows` is the reference, and what computes without compiled kernels; `NativeRows` fuses each of
 them into one pass. Both give a token the same bits in any batch. Norms and rotations are computed
-in fp32, the rotated keys and the values are rounded to the pool's dtype.
+in fp32, the rotated keys and the values are rounded to the model's dtype, and then to the pool's.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class NativeRows(Rows):
         args.heads = heads.data_ptr()
         args.kv = pool.layer(layer).data_ptr()
         args.block_size = pool.block_size
+        args.kv_is_int8 = pool.blocks.dtype == torch.int8
         failed = self._run_place(self.level, ctypes.byref(args))
         assert not failed, "the level was checked when it was chosen"
         return heads[:, : self._config.num_heads]

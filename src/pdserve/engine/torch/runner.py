@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pdserve.core.ids import BlockId
-from pdserve.core.layout import KvLayout
+from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
 from pdserve.engine.native.library import choose_level
@@ -29,7 +29,8 @@ from pdserve.weights.config import ModelConfig
 
 
 class TorchRunner(ModelRunner):
-    """One model on one device. ``dtype`` is that of weights, KV and products."""
+    """One model on one device. ``dtype`` is that of weights, KV and products, where
+    ``weight_dtype`` and ``kv_dtype`` do not say otherwise."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class TorchRunner(ModelRunner):
         num_threads: int,
         numerics: str = "exact",
         weight_dtype: str = "auto",
+        kv_dtype: str = "auto",
     ) -> None:
         """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Raises `ConfigError` for
         arguments that cannot work here, `ModelError` for weights that do not fit ``config``."""
@@ -52,7 +54,7 @@ class TorchRunner(ModelRunner):
         self._device = torch.device(device)
         level = choose_level()
         linear = choose_linear(device, dtype, weight_dtype, level)
-        attention = choose_attention(device, numerics, level)
+        attention = choose_attention(device, numerics, level, kv_dtype)
         with torch.inference_mode():
             packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
             self._numerics = choose_numerics(config, packed, numerics, attention.kernels)
@@ -66,7 +68,7 @@ class TorchRunner(ModelRunner):
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 block_size=block_size,
-                dtype=dtype,
+                dtype=pool_dtype(dtype, kv_dtype),
                 numerics=numerics_class(
                     device, dtype, num_threads, numerics, f"{linear.name}-{attention.name}"
                 ),
