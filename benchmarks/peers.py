@@ -49,6 +49,8 @@ class Setting:
     peers: Path | None
     cores: str
     concurrencies: tuple[int, ...]
+    per_stream: int
+    least: int
 
     @property
     def num_cores(self) -> int:
@@ -79,13 +81,14 @@ def peer(script: str, *arguments: Callable[[Setting], object]) -> Command:
     return command
 
 
+INT8 = ("--weight-dtype", "int8", "--kv-dtype", "int8")
 SYSTEMS: dict[str, Command] = {
     "pd": pdserve("--prefill", "1", "--decode", "1"),
     "mixed-2": pdserve("--mixed", "2"),
     "mixed-1": pdserve("--mixed", "1"),
-    "pd-int8": pdserve("--prefill", "1", "--decode", "1", "--weight-dtype", "int8"),
-    "mixed-2-int8": pdserve("--mixed", "2", "--weight-dtype", "int8"),
-    "mixed-1-int8": pdserve("--mixed", "1", "--weight-dtype", "int8"),
+    "pd-int8": pdserve("--prefill", "1", "--decode", "1", *INT8),
+    "mixed-2-int8": pdserve("--mixed", "2", *INT8),
+    "mixed-1-int8": pdserve("--mixed", "1", *INT8),
     "vllm": peer("vllm-serve", lambda setting: f"0-{setting.num_cores - 1}"),
     "llamacpp-2": peer("llamacpp-serve", lambda _: 2, lambda s: max(s.concurrencies)),
     "llamacpp-1": peer("llamacpp-serve", lambda _: 1, lambda s: max(s.concurrencies)),
@@ -138,14 +141,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def measure(url: str, cell: str, concurrency: int, seed: int, cores: str) -> dict[str, Any]:
+def measure(url: str, cell: str, concurrency: int, seed: int, setting: Setting) -> dict[str, Any]:
     """One cell: the `summary` and `client` of pdserve bench."""
     inputs, outputs = cell.split("/")
+    num_requests = max(setting.least, setting.per_stream * concurrency)
     result = subprocess.run(
         [
-            "taskset", "-c", cores, sys.executable, "-m", "pdserve", "bench", "--url", url,
+            "taskset", "-c", setting.cores, sys.executable, "-m", "pdserve", "bench", "--url", url,
             "--input", inputs, "--output", outputs, "--prompt", "words", "--json", "-",
-            "--concurrency", str(concurrency), "-n", str(max(8, 4 * concurrency)),
+            "--concurrency", str(concurrency), "-n", str(num_requests),
             "--warmup", str(min(concurrency, 4)), "--seed", str(seed), "--no-progress",
         ],
         capture_output=True,
@@ -176,7 +180,7 @@ def run_round(
             with running(SYSTEMS[name](setting, port), url, setting.cores):
                 for place, (cell, concurrency) in enumerate(grid):
                     seed = 1000 * number + place
-                    figures = measure(url, cell, concurrency, seed, setting.cores)
+                    figures = measure(url, cell, concurrency, seed, setting)
                     yield name, cell, concurrency, figures
         except (FileNotFoundError, RuntimeError) as error:
             for cell, concurrency in grid:
@@ -246,6 +250,8 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,4,8,16")
     parser.add_argument("--cores", default="0,1", help="of server and client together")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--per-stream", type=int, default=4, help="requests of each stream")
+    parser.add_argument("--least", type=int, default=8, help="requests of a cell at least")
     parser.add_argument("--out", type=Path, help="write everything there as JSON")
     arguments = parser.parse_args()
     names = arguments.systems.split(",")
@@ -253,7 +259,14 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown systems {', '.join(sorted(unknown))}: use {', '.join(SYSTEMS)}")
     concurrencies = tuple(int(number) for number in arguments.concurrency.split(","))
-    setting = Setting(arguments.models.resolve(), arguments.peers, arguments.cores, concurrencies)
+    setting = Setting(
+        arguments.models.resolve(),
+        arguments.peers,
+        arguments.cores,
+        concurrencies,
+        arguments.per_stream,
+        arguments.least,
+    )
     raw: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number in range(arguments.rounds):
         for name, cell, concurrency, figures in run_round(
