@@ -158,6 +158,38 @@ class BeginDrain:
     """Refuse new requests from now on; running ones finish."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRole:
+    """An operator (or the role controller's driver) wants this worker in another pool.
+
+    `Answer` follows with ``command``. With ``expected_epoch`` it is refused unless the worker's
+    role epoch is still that one.
+    """
+
+    command: int
+    worker: WorkerId
+    role: Role
+    expected_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainOne:
+    """Send the worker nothing new. `Answer` follows when it holds nothing any more; ``restart``:
+    then have its process replaced by a new one."""
+
+    command: int
+    worker: WorkerId
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndrainOne:
+    """Let the worker take work again."""
+
+    command: int
+    worker: WorkerId
+
+
 # --- effects of any node ----------------------------------------------------------------------
 
 
@@ -288,6 +320,33 @@ class KillWorker:
     detail: str
 
 
+class Refused:
+    """Kinds of a refused `Answer`."""
+
+    UNKNOWN_WORKER = "unknown_worker"
+    STALE_EPOCH = "stale_epoch"
+    CANNOT = "cannot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """To a command. ``refused`` is one of `Refused`, or None: done."""
+
+    command: int
+    refused: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    """The worker is in another pool from now on, and why."""
+
+    worker: WorkerId
+    role: Role
+    role_epoch: int
+    reason: str
+
+
 Input = (
     Started
     | Received
@@ -309,6 +368,9 @@ Input = (
     | WorkerUp
     | WorkerLost
     | BeginDrain
+    | ChangeRole
+    | DrainOne
+    | UndrainOne
 )
 Effect = (
     Send
@@ -327,4 +389,6 @@ Effect = (
     | Deliver
     | Fail
     | KillWorker
+    | Answer
+    | RoleChanged
 )

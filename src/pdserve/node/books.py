@@ -14,7 +14,7 @@ from pdserve.core.effects import WorkerUp
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import LoadReport
 from pdserve.core.request import Request
-from pdserve.policy.route import ClusterView, WorkerView
+from pdserve.policy.cluster import ClusterView, WorkerView
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from pdserve.core.request import Job
 from pdserve.node.books import ClusterBooks
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
-from pdserve.policy.route import Route, RouteAsk, RoutePolicy
+from pdserve.policy.cluster import Route, RouteAsk, RoutePolicy
 
 HANDOFF_FAILURES_BEFORE_STAYING = 2
 
@@ -26,6 +26,7 @@ class Dispatch:
         self._new: dict[RequestId, None] = {}
         self._resumes: dict[RequestId, None] = {}
         self._books = books
+        self._num_asked = 0
         self._policy = policy
 
     @property
@@ -52,7 +53,7 @@ class Dispatch:
         for request_id in self.queue if self.num_queued else ():
             life = self.lives[request_id]
             for group in life.unrouted():
-                ask = self._ask(life, group)
+                ask = self._ask(life, group, out.now)
                 view = self._books.view(out.now, life.request.max_tokens_total)
                 route = self._policy.choose(view, ask)
                 if route is None:
@@ -85,8 +86,9 @@ class Dispatch:
         self._new.pop(request_id, None)
         self._resumes.pop(request_id, None)
 
-    def _ask(self, life: Life, group: tuple[int, ...]) -> RouteAsk:
+    def _ask(self, life: Life, group: tuple[int, ...], now: float) -> RouteAsk:
         request = life.request
+        self._num_asked += 1
         num_tokens = len(request.prompt_token_ids) + len(life.choices[group[0]].taken)
         failed_handoffs = max(life.choices[index].failed_handoffs for index in group)
         return RouteAsk(
@@ -97,6 +99,10 @@ class Dispatch:
             numerics=life.numerics,
             avoid_decode=tuple(life.avoid),
             in_place=failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
+            max_output_tokens=request.params.max_tokens - len(life.choices[group[0]].taken),
+            service=request.service,
+            number=self._num_asked,
+            waited_s=now - life.submitted_at_s,
         )
 
     def _begin(

@@ -20,7 +20,6 @@ from pdserve.core.effects import (
     Effect,
     Fail,
     Input,
-    KillWorker,
     Log,
     Received,
     Refusal,
@@ -51,10 +50,10 @@ from pdserve.node.dispatch import Dispatch
 from pdserve.node.lives import Life
 from pdserve.node.outbox import Outbox
 from pdserve.node.settings import RouterSettings
-from pdserve.policy.route import FewestPendingTokens, RoutePolicy
+from pdserve.node.watch import WATCH_TIMER, Watch
+from pdserve.policy.cluster import RoutePolicy
+from pdserve.policy.shortest_queue import ShortestQueue
 
-WATCH_TIMER = "watch"
-WATCH_INTERVAL_S = 0.5
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
 MAX_RETRY_AFTER_S = 60.0
@@ -66,10 +65,10 @@ class RouterNode:
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
         self.books = ClusterBooks()
-        self.dispatch = Dispatch(self.books, policy or FewestPendingTokens())
+        self.dispatch = Dispatch(self.books, policy or ShortestQueue())
+        self.watch = Watch(self.books, settings)
         self.draining = False
         self._expects_workers = False
-        self._watched_at_s = 0.0
         self._finished_at_s = 0.0
         self._finish_interval_s = 1.0
 
@@ -87,8 +86,8 @@ class RouterNode:
         out = Outbox(GATEWAY, now)
         match event:
             case Started():
-                self._watched_at_s = self._finished_at_s = now
-                out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
+                self._finished_at_s = now
+                self.watch.start(out)
             case Submit(request):
                 self._submit(request, out)
             case ClientGone(request_id, choices):
@@ -331,7 +330,7 @@ class RouterNode:
 
     def _timer_fired(self, timer: str, out: Outbox) -> None:
         if timer == WATCH_TIMER:
-            self._watch(out)
+            self.watch.look(out)
         elif timer == NO_WORKER_TIMER:
             self._expects_workers = False
             for life in self._stranded():
@@ -348,29 +347,6 @@ class RouterNode:
             out.set_timer(_queue_timer(request_id), self.settings.queue_timeout_s)
         else:
             self._overloaded(life, f"not begun within {self.settings.queue_timeout_s:g} s", out)
-
-    def _watch(self, out: Outbox) -> None:
-        """Kill workers that are silent, or whose step takes far longer than it should."""
-        late_s = out.now - self._watched_at_s - WATCH_INTERVAL_S
-        self._watched_at_s = out.now
-        out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
-        for worker, book in sorted(self.books.workers.items()):
-            if late_s > WATCH_INTERVAL_S:  # this process slept: their reports wait in its sockets
-                book.heard_at_s = out.now
-            detail = self._wrong_with(book, out.now)
-            if detail is not None and not book.killed:
-                book.killed = True
-                out.add(KillWorker(worker, book.up.epoch, detail))
-
-    def _wrong_with(self, book: WorkerBook, now: float) -> str | None:
-        silent_s = now - book.heard_at_s
-        if silent_s > self.settings.report_timeout_s:
-            return f"silent for {silent_s:.1f} s"
-        if book.report is not None and book.report.step_age_s > 0:
-            age_s = book.report.step_age_s + silent_s
-            if age_s > max(self.settings.step_timeout_s, 10 * book.report.step_expected_s):
-                return f"a step has taken {age_s:.1f} s"
-        return None
 
     def _stranded(self) -> list[Life]:
         """Requests for which every worker is too small: all of them, with nobody left."""

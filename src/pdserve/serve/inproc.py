@@ -23,7 +23,7 @@ from pdserve.core.request import Role
 from pdserve.engine.base import ModelRunner
 from pdserve.node.router import RouterNode
 from pdserve.node.settings import RouterSettings
-from pdserve.policy.route import FewestPendingTokens
+from pdserve.policy.shortest_queue import ShortestQueue
 from pdserve.serve.driver import Recorder
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.links import Identity, new_address
@@ -90,7 +90,7 @@ class InprocCluster:
         self.router: RouterNode
 
     async def __aenter__(self) -> InprocCluster:
-        policy = FewestPendingTokens()
+        policy = ShortestQueue()
         self.router = RouterNode(self._router, policy)
         recorder: Recorder | None = recorder_of(
             self._record, type(policy).__name__, router=self._router

@@ -17,13 +17,14 @@ from pdserve.node.foreign import ForeignWorkerNode
 from pdserve.node.router import RouterNode
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy, FcfsBatching
-from pdserve.policy.route import FewestPendingTokens, RoutePolicy
+from pdserve.policy.cluster import RoutePolicy
+from pdserve.policy.shortest_queue import ShortestQueue
 from pdserve.serve.driver import Machine
 from pdserve.serve.recorder import SUFFIX, Birth, Heard, read
 from pdserve.transport.records import decode_record, encode_record
 
 BATCH_POLICIES: dict[str, Callable[[], BatchPolicy]] = {"FcfsBatching": FcfsBatching}
-ROUTE_POLICIES: dict[str, Callable[[], RoutePolicy]] = {"FewestPendingTokens": FewestPendingTokens}
+ROUTE_POLICIES: dict[str, Callable[[], RoutePolicy]] = {"ShortestQueue": ShortestQueue}
 """Policies by the name under which a recording knows them."""
 
 

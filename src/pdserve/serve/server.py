@@ -26,7 +26,7 @@ from pdserve.core.ids import GATEWAY, Epoch, WorkerId
 from pdserve.node.router import RouterNode
 from pdserve.node.settings import RouterSettings
 from pdserve.obs import logs
-from pdserve.policy.route import FewestPendingTokens
+from pdserve.policy.shortest_queue import ShortestQueue
 from pdserve.serve.deployment import Deployment
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
@@ -88,7 +88,7 @@ class Server:
             said=self._worker_said,
         )
         settings = RouterSettings(queue_timeout_s=self._config.queue_timeout)
-        policy = FewestPendingTokens()
+        policy = ShortestQueue()
         self._gateway = LiveGateway(
             card=deployment.card,
             machine=RouterNode(settings, policy),

@@ -59,6 +59,9 @@ RECORD_KINDS: dict[int, type[Any]] = {
     81: engine_work.EngineExported,
     82: engine_work.EngineAdopted,
     83: engine_work.EngineAborted,
+    84: effects.ChangeRole,
+    85: effects.DrainOne,
+    86: effects.UndrainOne,
     # Effects.
     96: effects.Send,
     97: effects.SetTimer,
@@ -76,6 +79,8 @@ RECORD_KINDS: dict[int, type[Any]] = {
     109: engine_work.EngineAbort,
     110: engine_work.EngineExport,
     111: engine_work.EngineAdopt,
+    112: effects.Answer,
+    113: effects.RoleChanged,
 }
 """Kind ids are part of the format: an id is never given to another type."""
 

@@ -1,6 +1,6 @@
 """Which worker prefills a request, and which one decodes it.
 
-`FewestPendingTokens` is join-the-shortest-queue on pending tokens for both sides, chosen together
+`ShortestQueue` is join-the-shortest-queue on pending tokens for both sides, chosen together
 (Splitwise, sec. IV-A). A mixed worker that wins the prefill keeps the request. Every native worker
 can do both phases, so a pool that is empty is replaced by the workers that are left.
 """
@@ -8,68 +8,13 @@ can do both phases, so a pool that is empty is replaced by the workers that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from pdserve.core.ids import WorkerId
 from pdserve.core.request import Role, RoutePreference
+from pdserve.policy.cluster import ClusterView, Route, RouteAsk, WorkerView
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """A worker that accepts work, with the router's own debits applied to its last report.
-
-    ``pending_tokens``: prompt tokens queued or running there. ``num_decoding``: sequences that it
-    decodes or is promised. ``free_blocks``: blocks not used and not promised.
-    """
-
-    worker: WorkerId
-    role: Role
-    pending_tokens: int
-    num_decoding: int
-    free_blocks: int
-    numerics: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterView:
-    now: float
-    workers: tuple[WorkerView, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteAsk:
-    """What is to be routed: ``num_blocks`` is what the decode worker must have free.
-
-    A resume names the worker that prefilled it last (its prefix cache helps), the numerics class of
-    the tokens so far, the decode workers that failed it, and whether it must stay in place.
-    """
-
-    num_tokens: int
-    num_blocks: int
-    preference: RoutePreference = RoutePreference.AUTO
-    last_prefill: WorkerId | None = None
-    numerics: str | None = None
-    avoid_decode: tuple[WorkerId, ...] = ()
-    in_place: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The same worker twice: local, no hand-off."""
-
-    prefill: WorkerId
-    decode: WorkerId
-    reason: str
-
-
-class RoutePolicy(Protocol):
-    def choose(self, view: ClusterView, ask: RouteAsk) -> Route | None:
-        """A route, or None if nobody has room now."""
-        ...
-
-
-class FewestPendingTokens:
+class ShortestQueue:
     """Join the shortest queue, on both sides at once."""
 
     def choose(self, view: ClusterView, ask: RouteAsk) -> Route | None:
