@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from pdserve.core.effects import WorkerUp
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import LoadReport
-from pdserve.core.request import Request
+from pdserve.core.request import Request, Role
 from pdserve.policy.cluster import ClusterView, WorkerView
 
 
 @dataclass(slots=True)
 class WorkerBook:
     """One live worker process. ``unreported``: (route_seq, prompt tokens) of jobs that no report
-    includes yet. ``promised``: blocks by attempt, not yet granted."""
+    includes yet. ``promised``: blocks by attempt, not yet granted. ``role`` and ``drains`` are
+    what the pools say (`node.pools`)."""
 
     up: WorkerUp
     heard_at_s: float
+    role: Role
+    drains: bool = False
     report: LoadReport | None = None
     route_seq: int = 0
     killed: bool = False
@@ -34,7 +37,8 @@ class WorkerBook:
 
     @property
     def accepts(self) -> bool:
-        return not self.killed and (self.report is None or not self.report.draining)
+        draining = self.drains or (self.report is not None and self.report.draining)
+        return not self.killed and not draining
 
     @property
     def block_size(self) -> int:
@@ -85,7 +89,8 @@ class WorkerBook:
     def view(self) -> WorkerView:
         return WorkerView(
             worker=self.up.worker,
-            role=self.up.role,
+            role=self.role,
+            home_role=self.up.role,
             pending_tokens=self.pending_tokens,
             num_decoding=self.num_decoding,
             free_blocks=self.free_blocks,
@@ -103,7 +108,8 @@ class ClusterBooks:
 
     def add(self, up: WorkerUp, now: float) -> None:
         """A worker process is ready."""
-        self.workers[up.worker] = self._slots[up.worker] = WorkerBook(up, heard_at_s=now)
+        book = WorkerBook(up, heard_at_s=now, role=up.role)
+        self.workers[up.worker] = self._slots[up.worker] = book
 
     def view(self, now: float, num_tokens: int) -> ClusterView:
         """Workers that take work and can hold that many tokens of one choice."""
