@@ -55,7 +55,7 @@ def test_a_step_that_is_known_to_take_long_is_waited_for() -> None:
 def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
     """128 tokens took two seconds, so 256 may take four; what was slow is forgotten slowly."""
     node = pair().prefill.node
-    reporter = LoadReporter(node.settings, BatchLoad(node.batch, node.inbound))
+    reporter = LoadReporter(node.settings, BatchLoad(node.batch, node.inbound), node.standing)
     reporter.step_started(128, 0.0)
     reporter.step_done(2.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0)

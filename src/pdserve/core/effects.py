@@ -5,13 +5,21 @@ performs effects with a real engine, transport and clock; a simulator turns them
 The order of effects is the order in which the driver performs them.
 
 What a worker says to an engine that batches for itself, and hears from it, is in
-``core.engine_work``.
+``core.engine_work``; what operators ask of the router, and hear, is in ``core.commands``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdserve.core.commands import (
+    Answer,
+    ChangeRole,
+    DrainOne,
+    RoleChanged,
+    RolesJudged,
+    UndrainOne,
+)
 from pdserve.core.engine_work import (
     EngineAbort,
     EngineAborted,
@@ -158,38 +166,6 @@ class BeginDrain:
     """Refuse new requests from now on; running ones finish."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChangeRole:
-    """An operator (or the role controller's driver) wants this worker in another pool.
-
-    `Answer` follows with ``command``. With ``expected_epoch`` it is refused unless the worker's
-    role epoch is still that one.
-    """
-
-    command: int
-    worker: WorkerId
-    role: Role
-    expected_epoch: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrainOne:
-    """Send the worker nothing new. `Answer` follows when it holds nothing any more; ``restart``:
-    then have its process replaced by a new one."""
-
-    command: int
-    worker: WorkerId
-    restart: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UndrainOne:
-    """Let the worker take work again."""
-
-    command: int
-    worker: WorkerId
-
-
 # --- effects of any node ----------------------------------------------------------------------
 
 
@@ -320,33 +296,6 @@ class KillWorker:
     detail: str
 
 
-class Refused:
-    """Kinds of a refused `Answer`."""
-
-    UNKNOWN_WORKER = "unknown_worker"
-    STALE_EPOCH = "stale_epoch"
-    CANNOT = "cannot"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """To a command. ``refused`` is one of `Refused`, or None: done."""
-
-    command: int
-    refused: str | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleChanged:
-    """The worker is in another pool from now on, and why."""
-
-    worker: WorkerId
-    role: Role
-    role_epoch: int
-    reason: str
-
-
 Input = (
     Started
     | Received
@@ -391,4 +340,5 @@ Effect = (
     | KillWorker
     | Answer
     | RoleChanged
+    | RolesJudged
 )

@@ -25,6 +25,7 @@ from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, St
 from pdserve.kv.hashing import root_hash
 from pdserve.node.sequence import Sequence, SequenceKey, finish_reason
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 from pdserve.node.tables import BlockTables
 from pdserve.policy.batch import BatchPolicy, BatchView, PromptView
 
@@ -60,8 +61,11 @@ class Planned:
 class BatchMachine:
     """Queues of one worker. One step is under way at a time."""
 
-    def __init__(self, settings: WorkerSettings, policy: BatchPolicy) -> None:
+    def __init__(
+        self, settings: WorkerSettings, policy: BatchPolicy, standing: Standing | None = None
+    ) -> None:
         self.settings = settings
+        self.standing = standing or Standing(settings.role)
         self.tables = BlockTables(settings)
         self.num_preemptions = 0
         self.num_steps = 0
@@ -269,7 +273,7 @@ class BatchMachine:
                 self.num_preemptions += 1
                 del self._decoding[youngest.key]
                 self.tables.release(youngest)
-                if self.settings.role is Role.DECODE:
+                if self.standing.role is Role.DECODE:
                     planned.handed_back.append(youngest)
                 else:
                     planned.preempted.append(youngest)

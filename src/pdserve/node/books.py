@@ -68,6 +68,39 @@ class WorkerBook:
         reported = 0 if report is None else report.num_running + report.open_leases
         return reported + len(self.promised) + self.num_granted
 
+    @property
+    def mixes(self) -> bool:
+        """True if it can prefill and decode at once: every engine that we batch for can."""
+        return self.up.layout is not None
+
+    @property
+    def is_drained(self) -> bool:
+        """True if it takes nothing new, and holds nothing that was ever sent there."""
+        report = self.report
+        return (
+            self.drains
+            and report is not None
+            and report.draining
+            and report.is_empty
+            and report.last_route_seq >= self.route_seq
+            and not self.promised
+        )
+
+    def set_role(self, role: Role) -> None:
+        """From the next view on."""
+        self.role = role
+
+    def set_drains(self, drains: bool) -> None:
+        """Take nothing new from the next view on, or take work again."""
+        self.drains = drains
+
+    def has_work_against(self, home: Role) -> bool:
+        """True while it has work that a worker of this home role is not for."""
+        if home is Role.PREFILL:
+            decoding = 0 if self.report is None else self.report.num_decoding
+            return bool(decoding or self.promised or self.num_granted)
+        return home is Role.DECODE and self.pending_tokens > 0
+
     def debit_job(self, num_tokens: int) -> int:
         """A job is sent: its number."""
         self.route_seq += 1
@@ -106,10 +139,11 @@ class ClusterBooks:
         self.workers: dict[WorkerId, WorkerBook] = {}
         self._slots: dict[WorkerId, WorkerBook] = {}
 
-    def add(self, up: WorkerUp, now: float) -> None:
+    def add(self, up: WorkerUp, now: float) -> WorkerBook:
         """A worker process is ready."""
         book = WorkerBook(up, heard_at_s=now, role=up.role)
         self.workers[up.worker] = self._slots[up.worker] = book
+        return book
 
     def view(self, now: float, num_tokens: int) -> ClusterView:
         """Workers that take work and can hold that many tokens of one choice."""

@@ -13,6 +13,7 @@ from pdserve.core.request import Job
 from pdserve.node.books import ClusterBooks
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
+from pdserve.node.pools import Pools
 from pdserve.policy.cluster import Route, RouteAsk, RoutePolicy
 
 HANDOFF_FAILURES_BEFORE_STAYING = 2
@@ -21,11 +22,12 @@ HANDOFF_FAILURES_BEFORE_STAYING = 2
 class Dispatch:
     """The queue of requests that wait for a route, and all attempts under way."""
 
-    def __init__(self, books: ClusterBooks, policy: RoutePolicy) -> None:
+    def __init__(self, books: ClusterBooks, pools: Pools, policy: RoutePolicy) -> None:
         self.lives: dict[RequestId, Life] = {}
         self._new: dict[RequestId, None] = {}
         self._resumes: dict[RequestId, None] = {}
         self._books = books
+        self._pools = pools
         self._num_asked = 0
         self._policy = policy
 
@@ -126,6 +128,12 @@ class Dispatch:
             trace_context=request.trace_context,
             route_seq=prefill.debit_job(ask.num_tokens),
         )
+        for worker in route.draws:
+            self._pools.draw(worker, out)
+        steps = prefill.view().steps
+        if steps is not None:
+            prefill_s = steps.prefill_s(ask.num_tokens, ask.cached_tokens.get(route.prefill, 0))
+            self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promised[job.attempt] = ask.num_blocks
         life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.last_prefill = route.prefill

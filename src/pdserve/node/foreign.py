@@ -36,6 +36,7 @@ from pdserve.node.payload_inbound import PayloadArrivals
 from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
 from pdserve.node.report import LoadCounters, LoadFigures
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 
 
 class EngineLoadSource:
@@ -75,7 +76,7 @@ class ForeignWorkerNode(WorkerMachine):
         self.sender = PayloadSender(settings)
         self.inbound = PayloadArrivals(settings, self.tasks)
         load = EngineLoadSource(self.tasks, self.inbound, settings.layout.block_size)
-        super().__init__(settings, self.inbound, load)
+        super().__init__(settings, self.inbound, load, Standing(settings.role))
         self._engine_spoke = False
         self._engine_owes = False
 

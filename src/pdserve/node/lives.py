@@ -72,6 +72,13 @@ class Life:
     def num_output_tokens(self) -> int:
         return sum(len(choice.taken) for choice in self.choices)
 
+    def tpot_s(self, now: float) -> float | None:
+        """Seconds for each token after the first, of the longest choice, if it ends now."""
+        num_after_first = max(len(choice.taken) for choice in self.choices) - 1
+        if self.first_token_at_s is None or num_after_first < 1:
+            return None
+        return (now - self.first_token_at_s) / num_after_first
+
     def unrouted(self) -> list[tuple[int, ...]]:
         """Groups of choices that wait for a route: those without tokens together, others alone."""
         waiting = [c for c in self.choices if c.finish is None and c.epoch is None]

@@ -36,10 +36,12 @@ from pdserve.core.messages import (
     Message,
     Revoke,
     RevokeAck,
+    SetRole,
     StartJob,
     Ticket,
     TicketRefused,
     Trailer,
+    UndrainWorker,
     WorkerGone,
 )
 from pdserve.core.request import Job
@@ -47,6 +49,7 @@ from pdserve.node.outbound import OutboundHandoffs
 from pdserve.node.outbox import Outbox
 from pdserve.node.report import LoadReporter, LoadSource
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 
 
 class Arrivals(Protocol):
@@ -81,17 +84,20 @@ class Arrivals(Protocol):
 class WorkerMachine(ABC):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
 
-    def __init__(self, settings: WorkerSettings, arrivals: Arrivals, load: LoadSource) -> None:
+    def __init__(
+        self, settings: WorkerSettings, arrivals: Arrivals, load: LoadSource, standing: Standing
+    ) -> None:
         self.settings = settings
+        self.standing = standing
         self.outbound = OutboundHandoffs(settings)
         self._arrivals = arrivals
-        self._reporter = LoadReporter(settings, load)
+        self._reporter = LoadReporter(settings, load, standing)
         self._gone: dict[WorkerId, Epoch] = {}
 
     @property
     def draining(self) -> bool:
         """True once the router has asked to take no new work."""
-        return self._reporter.draining
+        return self.standing.draining
 
     def handle(self, event: Input, now: float) -> list[Effect]:
         out = Outbox(self.settings.worker, now)
@@ -161,8 +167,14 @@ class WorkerMachine(ABC):
                 self.outbound.peer_lost(worker, f"{worker} is gone", out)
                 self._arrivals.peer_gone(worker, epoch, out)
             case DrainWorker():
-                self._reporter.draining = True
+                self.standing.draining = True
                 self._reporter.beat(out)  # at once: until it is heard, jobs come only to be refused
+            case UndrainWorker():
+                self.standing.draining = False
+                self._reporter.beat(out)
+            case SetRole():
+                if self.standing.take_role(message):
+                    self._reporter.changed = True
             case _:
                 pass  # a router of a newer version; what it asks is not for us
 

@@ -15,6 +15,7 @@ from pdserve.node.batch import BatchMachine
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.outbox import Outbox
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 
 HEARTBEAT_TIMER = "heartbeat"
 REPORT_TIMER = "report"
@@ -82,13 +83,13 @@ class BatchLoad:
 class LoadReporter:
     """Keeps the figures of `LoadReport` that no other machine keeps."""
 
-    def __init__(self, settings: WorkerSettings, source: LoadSource) -> None:
+    def __init__(self, settings: WorkerSettings, source: LoadSource, standing: Standing) -> None:
         self.changed = False
-        self.draining = False
         self.last_route_seq = 0
         self.transfer_bytes = 0
         self._settings = settings
         self._source = source
+        self._standing = standing
         self._seq = 0
         self._reported_at_s = 0.0
         self._last_figures: LoadFigures | None = None
@@ -166,7 +167,9 @@ class LoadReporter:
                 transfer_bytes=self.transfer_bytes,
                 step_age_s=0.0 if started_at_s is None else out.now - started_at_s,
                 step_expected_s=self._expected_s(),
-                draining=self.draining,
+                draining=self._standing.draining,
+                role=self._standing.role,
+                role_epoch=self._standing.role_epoch,
             )
         )
 

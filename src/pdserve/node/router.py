@@ -12,6 +12,7 @@ sides of a hand-off.
 
 from __future__ import annotations
 
+from pdserve.core.commands import ChangeRole, DrainOne, UndrainOne
 from pdserve.core.effects import (
     BeginDrain,
     CancelTimer,
@@ -49,6 +50,7 @@ from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.dispatch import Dispatch
 from pdserve.node.lives import Life
 from pdserve.node.outbox import Outbox
+from pdserve.node.pools import ROLES_TIMER, Pools
 from pdserve.node.settings import RouterSettings
 from pdserve.node.watch import WATCH_TIMER, Watch
 from pdserve.policy.cluster import RoutePolicy
@@ -65,7 +67,8 @@ class RouterNode:
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
         self.books = ClusterBooks()
-        self.dispatch = Dispatch(self.books, policy or ShortestQueue())
+        self.pools = Pools(self.books, settings.roles)
+        self.dispatch = Dispatch(self.books, self.pools, policy or ShortestQueue())
         self.watch = Watch(self.books, settings)
         self.draining = False
         self._expects_workers = False
@@ -88,6 +91,7 @@ class RouterNode:
             case Started():
                 self._finished_at_s = now
                 self.watch.start(out)
+                self.pools.start(out)
             case Submit(request):
                 self._submit(request, out)
             case ClientGone(request_id, choices):
@@ -104,8 +108,15 @@ class RouterNode:
                 self._timer_fired(timer, out)
             case BeginDrain():
                 self.draining = True
+            case ChangeRole():
+                self.pools.change(event, out)
+            case DrainOne():
+                self.pools.drain(event, out)
+            case UndrainOne():
+                self.pools.undrain(event, out)
             case _:
                 raise TypeError(f"the router does not take {type(event).__name__}")
+        self.pools.send_home(out)
         self.dispatch.route_waiting(out)
         return out.effects
 
@@ -161,7 +172,7 @@ class RouterNode:
             if old.up.epoch >= up.epoch:
                 return
             self._worker_lost(up.worker, old.up.epoch, "replaced", out)
-        self.books.add(up, out.now)
+        self.pools.worker_up(self.books.add(up, out.now), out)
         if not self._stranded():
             self._expects_workers = False
             out.add(CancelTimer(NO_WORKER_TIMER))
@@ -171,6 +182,7 @@ class RouterNode:
         if book is None or book.up.epoch != epoch:
             return
         del self.books.workers[worker]
+        self.pools.worker_lost(worker, out)
         for other in sorted(self.books.workers):
             out.send(other, WorkerGone(worker, epoch))
         for life in list(self.dispatch.lives.values()):
@@ -192,6 +204,7 @@ class RouterNode:
                 self._take(deltas, out)
             case LoadReport():
                 book.take_report(message, out.now)
+                self.pools.drained(book, out)
             case LifeMessage(events):
                 for event in events:
                     out.add(Log(event))
@@ -218,6 +231,8 @@ class RouterNode:
                 life.first_token_at_s = out.now
                 out.add(CancelTimer(_queue_timer(request_id)))
                 out.log(LifeName.FIRST_TOKEN, life.attempt_id(mine[0].epoch))
+                service = life.request.service
+                self.pools.demand.first_token(out.now, out.now - life.submitted_at_s, service)
             out.add(Deliver(request_id, tuple(mine)))
             for epoch in dict.fromkeys(delta.epoch for delta in mine):
                 if not life.live_choices(epoch):
@@ -298,6 +313,9 @@ class RouterNode:
         interval_s = out.now - self._finished_at_s
         self._finish_interval_s += 0.2 * (interval_s - self._finish_interval_s)
         self._finished_at_s = out.now
+        tpot_s = life.tpot_s(out.now)
+        if tpot_s is not None:
+            self.pools.demand.finished(out.now, tpot_s, life.request.service)
         out.log(
             LifeName.FINISHED,
             life.attempt_id(Epoch(life.next_epoch - 1)),
@@ -331,6 +349,8 @@ class RouterNode:
     def _timer_fired(self, timer: str, out: Outbox) -> None:
         if timer == WATCH_TIMER:
             self.watch.look(out)
+        elif timer == ROLES_TIMER:
+            self.pools.timer_fired(out)
         elif timer == NO_WORKER_TIMER:
             self._expects_workers = False
             for life in self._stranded():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
@@ -74,6 +75,14 @@ class WorkerSettings:
         return None
 
 
+class RoleControl(StrEnum):
+    """What the role controller may do: nothing, move workers, or only say what it would do."""
+
+    FIXED = "fixed"
+    AUTO = "auto"
+    ADVISE = "advise"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     """Settings of the router. Durations are seconds.
@@ -91,3 +100,4 @@ class RouterSettings:
     step_timeout_s: float = 30.0
     max_attempts: int = 8
     no_worker_timeout_s: float = 15.0
+    roles: RoleControl = RoleControl.FIXED

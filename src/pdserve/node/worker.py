@@ -36,7 +36,8 @@ class WorkerNode(WorkerMachine):
     def __init__(self, settings: WorkerSettings, policy: BatchPolicy | None = None) -> None:
         self.batch = BatchMachine(settings, policy or FcfsBatching())
         self.inbound = InboundHandoffs(settings, self.batch)
-        super().__init__(settings, self.inbound, BatchLoad(self.batch, self.inbound))
+        load = BatchLoad(self.batch, self.inbound)
+        super().__init__(settings, self.inbound, load, self.batch.standing)
         self._jobs: dict[AttemptId, Job] = {}
 
     @property

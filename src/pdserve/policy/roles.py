@@ -84,7 +84,9 @@ class LoadBalancedRoles:
     def propose(self, view: RolesView) -> RoleProposal:
         movable = [w for w in view.workers if w.role is not Role.MIXED and w.mixes]
         if len(movable) < 2:
-            return RoleProposal(target_prefill=None, reason="hold: fewer than two workers to divide")
+            return RoleProposal(
+                target_prefill=None, reason="hold: fewer than two workers to divide"
+            )
         num_prefill = sum(w.role is Role.PREFILL for w in movable)
         now_load = busiest(view.load, num_prefill, len(movable))
         target = best_split(view.load, len(movable))
@@ -101,11 +103,12 @@ class LoadBalancedRoles:
         rested = [
             w
             for w in movable
-            if w.role is not role
-            and view.now - view.changed_s.get(w.worker, -inf) >= self.dwell_s
+            if w.role is not role and view.now - view.changed_s.get(w.worker, -inf) >= self.dwell_s
         ]
         if not rested:
-            return RoleProposal(target_prefill=target, reason=f"hold (all changed just now): {wish}")
+            return RoleProposal(
+                target_prefill=target, reason=f"hold (all changed just now): {wish}"
+            )
         mover = min(rested, key=lambda w: (w.home_role is not role, _work_left(w), w.worker))
         return RoleProposal(
             target_prefill=target,
