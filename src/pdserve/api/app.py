@@ -17,6 +17,7 @@ from pdserve.api.operations import operations_router
 from pdserve.api.request_ids import RequestDirectory
 from pdserve.api.settings import ApiSettings
 from pdserve.api.tokenization import DetokenizeBody, TokenizeBody, tokenization_router
+from pdserve.api.workers import DrainBody, RoleBody, workers_router
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -46,9 +47,12 @@ def create_app(
         models_router,
         tokenization_router,
         operations_router,
+        workers_router,
     ):
         app.include_router(make_router(edge))
-    documentation.publish(app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody))
+    documentation.publish(
+        app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, RoleBody, DrainBody)
+    )
     errors.install(app)
     if settings.api_key is not None:
         app.add_middleware(BearerMiddleware, api_key=settings.api_key)

@@ -78,3 +78,6 @@ class RolesJudged:
 
     reason: str
     applies: bool
+
+
+Command = ChangeRole | DrainOne | UndrainOne

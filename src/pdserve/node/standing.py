@@ -1,6 +1,6 @@
 """What the router wants of a worker now, as the worker itself knows it.
 
-Shared by the parts of one worker's machine; only `WorkerMachine` writes it, when the router says so.
+Shared by the parts of one worker's machine; only `WorkerMachine` writes it, as the router says.
 """
 
 from __future__ import annotations

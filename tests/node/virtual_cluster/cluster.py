@@ -6,6 +6,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pdserve.core.commands import (
+    Answer,
+    ChangeRole,
+    DrainOne,
+    RoleChanged,
+    RolesJudged,
+    UndrainOne,
+)
 from pdserve.core.effects import (
     BeginDrain,
     BindTransfer,
@@ -39,7 +47,7 @@ from virtual_cluster.spec import ClusterSpec
 
 EVENT_S = 0.0005
 """Virtual time that each event takes."""
-BACKGROUND_TIMERS = ("heartbeat", "report", "watch")
+BACKGROUND_TIMERS = ("heartbeat", "report", "watch", "roles")
 MAX_EVENTS = 60_000
 
 
@@ -80,6 +88,7 @@ class VirtualCluster:
         self.asks: dict[RequestId, Ask] = {}
         self.life: list[LifeEvent] = []
         self.killed: list[KillWorker] = []
+        self.said: list[Answer | RoleChanged | RolesJudged] = []
         self.processes: list[Process] = []
         self.current: dict[WorkerId, Process] = {}
         self.members: dict[WorkerId, Process] = {}
@@ -105,6 +114,16 @@ class VirtualCluster:
 
     def drain(self) -> None:
         self._tell_router(BeginDrain())
+
+    def command(self, asked: ChangeRole | DrainOne | UndrainOne) -> None:
+        """An operator says something."""
+        self._tell_router(asked)
+
+    def answer(self, command: int) -> Answer | None:
+        """What the router said to it, once."""
+        found = [a for a in self.said if isinstance(a, Answer) and a.command == command]
+        assert len(found) <= 1, f"{command} was answered twice"
+        return found[0] if found else None
 
     def start(self, worker: WorkerId) -> Process:
         """A new process of the slot; it says that it is up."""
@@ -328,6 +347,8 @@ class VirtualCluster:
                 process = self.current[worker]
                 if process.epoch == epoch and process.alive:
                     self.kill(process)
+            case Answer() | RoleChanged() | RolesJudged():
+                self.said.append(effect)
             case _:
                 raise TypeError(f"the router does not ask for {effect}")
 

@@ -21,7 +21,11 @@ FAULTS = {
     "links": ALWAYS + LINKS,
     "engines": (*ALWAYS, "break_step", "corrupt"),
     "deaths": ALWAYS + DEATHS,
-    "everything": (*ALWAYS, *LINKS, *DEATHS, "break_step", "far", "drain_worker", "drain"),
+    "operators": (*ALWAYS, "change_role", "drain_one"),
+    "everything": (
+        *(*ALWAYS, *LINKS, *DEATHS, "break_step", "far", "drain_worker", "drain"),
+        *("change_role", "drain_one"),
+    ),
 }
 
 

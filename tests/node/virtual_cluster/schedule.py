@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from pdserve.core.commands import ChangeRole, DrainOne
 from pdserve.core.effects import Refusal
-from pdserve.core.ids import RequestId
+from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import DrainWorker
-from pdserve.core.request import RoutePreference
+from pdserve.core.request import Role, RoutePreference
 from virtual_cluster.checks import check_books_restored
 from virtual_cluster.client import Answer
 from virtual_cluster.cluster import BACKGROUND_TIMERS, VirtualCluster
@@ -53,6 +54,7 @@ class History:
     cluster: VirtualCluster = field(init=False)
     num_requests: int = 0
     num_faults: int = 0
+    num_commands: int = 0
     draining: bool = False
     drained: set[Process] = field(default_factory=set)
     too_long: set[RequestId] = field(default_factory=set)
@@ -240,11 +242,34 @@ class History:
 
     def _drain_worker(self, number: Number) -> None:
         """One worker is to take no new work, unless it is the last one that does."""
-        members = [p for p in self.cluster.members.values() if p.alive and p not in self.drained]
+        members = [p for w, p in self.cluster.members.items() if p.alive and self._takes_work(w)]
         if len(members) > 1:
             process = members[number.below(len(members))]
             self.drained.add(process)
             process.to_worker.append(DrainWorker())
+
+    def _change_role(self, number: Number) -> None:
+        """An operator moves a worker to another pool, wherever it stands."""
+        workers = sorted(self.cluster.current)
+        role = list(Role)[number.below(len(Role))]
+        worker = workers[number.below(len(workers))]
+        self.num_commands += 1
+        self.cluster.command(ChangeRole(command=self.num_commands, worker=worker, role=role))
+
+    def _drain_one(self, number: Number) -> None:
+        """An operator has a worker replaced, unless it is the last one that takes work."""
+        books = self.cluster.router.books.workers
+        taking = [w for w, b in sorted(books.items()) if b.accepts and self._takes_work(w)]
+        if len(taking) > 1:
+            worker = taking[number.below(len(taking))]
+            self.num_commands += 1
+            self.cluster.command(DrainOne(command=self.num_commands, worker=worker, restart=True))
+
+    def _takes_work(self, worker: WorkerId) -> bool:
+        """Nobody has told it, or the router, that it should not."""
+        book = self.cluster.router.books.workers.get(worker)
+        is_drained = self.cluster.current[worker] in self.drained
+        return book is not None and not book.drains and not is_drained
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ import pdserve
 from pdserve.cli import main
 from pdserve.config import OPTIONS, flag_of
 from pdserve.core.errors import ConfigError, UnavailableError
-from pdserve.serve.top import Client, Look, once, rates, watch
+from pdserve.serve.client import Client
+from pdserve.serve.top import Look, once, rates, watch
 
 CLUSTER: dict[str, Any] = {
     "model": "tiny",
