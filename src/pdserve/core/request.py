@@ -38,6 +38,11 @@ class ServiceClass:
     tpot_s: float = inf
     weight: float = 1.0
 
+    @property
+    def is_bounded(self) -> bool:
+        """True if it is promised anything."""
+        return self.ttft_s < inf or self.tpot_s < inf
+
 
 DEFAULT_SERVICE = ServiceClass()
 

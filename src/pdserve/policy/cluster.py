@@ -55,7 +55,8 @@ class ClusterView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteAsk:
-    """What is to be routed: ``num_blocks`` is what the decode worker must have free.
+    """What is to be routed: ``num_choices`` sequences that share ``num_tokens`` tokens;
+    ``num_blocks`` is what the decode worker must have free.
 
     A resume names the worker that prefilled it last (its prefix cache helps), the numerics class of
     the tokens so far, the decode workers that failed it, and whether it must stay in place.
@@ -66,6 +67,7 @@ class RouteAsk:
 
     num_tokens: int
     num_blocks: int
+    num_choices: int = 1
     preference: RoutePreference = RoutePreference.AUTO
     last_prefill: WorkerId | None = None
     numerics: str | None = None

@@ -1,10 +1,10 @@
 """Whose turn it is: start-time fair queueing between classes, and between tenants within a class.
 
-Work is counted in tokens. Whoever waits (a *flow*: a class, or a tenant of one) has a start tag; the
-lowest one is next, and being served moves it on by tokens / weight. So while two flows wait all the
-time, the tokens of each, divided by its weight, differ by at most one request of either (Goyal, Vin
-and Cheng, SIGCOMM 1996, theorem 1). A flow that comes back starts at the virtual time, which is the
-start tag of what was served last: nobody saves up turns by being away, and nobody has to.
+Work is counted in tokens. Whoever waits (a *flow*: a class, or a tenant of one) has a start tag;
+the lowest one is next, and being served moves it on by tokens / weight. So while two flows wait all
+the time, the tokens of each, divided by its weight, differ by at most one request of either (Goyal,
+Vin and Cheng, SIGCOMM 1996, theorem 1). A flow that comes back starts at the virtual time, which is
+the start tag of what was served last: nobody saves up turns by being away, and nobody has to.
 
 In one flow requests keep their order. Ties are broken by name. Each call costs the logarithm of the
 number of flows, however many requests wait.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -54,7 +54,7 @@ class FairShare:
 
     def serve(self, flow: str, work: float, *, waits_on: bool) -> None:
         """It was given ``work`` (tokens / weight), be it its turn or not."""
-        first = next(self.order())
+        [first] = self.order(1)
         self._virtual_time = max(self._virtual_time, self._starts[first])
         end = self._starts[flow] + work
         if waits_on:
@@ -64,18 +64,16 @@ class FairShare:
             del self._starts[flow]
             self._rest(flow, end)
 
-    def order(self) -> Iterator[str]:
-        """Flows that wait, the next one first. Do not change anything before it is closed."""
-        seen: list[tuple[float, str]] = []
-        try:
-            while self._heap:
-                entry = heapq.heappop(self._heap)
-                if self._starts.get(entry[1]) == entry[0] and entry not in seen[-1:]:
-                    seen.append(entry)
-                    yield entry[1]
-        finally:
-            for entry in seen:
-                heapq.heappush(self._heap, entry)
+    def order(self, limit: int) -> list[str]:
+        """Flows that wait, the next one first, at most so many."""
+        found: list[tuple[float, str]] = []
+        while self._heap and len(found) < limit:
+            entry = heapq.heappop(self._heap)
+            if self._starts.get(entry[1]) == entry[0] and entry not in found[-1:]:
+                found.append(entry)
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [flow for _, flow in found]
 
     def _set(self, flow: str, start: float) -> None:
         self._starts[flow] = start
@@ -112,13 +110,13 @@ class _Class(Generic[ItemT]):
 
 class FairQueue(Generic[ItemT]):
     """What waits, in the order in which it is to be served. Classes have weights, tenants of one
-    class share alike."""
+    class share alike. ``tokens``: of all that waits."""
 
     def __init__(self) -> None:
         self._turns = FairShare()
         self._classes: dict[str, _Class[ItemT]] = {}
         self._flows: dict[ItemT, tuple[str, str]] = {}
-        self._tokens = 0.0
+        self.tokens = 0.0
 
     def __contains__(self, item: ItemT) -> bool:
         return item in self._flows
@@ -138,15 +136,19 @@ class FairQueue(Generic[ItemT]):
             waiting.turns.join(tenant)
         waiting.tenants[tenant][item] = tokens
         waiting.tokens += tokens
-        self._tokens += tokens
+        self.tokens += tokens
         self._flows[item] = (name, tenant)
 
-    def heads(self) -> Iterator[ItemT]:
-        """The first of each flow, next one first. Change nothing before it is closed."""
-        for name in self._turns.order():
+    def heads(self, limit: int) -> list[ItemT]:
+        """The first of each flow, the next one first, at most so many."""
+        heads: list[ItemT] = []
+        for name in self._turns.order(limit):
             waiting = self._classes[name]
-            for tenant in waiting.turns.order():
-                yield next(iter(waiting.tenants[tenant]))
+            for tenant in waiting.turns.order(limit - len(heads)):
+                heads.append(next(iter(waiting.tenants[tenant])))
+            if len(heads) == limit:
+                break
+        return heads
 
     def serve(self, item: ItemT) -> None:
         """It is served now, be it its turn or not."""
@@ -175,7 +177,7 @@ class FairQueue(Generic[ItemT]):
         if own is None:
             return 0.0
         weights = sum(self._classes[name].weight for name in self._classes)
-        return min(self._tokens, own.tokens * weights / own.weight)
+        return min(self.tokens, own.tokens * weights / own.weight)
 
     def _remove(self, item: ItemT) -> tuple[str, str, float, bool]:
         """(class, tenant, tokens, whether more of the tenant waits)."""
@@ -184,7 +186,7 @@ class FairQueue(Generic[ItemT]):
         queue = waiting.tenants[tenant]
         tokens = queue.pop(item)
         waiting.tokens -= tokens
-        self._tokens = self._tokens - tokens if self._flows else 0.0
+        self.tokens = self.tokens - tokens if self._flows else 0.0
         if not queue:
             del waiting.tenants[tenant]
         return name, tenant, tokens, bool(queue)
