@@ -11,7 +11,7 @@ from virtual_cluster.orders import PROMPT, of, pair, reach, submitted
 from pdserve.core.effects import Received, Send, StepDone, WorkerLost
 from pdserve.core.ids import GATEWAY, Epoch, StepId, WorkerId
 from pdserve.core.messages import LoadReport, TokenDelta, Tokens
-from pdserve.core.step import StepResult
+from pdserve.core.step import StepResult, StepShape
 from pdserve.node.outbox import Outbox
 from pdserve.node.report import BatchLoad, LoadReporter
 from pdserve.node.settings import RouterSettings
@@ -55,8 +55,9 @@ def test_a_step_that_is_known_to_take_long_is_waited_for() -> None:
 def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
     """128 tokens took two seconds, so 256 may take four; what was slow is forgotten slowly."""
     node = pair().prefill.node
-    reporter = LoadReporter(node.settings, BatchLoad(node.batch, node.inbound), node.standing)
-    reporter.step_started(128, 0.0)
+    load = BatchLoad(node.batch, node.inbound)
+    reporter = LoadReporter(node.settings, load, node.standing, lambda: True)
+    reporter.step_started(StepShape(128), 0.0)
     reporter.step_done(2.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0 * 0.99)
@@ -66,7 +67,7 @@ def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
 def expected_s(reporter: LoadReporter, num_tokens: int) -> float:
     """What is reported of a step of so many tokens, which then takes no time at all."""
     out = Outbox(WorkerId("prefill-0"), 0.0)
-    reporter.step_started(num_tokens, 0.0)
+    reporter.step_started(StepShape(num_tokens), 0.0)
     reporter.beat(out)
     reporter.step_done(0.0)
     (report,) = [

@@ -196,7 +196,8 @@ class LoadReport:
     ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
     allocated at once (unused, or cached and unreferenced: ``cached_blocks`` of them);
     ``quarantined_blocks`` wait for a writer's word. ``num_running`` counts prompts too;
-    ``context_tokens`` is the length of all decoding sequences together. ``steps`` and
+    ``num_decoding`` sequences decode here, or will once their prompt, which is being computed, is
+    done; ``context_tokens`` is their length, all together. ``steps`` and
     ``transfers`` are what ended since the last report, at most a few dozen of each.
     ``role_epoch`` is that of the last `SetRole` (0: none came). ``is_empty``: no request, lease
     or unsent KV is left.

@@ -102,9 +102,9 @@ class StepSample:
 
 @dataclass(frozen=True, slots=True)
 class TransferSample:
-    """How a hand-off went: ``num_bytes`` were sent to ``peer``, and ``exposed_s`` passed until it had
-    accepted, from when both the prefill was done and the ticket was there (waiting for room is not
-    the link's doing). ``hidden_s``: for how long bytes could be sent before that."""
+    """How a hand-off went: ``num_bytes`` were sent to ``peer``, and ``exposed_s`` passed from when
+    both the prefill was done and the ticket was there (waiting for room is not the link's doing)
+    until the peer had accepted. ``hidden_s``: for how long bytes could be sent before that."""
 
     peer: WorkerId
     num_bytes: int

@@ -33,7 +33,7 @@ LARGEST_ERROR = 4.0
 """A single error counts as no more than this in the running error."""
 LEAST_HUBER_LIMIT = 0.3
 EAGER_SAMPLES = 32
-"""So many samples are each followed by a solution; later on every fourth is."""
+"""So many samples are each followed by a solution; later on every eighth is."""
 LEAST_PIVOT = 1e-10
 """A feature that the others explain up to this share of its square is left out."""
 
@@ -41,9 +41,9 @@ LEAST_PIVOT = 1e-10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegressionState:
     """All that a regression has learned. ``moments``: upper triangle of the normal matrix, by rows;
-    ``targets``: its right side. ``weight``: of the samples not forgotten. ``log_level``: of measured
-    by stated times. ``error``: running mean of ``|measured - predicted| / measured``; ``spread``:
-    of ``|measured - predicted| / predicted``."""
+    ``targets``: its right side. ``weight``: of the samples not forgotten. ``log_level``: mean
+    logarithm of measured by stated times. ``error``: running mean of ``|measured - predicted| /
+    measured``; ``spread``: of ``|measured - predicted| / predicted``."""
 
     moments: tuple[float, ...]
     targets: tuple[float, ...]
@@ -118,7 +118,7 @@ class Regression:
         self._spread += share * (min(relative, LARGEST_ERROR) - self._spread)
         self._accumulate(features, measured_s, trust / (predicted_s * predicted_s))
         self.num_samples += 1
-        if self.num_samples <= EAGER_SAMPLES or self.num_samples % 4 == 0:
+        if self.num_samples <= EAGER_SAMPLES or self.num_samples % 8 == 0:
             self._solve()
 
     def state(self) -> RegressionState:

@@ -15,7 +15,7 @@ one that breaks the engine is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, StepId
@@ -211,17 +211,12 @@ class BatchMachine:
     # --- figures ------------------------------------------------------------------------------
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def num_running(self) -> int:
         return len(self._admitted) + len(self._decoding)
 
-    @property
-    def pending_prefill_tokens(self) -> int:
-        queues = (self._waiting, self._admitted)
-        return sum(len(s.token_ids) - s.num_computed for queue in queues for s in queue.values())
+    def queues(self) -> tuple[Collection[Sequence], ...]:
+        """Sequences that wait, whose prompt is being computed, and that decode."""
+        return self._waiting.values(), self._admitted.values(), self._decoding.values()
 
     @property
     def growth_headroom(self) -> int:

@@ -134,7 +134,7 @@ class Dispatch:
         if steps is not None:
             prefill_s = steps.prefill_s(ask.num_tokens, ask.cached_tokens.get(route.prefill, 0))
             self._pools.demand.routed(out.now, prefill_s, request.service)
-        decode.promised[job.attempt] = ask.num_blocks
+        decode.promise(job.attempt, ask.num_blocks)
         life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.last_prefill = route.prefill
         life.numerics = prefill.view().numerics

@@ -29,6 +29,7 @@ from pdserve.core.messages import (
     Tokens,
 )
 from pdserve.core.request import Job
+from pdserve.core.step import StepSample, StepShape
 from pdserve.node.engine_tasks import EngineOutcome, EngineTask, EngineTasks, TaskState
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
@@ -52,6 +53,7 @@ class EngineLoadSource:
             pending_prefill_tokens=self._tasks.pending_prefill_tokens,
             num_waiting=self._tasks.num_waiting + self._inbound.num_queued,
             num_running=self._tasks.num_running,
+            num_decoding=self._tasks.num_staying,
             free_blocks=self._inbound.free_blocks,
             cached_blocks=self._tasks.load.cached_tokens // self._block_size,
             quarantined_blocks=0,
@@ -65,6 +67,7 @@ class EngineLoadSource:
             num_steps=load.num_steps,
             prefix_queries_tokens=load.prefix_queries_tokens,
             prefix_hits_tokens=load.prefix_hits_tokens,
+            context_tokens=self._tasks.context_tokens,
         )
 
 
@@ -112,6 +115,9 @@ class ForeignWorkerNode(WorkerMachine):
             case EngineStepped(output, load, elapsed_s):
                 self._set_load(load)
                 self._reporter.step_done(elapsed_s)
+                shape = self.tasks.shape_of(output)
+                if shape != StepShape():
+                    self._reporter.step_measured(StepSample(shape, elapsed_s))
                 self._stepped(self.tasks.stepped(output, out), out)
             case EngineExported(load=load):
                 self._set_load(load)
@@ -199,7 +205,7 @@ class ForeignWorkerNode(WorkerMachine):
         """The age of the running step: since when the engine has owed a sign and given none."""
         owes = self.tasks.owes_a_sign or self.sender.is_exporting
         if owes and (self._engine_spoke or not self._engine_owes):
-            self._reporter.step_started(0, out.now)
+            self._reporter.step_started(StepShape(), out.now)
         elif self._engine_owes and not owes:
             self._reporter.step_done(0.0)
         self._engine_owes = owes

@@ -91,7 +91,7 @@ class WorkerMachine(ABC):
         self.standing = standing
         self.outbound = OutboundHandoffs(settings)
         self._arrivals = arrivals
-        self._reporter = LoadReporter(settings, load, standing)
+        self._reporter = LoadReporter(settings, load, standing, lambda: self.is_empty)
         self._gone: dict[WorkerId, Epoch] = {}
 
     @property
@@ -122,6 +122,11 @@ class WorkerMachine(ABC):
         return out.effects
 
     # --- what is below ------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """True if no request, lease or unsent KV is left."""
 
     @abstractmethod
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
@@ -215,7 +220,9 @@ class WorkerMachine(ABC):
             case Trailer():
                 self._arrivals.trailer(message, peer, epoch, out)
             case Accepted(attempt):
-                self.outbound.accepted(attempt, peer, out)
+                sample = self.outbound.accepted(attempt, peer, out)
+                if sample is not None:
+                    self._reporter.transfer_measured(sample)
             case HandoffRejected(attempt=attempt, detail=detail):
                 self._turned_down(attempt, FailureKind.HANDOFF, detail, peer, out)
             case HandoffAbort(attempt=attempt):

@@ -31,6 +31,7 @@ from pdserve.core.messages import (
     Trailer,
 )
 from pdserve.core.request import Job
+from pdserve.core.step import TransferSample
 from pdserve.node.cargo import BlockCargo, Cargo
 from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
@@ -40,7 +41,8 @@ from pdserve.node.settings import WorkerSettings
 @dataclass(slots=True)
 class Outbound:
     """One hand-off. ``deltas``: the next token of each choice, once prefill is done. ``chunks``:
-    digests, once all is written. ``keeps_sequence``: it goes on here after the transfer stops."""
+    digests, once all is written. ``granted_at_s`` and ``prefilled_at_s``: when there was a ticket,
+    and when the prefill was done. ``keeps_sequence``: it goes on here after the transfer stops."""
 
     job: Job
     cargo: Cargo
@@ -48,6 +50,8 @@ class Outbound:
     deltas: tuple[TokenDelta, ...] | None = None
     chunks: tuple[ChunkDigest, ...] | None = None
     num_bytes: int = 0
+    granted_at_s: float = 0.0
+    prefilled_at_s: float = 0.0
     first_tokens_sent: bool = False
     trailer_sent: bool = False
     stopping: bool = False
@@ -92,6 +96,7 @@ class OutboundHandoffs:
         if handoff is None or handoff.stopping or handoff.ticket is not None:
             return
         handoff.ticket = ticket
+        handoff.granted_at_s = out.now
         out.add(CancelTimer(_ticket_timer(ticket.attempt)))
         handoff.cargo.bind(ticket, peer_epoch, out)
         out.set_timer(_lease_timer(ticket.attempt), ticket.lease_s / 3)
@@ -109,6 +114,7 @@ class OutboundHandoffs:
         if handoff is None or handoff.stopping:
             return
         handoff.deltas = deltas
+        handoff.prefilled_at_s = out.now
         if all(delta.finish is not None for delta in deltas):
             if deltas:
                 out.tell_router(Tokens(deltas))
@@ -126,12 +132,14 @@ class OutboundHandoffs:
         handoff.num_bytes = event.num_bytes
         self._advance(handoff, out)
 
-    def accepted(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
+    def accepted(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> TransferSample | None:
+        """The hand-off is over: how it went, or None if there was none."""
         handoff = self._from_peer(attempt, peer)
         if handoff is None or not handoff.trailer_sent or handoff.stopping:
-            return
+            return None
         out.log(LifeName.HANDOFF_CLOSED, attempt, ok=True, bytes=handoff.num_bytes)
         self._forget(handoff, out)
+        return self._sample(handoff, out.now)
 
     def _advance(self, handoff: Outbound, out: Outbox) -> None:
         """Send what is due: token 0 with the ticket, the trailer with the last byte."""
@@ -236,6 +244,18 @@ class OutboundHandoffs:
     def _from_peer(self, attempt: AttemptId, peer: WorkerId) -> Outbound | None:
         handoff = self._open.get(attempt)
         return handoff if handoff is not None and handoff.job.decode_worker == peer else None
+
+    def _sample(self, handoff: Outbound, now: float) -> TransferSample:
+        """In one shot, and of an engine that gives its payload at the end, nothing is hidden."""
+        could_send_at_s = max(handoff.prefilled_at_s, handoff.granted_at_s)
+        one_shot = len(handoff.job.token_ids) < self._settings.one_shot_tokens
+        at_end = one_shot or self._settings.foreign is not None
+        return TransferSample(
+            peer=handoff.job.decode_worker,
+            num_bytes=handoff.num_bytes,
+            exposed_s=now - could_send_at_s,
+            hidden_s=0.0 if at_end else could_send_at_s - handoff.granted_at_s,
+        )
 
     def _stop(self, handoff: Outbound, detail: str, out: Outbox) -> None:
         """No write may follow. The sequence runs no further step, unless it is kept."""

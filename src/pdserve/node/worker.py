@@ -65,7 +65,10 @@ class WorkerNode(WorkerMachine):
     def _engine_says(self, event: Input, out: Outbox) -> None:
         match event:
             case StepDone(result, elapsed_s):
-                self._reporter.step_done(elapsed_s)
+                if result.error is None:
+                    self._reporter.step_done(elapsed_s)
+                else:
+                    self._reporter.step_failed()
                 self._step_done(self.batch.step_done(result), result.error, out)
             case TransferSent():
                 self._reporter.transfer_bytes += event.num_bytes
@@ -115,7 +118,7 @@ class WorkerNode(WorkerMachine):
         planned = self.batch.plan()
         self._begin(planned, out)
         if planned.plan is not None:
-            self._reporter.step_started(planned.plan.num_tokens, out.now)
+            self._reporter.step_started(planned.plan.shape, out.now)
             out.add(RunStep(planned.plan))
         self._reporter.report_if_changed(out)
 
