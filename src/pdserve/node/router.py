@@ -48,6 +48,7 @@ from pdserve.core.messages import Life as LifeMessage
 from pdserve.core.request import FinishReason, Request
 from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.dispatch import Dispatch
+from pdserve.node.gate import Gate
 from pdserve.node.lives import Life
 from pdserve.node.outbox import Outbox
 from pdserve.node.pools import ROLES_TIMER, Pools
@@ -58,7 +59,6 @@ from pdserve.policy.shortest_queue import ShortestQueue
 
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
-MAX_RETRY_AFTER_S = 60.0
 
 
 class RouterNode:
@@ -66,14 +66,14 @@ class RouterNode:
 
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
-        self.books = ClusterBooks(settings.costs)
+        self.books = ClusterBooks()
         self.pools = Pools(self.books, settings.roles)
-        self.dispatch = Dispatch(self.books, self.pools, policy or ShortestQueue())
+        self.dispatch = Dispatch(
+            self.books, self.pools, policy or ShortestQueue(), settings.patience_s
+        )
+        self.gate = Gate(settings, self.books, self.dispatch)
         self.watch = Watch(self.books, settings)
-        self.draining = False
         self._expects_workers = False
-        self._finished_at_s = 0.0
-        self._finish_interval_s = 1.0
 
     @property
     def num_requests(self) -> int:
@@ -89,7 +89,7 @@ class RouterNode:
         out = Outbox(GATEWAY, now)
         match event:
             case Started():
-                self._finished_at_s = now
+                self.gate.start(now)
                 self.watch.start(out)
                 self.pools.start(out)
             case Submit(request):
@@ -107,7 +107,7 @@ class RouterNode:
             case TimerFired(timer):
                 self._timer_fired(timer, out)
             case BeginDrain():
-                self.draining = True
+                self.gate.draining = True
             case ChangeRole():
                 self.pools.change(event, out)
             case DrainOne():
@@ -117,6 +117,8 @@ class RouterNode:
             case _:
                 raise TypeError(f"the router does not take {type(event).__name__}")
         self.pools.send_home(out)
+        if not (isinstance(event, Received) and isinstance(event.message, Tokens | LifeMessage)):
+            self.dispatch.stir()
         self.dispatch.route_waiting(out)
         return out.effects
 
@@ -124,6 +126,7 @@ class RouterNode:
 
     def _submit(self, request: Request, out: Outbox) -> None:
         life = Life.of(request, out.now)
+        verdict = self.gate.judge(life, out.now)
         self.dispatch.lives[request.request_id] = life
         out.log(
             LifeName.SUBMITTED,
@@ -132,16 +135,13 @@ class RouterNode:
             choices=request.num_choices,
             max_tokens=request.params.max_tokens,
             route=str(request.route),
+            service=request.service.name,
+            **({"admission": verdict.detail} if verdict.detail else {}),
         )
-        too_long = self.books.misfit(request)
-        if self.draining:
-            self._fail(life, Refusal.DRAINING, "the server is shutting down", out)
-        elif too_long is not None:
-            self._fail(life, Refusal.TOO_LONG, too_long, out)
-        elif self.num_queued >= self.settings.max_queued_requests:
-            self._overloaded(life, f"{self.num_queued} requests are waiting already", out)
+        if verdict.refused is not None:
+            self._fail(life, verdict.refused, verdict.detail, out, verdict.retry_after_s)
         else:
-            self.dispatch.wait(life)
+            self.dispatch.wait(life, out.now)
             out.set_timer(_queue_timer(request.request_id), self.settings.queue_timeout_s)
             if request.max_tokens_total > self.books.longest_tokens:
                 self._expect_workers(out)
@@ -181,7 +181,7 @@ class RouterNode:
         book = self.books.workers.get(worker)
         if book is None or book.up.epoch != epoch:
             return
-        self.books.remove(worker)
+        del self.books.workers[worker]
         self.pools.worker_lost(worker, out)
         for other in sorted(self.books.workers):
             out.send(other, WorkerGone(worker, epoch))
@@ -203,7 +203,7 @@ class RouterNode:
             case Tokens(deltas):
                 self._take(deltas, out)
             case LoadReport():
-                self.books.take_report(book, message, out.now)
+                book.take_report(message, out.now)
                 self.pools.drained(book, out)
             case LifeMessage(events):
                 for event in events:
@@ -310,9 +310,8 @@ class RouterNode:
     def _finish_if_done(self, life: Life, out: Outbox) -> None:
         if not life.is_done:
             return
-        interval_s = out.now - self._finished_at_s
-        self._finish_interval_s += 0.2 * (interval_s - self._finish_interval_s)
-        self._finished_at_s = out.now
+        self.gate.finished(out.now)
+        self.dispatch.answers.learn(life)
         tpot_s = life.tpot_s(out.now)
         if tpot_s is not None:
             self.pools.demand.finished(out.now, tpot_s, life.request.service)
@@ -326,8 +325,7 @@ class RouterNode:
         self._close(life, out)
 
     def _overloaded(self, life: Life, detail: str, out: Outbox) -> None:
-        wait_s = (self.num_queued + 1) * self._finish_interval_s
-        self._fail(life, Refusal.OVERLOADED, detail, out, min(max(1.0, wait_s), MAX_RETRY_AFTER_S))
+        self._fail(life, Refusal.OVERLOADED, detail, out, self.gate.retry_after_s)
 
     def _fail(
         self, life: Life, kind: str, detail: str, out: Outbox, retry_after_s: float | None = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import Job, Role
-from pdserve.cost.store import KnownCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +91,16 @@ class RouterSettings:
     ``max_queued_requests``: so is one that finds this many waiting. ``report_timeout_s``: a worker
     silent for this long is killed; ``step_timeout_s``: so is one whose step is older than this and
     than ten times what it expected. ``max_attempts`` bounds the resumes that one choice may need
-    because of failures (not of preemption). ``costs``: what is known of steps and links at birth.
+    because of failures (not of preemption). ``admission`` names the policy that refuses early
+    (``policy.admission``); ``patience_s`` is for how long a request lets others pass (``waiting``).
     """
 
     queue_timeout_s: float = 30.0
+    patience_s: float = 10.0
+    admission: str = "none"
     max_queued_requests: int = 1024
     report_timeout_s: float = 3.0
     step_timeout_s: float = 30.0
     max_attempts: int = 8
     no_worker_timeout_s: float = 15.0
-    costs: KnownCosts = field(default_factory=KnownCosts)
     roles: RoleControl = RoleControl.FIXED
