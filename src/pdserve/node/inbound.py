@@ -235,8 +235,9 @@ class InboundHandoffs:
         header = handoff.header
         pinned = self._pool.match(header.block_hashes)
         taken = self._num_needed(header) - sum(self._pool.ref_count(block) > 0 for block in pinned)
-        if taken > self._batch.growth_headroom:
+        if taken > self._batch.spare_blocks:
             return False
+        self._batch.let_past()
         self._pool.acquire(pinned)
         num_blocks = self._layout.num_blocks_for(len(header.token_ids))
         handoff.pinned = pinned

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, BlockHash, BlockId
 from pdserve.core.request import FinishReason, SamplingParams
-from pdserve.core.step import SampledToken
+from pdserve.core.step import SampledToken, SampleSpec
 from pdserve.kv.hashing import extend_hash
 
 SequenceKey = tuple[AttemptId, int]
@@ -29,6 +29,8 @@ class Sequence:
     ``hashes[i]`` is the chained hash of full block i; as many are kept as are known. ``arrival``
     orders sequences of a worker by age. ``hands_off``: leaves for a decode worker after prefill.
     ``extends_hashes`` is False if its KV mixes numerics classes: what it adds is not indexed.
+    ``num_preemptions`` and ``num_passed`` are its setbacks (`node.turns`); it is admitted with
+    blocks for ``reserved_tokens`` if these are more than it has.
     """
 
     attempt: AttemptId
@@ -48,6 +50,9 @@ class Sequence:
     in_flight: bool = False
     doomed: bool = False
     detached: bool = False
+    num_preemptions: int = 0
+    num_passed: int = 0
+    reserved_tokens: int = 0
     started: bool = False
     decode_started: bool = False
 
@@ -77,3 +82,15 @@ def finish_reason(
     if index + 1 >= params.max_tokens or room_tokens <= 0:
         return FinishReason.LENGTH
     return None
+
+
+def sample_spec(sequence: Sequence) -> SampleSpec:
+    """What a row that reaches the end of the known tokens is to draw."""
+    needs_history = sequence.params.needs_history
+    return SampleSpec(
+        params=sequence.params,
+        choices=sequence.choices,
+        index=sequence.next_index,
+        history=tuple(sequence.token_ids) if needs_history else None,
+        num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import Job, Role
+from pdserve.cost.store import KnownCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +38,9 @@ class WorkerSettings:
     ``one_shot_tokens``: a transfer of fewer tokens waits for the last layer (Splitwise, sec. IV-C:
     512). ``lease_s`` is how long a ticket is held without a sign of its writer;
     ``ticket_timeout_s`` how long a finished prefill waits for a ticket before the router is asked
-    for another decode worker. With ``foreign`` set the blocks only measure an engine's memory:
-    nobody else sees them, and the layout has no layers.
+    for another decode worker. ``max_preemptions`` bounds how often a sequence is set back while it
+    waits for blocks (`node.turns`). With ``foreign`` set the blocks only measure an engine's
+    memory: nobody else sees them, and the layout has no layers.
     """
 
     worker: WorkerId
@@ -50,6 +52,7 @@ class WorkerSettings:
     max_step_tokens: int = 2048
     mixed_chunk_tokens: int = 512
     max_running: int = 256
+    max_preemptions: int = 4
     one_shot_tokens: int = 512
     lease_s: float = 10.0
     ticket_timeout_s: float = 10.0
@@ -93,6 +96,7 @@ class RouterSettings:
     than ten times what it expected. ``max_attempts`` bounds the resumes that one choice may need
     because of failures (not of preemption). ``admission`` names the policy that refuses early
     (``policy.admission``); ``patience_s`` is for how long a request lets others pass (``waiting``).
+    ``costs``: what is known of steps and links at birth.
     """
 
     queue_timeout_s: float = 30.0
@@ -103,4 +107,5 @@ class RouterSettings:
     step_timeout_s: float = 30.0
     max_attempts: int = 8
     no_worker_timeout_s: float = 15.0
+    costs: KnownCosts = field(default_factory=KnownCosts)
     roles: RoleControl = RoleControl.FIXED

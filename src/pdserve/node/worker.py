@@ -20,11 +20,12 @@ from pdserve.core.events import LifeName
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import AttemptFailed, FailureKind, Message, Tokens
 from pdserve.core.request import Job
-from pdserve.node.batch import BatchMachine, Planned, StepOutcome
+from pdserve.node.batch import BatchMachine
 from pdserve.node.cargo import BlockCargo
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
+from pdserve.node.planned import Planned, StepOutcome
 from pdserve.node.report import BatchLoad
 from pdserve.node.settings import WorkerSettings
 from pdserve.policy.batch import BatchPolicy, FcfsBatching

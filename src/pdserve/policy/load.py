@@ -51,7 +51,9 @@ def decode_step_s(worker: WorkerView, ask: RouteAsk) -> float:
     )
 
 
-def by_queue(ask: RouteAsk, *, timed: bool, own: bool = False) -> Callable[[WorkerView], PrefillKey]:
+def by_queue(
+    ask: RouteAsk, *, timed: bool, own: bool = False
+) -> Callable[[WorkerView], PrefillKey]:
     """Order of prefill workers: time until the queue is computed, and with ``own`` the request's
     tokens that the worker has not cached as well. Mixed workers lose ties, and among them those
     with more to decode."""

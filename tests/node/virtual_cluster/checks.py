@@ -78,7 +78,7 @@ def _check_copies(node: WorkerNode) -> None:
 def _check_queues(node: WorkerNode) -> None:
     """A sequence is in one queue, under its own key; nothing that runs is doomed."""
     batch = node.batch
-    queues = (batch._waiting, batch._admitted, batch._decoding, batch._held)
+    queues = (batch._waiting, batch._resuming, batch._admitted, batch._decoding, batch._held)
     seen: set[int] = set()
     for queue in queues:
         for key, sequence in queue.items():
@@ -87,7 +87,7 @@ def _check_queues(node: WorkerNode) -> None:
             assert not sequence.doomed
             assert not sequence.detached
             seen.add(id(sequence))
-    assert not any(sequence.block_ids for sequence in batch._waiting.values())
+    assert not any(s.block_ids for q in (batch._waiting, batch._resuming) for s in q.values())
     waiting = {sequence.attempt for sequence in batch._waiting.values() if sequence.hands_off}
     assert set(node._jobs) == waiting, "a job is kept for nobody"
 
@@ -110,7 +110,7 @@ def check_one_owner(processes: Iterable[Process]) -> None:
         if not process.alive:
             continue
         batch = process.node.batch
-        for queue in (batch._waiting, batch._admitted, batch._decoding):
+        for queue in (batch._waiting, batch._resuming, batch._admitted, batch._decoding):
             for sequence in queue.values():
                 for choice in sequence.choices:
                     key = (sequence.attempt, choice)
