@@ -29,6 +29,8 @@ class LifeName(StrEnum):
     DECODE_QUEUED = "decode_queued"
     DECODE_STARTED = "decode_started"
     PREEMPTED = "preempted"
+    MOVING = "moving"
+    MOVE_FAILED = "move_failed"
     RESUMED = "resumed"
     FINISHED = "finished"
     FAILED = "failed"

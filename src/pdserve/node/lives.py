@@ -28,12 +28,23 @@ class Choice:
 @dataclass(slots=True)
 class Attempt:
     """``owner`` is the one worker that answers for it: the prefill worker until the decode worker
-    has said `Accepted`."""
+    has said `Accepted`. ``moving_to``: the decode worker that is to take it over from its owner."""
 
     job: Job
     owner: WorkerId
     started: bool = False
     accepted: bool = False
+    moving_to: WorkerId | None = None
+
+    def is_not_for(self, worker: WorkerId) -> bool:
+        """True if what the worker says of it changes nothing: another one has it, or may keep it
+        if a move to this one fails."""
+        return self.moving_to == worker or (self.accepted and self.owner != worker)
+
+    def decodes_on(self, worker: WorkerId) -> bool:
+        """True if the worker writes its tokens, and nobody else is to."""
+        has_it = self.accepted or (self.job.is_local and self.started)
+        return has_it and self.owner == worker and self.moving_to is None
 
 
 @dataclass(slots=True)
