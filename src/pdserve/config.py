@@ -25,6 +25,8 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import DTYPE_BYTES
 from pdserve.core.request import Role
+from pdserve.policy.admission import ADMISSION_POLICIES
+from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 MAX_WORKERS = 64
@@ -114,6 +116,16 @@ class ServeConfig:
     )
     max_model_len: int | None = _option(None, _whole, "longest prompt and answer, in tokens")
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    classes: ServiceClasses = field(
+        default=ONE_CLASS,
+        metadata={
+            "parse": parse_classes,
+            "help": "classes of service: NAME:ttft=MS,tpot=MS,weight=N; ... (docs/overload.md)",
+        },
+    )
+    admission: str = _option(
+        "auto", _text, "who is refused early: auto, none, early or predicted (docs/overload.md)"
+    )
     queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
     drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
     record: str | None = _option(None, _text, "folder to record every input of every node in")
@@ -171,6 +183,7 @@ class ServeConfig:
             "weight_dtype": WEIGHT_DTYPES,
             "decode_weight_dtype": (None, *WEIGHT_DTYPES),
             "numerics": ("exact", "fast"),
+            "admission": ("auto", *ADMISSION_POLICIES),
             "log_format": ("text", "json"),
         }
         for name, allowed in choices.items():
@@ -188,6 +201,13 @@ class ServeConfig:
             )
         if not all(self.devices):
             raise ConfigError(f"--device is {self.device!r}; name a device between the commas")
+
+    @property
+    def admission_policy(self) -> str:
+        """Name of the policy: with ``auto``, nobody is refused early without bounds to keep."""
+        if self.admission != "auto":
+            return self.admission
+        return "predicted" if self.classes.are_bounded else "none"
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -249,6 +269,8 @@ def resolve(
     def take(name: str, raw: object, source: str, shown: str) -> None:
         try:
             values[name] = OPTIONS[name].metadata["parse"](raw)
+        except ConfigError as error:
+            raise ConfigError(f"{shown}: {error}") from None
         except ValueError as error:
             raise ConfigError(f"{shown} is {raw!r}; it must be {error}") from None
         sources[name] = source

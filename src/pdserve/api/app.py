@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 import pdserve
 from pdserve.api import documentation, errors
+from pdserve.api.callers import KeyRing
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import Gateway
 from pdserve.api.middleware import BearerMiddleware, EdgeMiddleware
@@ -54,7 +55,8 @@ def create_app(
         app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, RoleBody, DrainBody)
     )
     errors.install(app)
-    if settings.api_key is not None:
-        app.add_middleware(BearerMiddleware, api_key=settings.api_key)
+    keys = KeyRing(settings.api_key, settings.class_of_key)
+    if keys:
+        app.add_middleware(BearerMiddleware, keys=keys)
     app.add_middleware(EdgeMiddleware)  # the last one added is the outermost
     return app

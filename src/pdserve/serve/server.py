@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_S = 3.0
+PATIENCE = 3
+"""A request lets others pass for this part of the time that it may wait at all."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -87,7 +89,11 @@ class Server:
             unusable=self._unusable,
             said=self._worker_said,
         )
-        settings = RouterSettings(queue_timeout_s=self._config.queue_timeout)
+        settings = RouterSettings(
+            queue_timeout_s=self._config.queue_timeout,
+            patience_s=self._config.queue_timeout / PATIENCE,
+            admission=self._config.admission_policy,
+        )
         policy = ShortestQueue()
         self._gateway = LiveGateway(
             card=deployment.card,
@@ -120,7 +126,12 @@ class Server:
         # Loaded while the workers load their models: it takes a second, and they are not idle.
         from pdserve.serve.http import http_server
 
-        http = http_server(self._gateway, self._deployment.model_path, self._config.api_key)
+        http = http_server(
+            self._gateway,
+            self._deployment.model_path,
+            self._config.api_key,
+            self._config.classes,
+        )
         serving = asyncio.ensure_future(http.serve(sockets=[bound]))
         serving.add_done_callback(lambda _: self._stop.set())
         announcing = asyncio.ensure_future(self._announce(bound))
