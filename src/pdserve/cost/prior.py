@@ -64,9 +64,9 @@ class Device:
     memory_share: float = 0.6
 
 
-CPU_CORE = Device(flops=2.0e11, bytes_per_s=2.0e10, step_s=1e-3)
-"""One core: 2 fused multiply-adds of 16 fp32 lanes at 3 GHz are 192 GFLOP/s; of the memory's rate a
-core alone draws some 20 GB/s. benchmarks/engine.py measures both (docs/performance.md)."""
+CPU_CORE = Device(flops=3.84e11, bytes_per_s=2.0e10, step_s=1e-3)
+"""One core: 2 fused products of 32 pairs of bf16 (AVX-512) at 3 GHz are 384 GFLOP/s; of the rate of
+memory a core alone draws some 20 GB/s. benchmarks/engine.py measures both (docs/performance.md)."""
 
 DEVICES = {
     "cpu": CPU_CORE,

@@ -5,7 +5,9 @@ weighted least squares. Five things make it fit for times measured on machines t
 
 - *Errors count in proportion*: a sample weighs by the inverse square of what was predicted for it,
   so short steps are fitted as well as long ones.
-- *It forgets*: with every sample all earlier ones lose a share of one in ``window``.
+- *It forgets*: with every sample all earlier ones lose a share of one in ``window``, and up to
+  `MOST_HASTE` times that while its predictions are off to one side, as after a change of the
+  machine or of the load.
 - *It starts from a prior*, given as (features, seconds) at typical shapes, which weighs like
   ``prior_weight`` samples and is never forgotten: what the load does not show (the cost of a large
   batch, while all are small) stays in the prior's proportions. Its level is not believed: the prior
@@ -32,6 +34,10 @@ ERROR_SHARE = 0.05
 LARGEST_ERROR = 4.0
 """A single error counts as no more than this in the running error."""
 LEAST_HUBER_LIMIT = 0.3
+USUAL_DRIFT = 0.04
+"""A mean signed error of this much, by predicted times, is noise; more of it means that what was
+learned is out of date, and speeds up forgetting by its square."""
+MOST_HASTE = 16.0
 EAGER_SAMPLES = 32
 """So many samples are each followed by a solution; later on every eighth is."""
 LEAST_PIVOT = 1e-10
@@ -43,7 +49,8 @@ class RegressionState:
     """All that a regression has learned. ``moments``: upper triangle of the normal matrix, by rows;
     ``targets``: its right side. ``weight``: of the samples not forgotten. ``log_level``: mean
     logarithm of measured by stated times. ``error``: running mean of ``|measured - predicted| /
-    measured``; ``spread``: of ``|measured - predicted| / predicted``."""
+    measured``; ``spread``: of ``|measured - predicted| / predicted``; ``drift``: of the same with
+    its sign."""
 
     moments: tuple[float, ...]
     targets: tuple[float, ...]
@@ -52,6 +59,7 @@ class RegressionState:
     log_level: float = 0.0
     error: float = 0.0
     spread: float = 0.0
+    drift: float = 0.0
 
 
 class Regression:
@@ -74,7 +82,7 @@ class Regression:
         assert all(seconds > 0 for _, seconds in prior)
         self._scales = scales
         self._pairs = [(i, j) for i in range(len(scales)) for j in range(i, len(scales))]
-        self._keep = 1.0 - 1.0 / window
+        self._window = window
         share = prior_weight / len(prior)
         self._prior_moments = [0.0] * len(self._pairs)
         self._prior_targets = [0.0] * len(scales)
@@ -89,7 +97,7 @@ class Regression:
         self._targets = [0.0] * len(scales)
         self.num_samples = 0
         self.error = 0.0
-        self._weight = self._log_level = self._spread = 0.0
+        self._weight = self._log_level = self._spread = self._drift = 0.0
         if state is not None:
             self._take(state)
         self.coefficients: Features = ()
@@ -111,12 +119,16 @@ class Regression:
         relative = off / predicted_s
         limit = max(LEAST_HUBER_LIMIT, 3.0 * self._spread)
         trust = 1.0 if relative <= limit else limit / relative
-        self._weight = self._weight * self._keep + 1.0
+        haste = min(1.0 + (self._drift / USUAL_DRIFT) ** 2, MOST_HASTE)
+        keep = max(0.0, 1.0 - haste / self._window)
+        self._weight = self._weight * keep + 1.0
         self._log_level += (log(measured_s / stated_s) - self._log_level) / (self._weight + 1.0)
         share = max(ERROR_SHARE, 1.0 / (self.num_samples + 1))
         self.error += share * (min(off / measured_s, LARGEST_ERROR) - self.error)
         self._spread += share * (min(relative, LARGEST_ERROR) - self._spread)
-        self._accumulate(features, measured_s, trust / (predicted_s * predicted_s))
+        signed = min((measured_s - predicted_s) / predicted_s, 1.0)
+        self._drift += ERROR_SHARE * (signed - self._drift)
+        self._accumulate(features, measured_s, trust / (predicted_s * predicted_s), keep)
         self.num_samples += 1
         if self.num_samples <= EAGER_SAMPLES or self.num_samples % 8 == 0:
             self._solve()
@@ -131,6 +143,7 @@ class Regression:
             log_level=self._log_level,
             error=self.error,
             spread=self._spread,
+            drift=self._drift,
         )
 
     # --- inside -------------------------------------------------------------------------------
@@ -141,10 +154,12 @@ class Regression:
         self._moments, self._targets = list(state.moments), list(state.targets)
         self.num_samples, self.error = state.num_samples, state.error
         self._weight, self._log_level = state.weight, state.log_level
-        self._spread = state.spread
+        self._spread, self._drift = state.spread, state.drift
 
-    def _accumulate(self, features: Features, measured_s: float, weight: float) -> None:
-        keep, moments, targets = self._keep, self._moments, self._targets
+    def _accumulate(
+        self, features: Features, measured_s: float, weight: float, keep: float
+    ) -> None:
+        moments, targets = self._moments, self._targets
         scaled = [value / scale for value, scale in zip(features, self._scales, strict=True)]
         for place, (i, j) in enumerate(self._pairs):
             moments[place] = keep * moments[place] + weight * scaled[i] * scaled[j]

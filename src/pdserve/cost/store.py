@@ -103,6 +103,7 @@ def _state(document: dict[str, Any]) -> RegressionState:
         log_level=_number(document["log_level"], least=-50.0),
         error=_number(document["error"]),
         spread=_number(document["spread"]),
+        drift=_number(document["drift"], least=-1.0),
     )
 
 

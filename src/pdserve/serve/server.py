@@ -28,6 +28,7 @@ from pdserve.node.settings import RouterSettings
 from pdserve.obs import logs
 from pdserve.policy.shortest_queue import ShortestQueue
 from pdserve.serve.deployment import Deployment
+from pdserve.serve.fits import FitFiles, known_costs
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
 from pdserve.serve.links import Identity, new_address
@@ -89,15 +90,18 @@ class Server:
             unusable=self._unusable,
             said=self._worker_said,
         )
+        self._fits = FitFiles()
         settings = RouterSettings(
             queue_timeout_s=self._config.queue_timeout,
             patience_s=self._config.queue_timeout / PATIENCE,
             admission=self._config.admission_policy,
+            costs=known_costs(deployment, self._fits),
         )
         policy = ShortestQueue()
+        self._router = RouterNode(settings, policy)
         self._gateway = LiveGateway(
             card=deployment.card,
-            machine=RouterNode(settings, policy),
+            machine=self._router,
             address=gateway_address,
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
@@ -111,10 +115,14 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        learned = self._router.books.learned
+        saving = asyncio.ensure_future(self._fits.keep_saving(learned.saved))
         try:
             self._launcher.start()
             await self._serve_http(bound)
         finally:
+            saving.cancel()
+            self._fits.save(learned.saved())
             self._gateway.close()
             await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
         if self._user_error is not None:
