@@ -1,5 +1,5 @@
 """The command line: ``pdserve serve | pull | bench | replay | top | role | drain | undrain |
-restart`` (and ``worker``, for serve).
+restart | explain`` (and ``worker``, for serve).
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
 prints one JSON document on stdout and nothing else. Each command imports what it needs when it
@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="look once and end")
     top.add_argument("--json", action="store_true", help="print one JSON document; implies --once")
     top.set_defaults(run=_run_top)
+    explain = commands.add_parser("explain", help="why a request went where it went")
+    explain.add_argument("request", help="its id, as the answer or X-Request-Id has it")
+    explain.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_server(explain)
+    explain.set_defaults(run=_run_explain)
     _add_operations(commands)
     return parser
 
@@ -211,6 +216,18 @@ def _run_replay(parsed: argparse.Namespace) -> int:
             verdict = "equal" if outcome.difference is None else f"DIFFERS\n{outcome.difference}"
             print(f"{outcome.file}: {outcome.num_inputs} inputs: {verdict}")
     return 0 if equal else 1
+
+
+def _run_explain(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.client import Client
+    from pdserve.serve.explain import explain
+
+    document = Client(parsed.url, parsed.api_key).timeline(parsed.request)
+    if parsed.json:
+        print(json.dumps(document))
+    else:
+        explain(document)
+    return 0
 
 
 def _run_operation(parsed: argparse.Namespace) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pdserve.core.events import Scalar
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import FinishReason, Job, Request
+from pdserve.node.ledger import Decision
 
 
 @dataclass(slots=True)
@@ -49,7 +51,8 @@ class Attempt:
 
 @dataclass(slots=True)
 class Life:
-    """One request. ``avoid`` holds the decode workers to which a hand-off failed."""
+    """One request. ``avoid`` holds the decode workers to which a hand-off failed. ``decision``: of
+    the one attempt that it needed."""
 
     request: Request
     submitted_at_s: float
@@ -60,6 +63,7 @@ class Life:
     last_prefill: WorkerId | None = None
     numerics: str | None = None
     first_token_at_s: float | None = None
+    decision: Decision | None = None
 
     @classmethod
     def of(cls, request: Request, now: float) -> Life:
@@ -89,6 +93,14 @@ class Life:
         if self.first_token_at_s is None or num_after_first < 1:
             return None
         return (now - self.first_token_at_s) / num_after_first
+
+    def outcome(self, now: float) -> dict[str, Scalar]:
+        """What the decision has come to, if the request ends now."""
+        if self.decision is None or self.first_token_at_s is None:
+            return {}
+        longest = max(len(choice.taken) for choice in self.choices)
+        ttft_s = self.first_token_at_s - self.submitted_at_s
+        return self.decision.outcome(ttft_s, self.tpot_s(now), longest)
 
     def unrouted(self) -> list[tuple[int, ...]]:
         """Groups of choices that wait for a route: those without tokens together, others alone."""

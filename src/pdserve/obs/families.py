@@ -26,6 +26,8 @@ REQUEST_BUCKETS_S = (
 HANDOFF_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
+RATIO_BUCKETS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+REGRET_BUCKETS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 HANDOFF_OUTCOMES = ("accepted", "failed")
 ROUTE_KINDS = ("split", "local")
@@ -58,6 +60,22 @@ class RequestFamilies:
         )
         self.request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Output tokens of a request.", buckets
+        )
+
+        self.ttft_ratio = self._histogram(
+            "pdserve:ttft_measured_to_predicted",
+            "Time to first token over what the router had predicted.",
+            RATIO_BUCKETS,
+        )
+        self.tpot_ratio = self._histogram(
+            "pdserve:tpot_measured_to_predicted",
+            "Time per output token over what the router had predicted.",
+            RATIO_BUCKETS,
+        )
+        self.regret_s = self._seconds(
+            "pdserve:route_regret",
+            "By how much the runner-up, as predicted, would have been faster; 0 if it would not.",
+            REGRET_BUCKETS_S,
         )
 
     def _make_counters(self) -> None:

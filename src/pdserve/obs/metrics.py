@@ -216,6 +216,7 @@ class Metrics:
     def _finished(self, record: _Record, event: LifeEvent) -> None:
         families = self._requests
         families.success(_text(event, "reason")).inc()
+        self._judged(event)
         if record.submitted_s is None:
             return
         output_tokens = _number(event, "output_tokens")
@@ -236,6 +237,20 @@ class Metrics:
         if gaps > 0.0:
             decode_s = max(0.0, event.at_s - record.first_delivery_s)
             families.output_token_s.observe(decode_s / gaps)
+
+    def _judged(self, event: LifeEvent) -> None:
+        """How good the router's prediction was, if it made one."""
+        families = self._requests
+        for name, histogram in (("ttft", families.ttft_ratio), ("tpot", families.tpot_ratio)):
+            measured, predicted = (
+                _number(event, f"{name}_ms"),
+                _number(event, f"predicted_{name}_ms"),
+            )
+            if measured is not None and predicted:
+                histogram.observe(measured / predicted)
+        regret_ms = _number(event, "regret_ms")
+        if regret_ms is not None:
+            families.regret_s.observe(max(0.0, regret_ms / 1e3))
 
 
 def _number(event: LifeEvent, key: str) -> float | None:

@@ -322,3 +322,22 @@ def test_two_gateways_fit_in_one_process(split_life) -> None:
 def test_token_buckets_end_at_the_longest_sequence() -> None:
     assert token_count_buckets(300) == [1, 2, 5, 10, 20, 50, 100, 200]
     assert token_count_buckets(1) == [1]
+
+
+def test_predictions_are_held_against_what_was_measured(metrics: Metrics, event) -> None:
+    metrics.on_event(
+        event(
+            "finished",
+            12.0,
+            reason="length",
+            ttft_ms=300.0,
+            predicted_ttft_ms=200.0,
+            tpot_ms=10.0,
+            predicted_tpot_ms=20.0,
+            regret_ms=-40.0,
+        )
+    )
+    metrics.on_event(event("finished", 12.0, request="req-2", reason="stop", ttft_ms=300.0))
+    assert histogram(metrics, "pdserve:ttft_measured_to_predicted") == (1, 1.5)
+    assert histogram(metrics, "pdserve:tpot_measured_to_predicted") == (1, 0.5)
+    assert histogram(metrics, "pdserve:route_regret_seconds") == (1, 0.0)
