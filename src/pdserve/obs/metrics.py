@@ -248,8 +248,8 @@ class Metrics:
             )
             if measured is not None and predicted:
                 histogram.observe(measured / predicted)
-        regret_ms = _number(event, "regret_ms")
-        if regret_ms is not None:
+        regret_ms = dict(event.detail).get("regret_ms")
+        if isinstance(regret_ms, int | float):
             families.regret_s.observe(max(0.0, regret_ms / 1e3))
 
 
