@@ -26,6 +26,14 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.layout import DTYPE_BYTES
 from pdserve.core.request import Role
 from pdserve.policy.admission import ADMISSION_POLICIES
+from pdserve.policy.registry import (
+    BATCH_POLICIES,
+    DEFAULT_POLICY,
+    ROUTE_POLICIES,
+    default_batching,
+    make_batching,
+    make_policy,
+)
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
@@ -115,6 +123,16 @@ class ServeConfig:
         None, parse_size, "KV pool per worker, such as 512MiB (default: up to 1GiB)"
     )
     max_model_len: int | None = _option(None, _whole, "longest prompt and answer, in tokens")
+    policy: str = _option(
+        DEFAULT_POLICY,
+        _text,
+        f"how requests are routed: {', '.join(ROUTE_POLICIES)}; settings go after a colon",
+    )
+    batching: str | None = _option(
+        None,
+        _text,
+        f"how workers batch: {' or '.join(BATCH_POLICIES)} (default: what belongs to --policy)",
+    )
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
     classes: ServiceClasses = field(
         default=ONE_CLASS,
@@ -199,6 +217,8 @@ class ServeConfig:
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
                 "process per worker; use shm"
             )
+        make_policy(self.policy)
+        make_batching(self.batch_policy)
         if not all(self.devices):
             raise ConfigError(f"--device is {self.device!r}; name a device between the commas")
 
@@ -213,6 +233,11 @@ class ServeConfig:
     def devices(self) -> tuple[str, ...]:
         """Devices to deal out to the workers in turn."""
         return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def batch_policy(self) -> str:
+        """How native workers batch."""
+        return self.batching or default_batching(self.policy)
 
     def weight_dtype_of(self, role: Role) -> str:
         """Of the weights in a worker's products, by its home role."""

@@ -28,14 +28,15 @@ from pdserve.node.outbox import Outbox
 from pdserve.node.planned import Planned, StepOutcome
 from pdserve.node.report import BatchLoad
 from pdserve.node.settings import WorkerSettings
-from pdserve.policy.batch import BatchPolicy, FcfsBatching
+from pdserve.policy.batch import BatchPolicy
+from pdserve.policy.registry import make_batching
 
 
 class WorkerNode(WorkerMachine):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
 
     def __init__(self, settings: WorkerSettings, policy: BatchPolicy | None = None) -> None:
-        self.batch = BatchMachine(settings, policy or FcfsBatching())
+        self.batch = BatchMachine(settings, policy or make_batching())
         self.inbound = InboundHandoffs(settings, self.batch)
         load = BatchLoad(self.batch, self.inbound)
         super().__init__(settings, self.inbound, load, self.batch.standing)

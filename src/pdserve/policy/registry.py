@@ -17,6 +17,7 @@ from pdserve.policy.aggregated import Aggregated
 from pdserve.policy.batch import BatchPolicy, FcfsBatching
 from pdserve.policy.cluster import RoutePolicy
 from pdserve.policy.power_of_two import PowerOfTwo
+from pdserve.policy.predicted import Predicted
 from pdserve.policy.prefix_aware import PrefixAware
 from pdserve.policy.random_choice import RandomChoice
 from pdserve.policy.round_robin import RoundRobin
@@ -27,6 +28,7 @@ from pdserve.policy.splitwise_batching import SplitwiseBatching
 ROUTE_POLICIES: Mapping[str, type[RoutePolicy]] = {
     "aggregated": Aggregated,
     "power_of_two": PowerOfTwo,
+    "predicted": Predicted,
     "prefix_aware": PrefixAware,
     "random": RandomChoice,
     "round_robin": RoundRobin,

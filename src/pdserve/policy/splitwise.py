@@ -56,7 +56,7 @@ class Splitwise:
         all_on_one = None
         if ask.preference is RoutePreference.AUTO:
             all_on_one = _all_on_one(view, ask)
-        able = [w for w in view.workers if w.mixes or w.role is not Role.DECODE] or view.workers
+        able = [w for w in view.workers if w.role is not Role.DECODE] or view.workers
         shortest = min(able, key=by_queue(ask, timed=timed))
         return all_on_one or _with_decode(view, ask, shortest, timed)
 

@@ -87,6 +87,7 @@ class Deployment:
             num_blocks=self.num_blocks,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
+            batching=config.batch_policy,
             record=config.record,
             log_format=config.log_format,
         )

@@ -26,7 +26,7 @@ from pdserve.core.ids import GATEWAY, Epoch, WorkerId
 from pdserve.node.router import RouterNode
 from pdserve.node.settings import RouterSettings
 from pdserve.obs import logs
-from pdserve.policy.shortest_queue import ShortestQueue
+from pdserve.policy.registry import make_policy
 from pdserve.serve.deployment import Deployment
 from pdserve.serve.fits import FitFiles, known_costs
 from pdserve.serve.gateway import LiveGateway
@@ -97,8 +97,7 @@ class Server:
             admission=self._config.admission_policy,
             costs=known_costs(deployment, self._fits),
         )
-        policy = ShortestQueue()
-        self._router = RouterNode(settings, policy)
+        self._router = RouterNode(settings, make_policy(self._config.policy))
         self._gateway = LiveGateway(
             card=deployment.card,
             machine=self._router,
@@ -106,7 +105,7 @@ class Server:
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
             supervisor=self._launcher,
-            recorder=recorder_of(self._config.record, type(policy).__name__, router=settings),
+            recorder=recorder_of(self._config.record, self._config.policy, router=settings),
             crashed=self._fail,
         )
 

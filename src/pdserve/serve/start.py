@@ -9,6 +9,7 @@ import msgspec
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.request import Role
+from pdserve.policy.registry import DEFAULT_BATCHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class WorkerStart:
     ``gateway_address`` is where it says hello, ``address`` where it takes links of other workers:
     both names of abstract sockets. ``launcher_pid`` is the process with which it lives and dies.
     ``threads`` is the number of CPU threads of its engine. ``mixed_chunk_tokens`` and
-    ``one_shot_tokens`` are those of `WorkerSettings`.
+    ``one_shot_tokens`` are those of `WorkerSettings`; ``batching`` is for `make_batching`.
     """
 
     worker: WorkerId
@@ -44,6 +45,7 @@ class WorkerStart:
     mixed_chunk_tokens: int = 512
     one_shot_tokens: int = 512
     weight_dtype: str = "auto"
+    batching: str = DEFAULT_BATCHING
 
     def encode(self) -> bytes:
         """JSON, for the worker's standard input. Holds the cluster secret."""
