@@ -189,8 +189,8 @@ class WorkerBook:
 
 class ClusterBooks:
     """All live workers, by id. ``_slots``: the latest process of each id that ever came, dead or
-    alive. ``_listed`` and ``_views``: ids of the workers that take work, sorted, and their views,
-    but for those that are ``_stale``."""
+    alive. ``_listed``, ``_views``, ``_limits``: ids of the workers that take work, sorted, their
+    views, and the longest request of each, but for those that are ``_stale``."""
 
     def __init__(self, known: KnownCosts | None = None) -> None:
         self.workers: dict[WorkerId, WorkerBook] = {}
@@ -199,6 +199,7 @@ class ClusterBooks:
         self._stale: dict[WorkerId, None] = {}
         self._listed: list[WorkerId] = []
         self._views: list[WorkerView] = []
+        self._limits: list[int] = []
         self._shared: tuple[WorkerView, ...] = ()
         self._shortest_tokens = NO_LIMIT  # at most what any worker can hold
 
@@ -226,8 +227,8 @@ class ClusterBooks:
             self._renew()
         workers = self._shared
         if num_tokens > self._shortest_tokens:
-            books = self.workers
-            workers = tuple(w for w in workers if books[w.worker].longest_tokens >= num_tokens)
+            pairs = zip(self._views, self._limits, strict=True)
+            workers = tuple(view for view, limit in pairs if limit >= num_tokens)
         learned = self.learned
         return ClusterView(now, workers, learned.link, learned.links, learned.token_bytes)
 
@@ -239,12 +240,14 @@ class ClusterBooks:
             is_listed = place < len(self._listed) and self._listed[place] == worker
             if book is None or not book.accepts:
                 if is_listed:
-                    del self._listed[place], self._views[place]
+                    del self._listed[place], self._views[place], self._limits[place]
             elif is_listed:
                 self._views[place] = book.view()
+                self._limits[place] = book.longest_tokens
             else:
                 self._listed.insert(place, worker)
                 self._views.insert(place, book.view())
+                self._limits.insert(place, book.longest_tokens)
         self._stale.clear()
         self._shared = tuple(self._views)
 
