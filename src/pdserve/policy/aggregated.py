@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pdserve.core.request import RoutePreference
 from pdserve.policy.cluster import ClusterView, Route, RouteAsk
 from pdserve.policy.constraints import decode_side, last_prefill, same_class, why_local, with_room
-from pdserve.policy.load import by_answer
+from pdserve.policy.load import all_timed, soonest_answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ class Aggregated:
         workers = home if len(home) == 1 else same_class(roomy, ask)
         if not workers:
             return None
-        chosen = min(workers, key=by_answer(workers, ask))
+        chosen = soonest_answer(workers, ask, timed=all_timed(workers))
         reason = why_local(view, ask) or "least loaded; every worker does both phases"
         return Route(chosen.worker, chosen.worker, reason)
 
     def _split(self, view: ClusterView, ask: RouteAsk) -> Route | None:
         workers = last_prefill(list(view.workers), ask)
-        prefill = min(workers, key=by_answer(workers, ask))
+        prefill = soonest_answer(workers, ask, timed=all_timed(workers))
         others = with_room(decode_side(view, ask, prefill), ask)
         if not others:
             return None
-        decode = min(others, key=by_answer(others, ask))
+        decode = soonest_answer(others, ask, timed=all_timed(others))
         return Route(prefill.worker, decode.worker, "the client asked for two workers")

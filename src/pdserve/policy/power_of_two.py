@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pdserve.policy.cluster import ClusterView, Route, RouteAsk, WorkerView
 from pdserve.policy.constraints import choose_pair
 from pdserve.policy.draws import draw
-from pdserve.policy.load import by_queue, by_requests
+from pdserve.policy.load import fewest_requests, shortest_queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class PowerOfTwo:
         return choose_pair(self, view, ask)
 
     def pick_prefill(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(_two(workers, ask, "prefill"), key=by_queue(ask, timed=False))
+        return shortest_queue(_two(workers, ask, "prefill"), ask, timed=False)
 
     def pick_decode(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(_two(workers, ask, "decode"), key=by_requests)
+        return fewest_requests(_two(workers, ask, "decode"))
 
     def pick_local(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(_two(workers, ask, "local"), key=by_requests)
+        return fewest_requests(_two(workers, ask, "local"))
 
 
 def _two(workers: Sequence[WorkerView], ask: RouteAsk, side: str) -> list[WorkerView]:

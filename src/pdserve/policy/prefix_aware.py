@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pdserve.policy.cluster import ClusterView, Route, RouteAsk, WorkerView
 from pdserve.policy.constraints import choose_pair
-from pdserve.policy.load import all_timed, by_decode_step, by_queue
+from pdserve.policy.load import all_timed, quickest_decode, shortest_queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class PrefixAware:
         return choose_pair(self, view, ask)
 
     def pick_prefill(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_queue(ask, timed=all_timed(workers), own=True))
+        return shortest_queue(workers, ask, timed=all_timed(workers), own=True)
 
     def pick_decode(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_decode_step(ask, timed=all_timed(workers)))
+        return quickest_decode(workers, ask, timed=all_timed(workers))
 
     def pick_local(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
         return self.pick_prefill(workers, ask)

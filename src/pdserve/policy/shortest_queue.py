@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pdserve.policy.cluster import ClusterView, Route, RouteAsk, WorkerView
 from pdserve.policy.constraints import choose_pair
-from pdserve.policy.load import by_queue, by_requests
+from pdserve.policy.load import fewest_requests, shortest_queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class ShortestQueue:
         return choose_pair(self, view, ask)
 
     def pick_prefill(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_queue(ask, timed=False))
+        return shortest_queue(workers, ask, timed=False)
 
     def pick_decode(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_requests)
+        return fewest_requests(workers)
 
     def pick_local(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_requests)
+        return fewest_requests(workers)

@@ -28,7 +28,13 @@ from pdserve.policy.constraints import (
     why_local,
     with_room,
 )
-from pdserve.policy.load import all_timed, by_answer, by_decode_step, by_queue, token_s
+from pdserve.policy.load import (
+    all_timed,
+    prompt_token_s,
+    quickest_decode,
+    shortest_queue,
+    soonest_answer,
+)
 
 EVERY_QUEUE_IS_LONG = "every queue is above the threshold; this one answers soonest"
 
@@ -53,21 +59,22 @@ class Splitwise:
         prefill = self._prefill(view, ask, timed)
         if prefill is not None:
             return _with_decode(view, ask, prefill, timed)
-        all_on_one = None
         if ask.preference is RoutePreference.AUTO:
-            all_on_one = _all_on_one(view, ask)
+            all_on_one = _all_on_one(view, ask, timed)
+            if all_on_one is not None:
+                return all_on_one
         able = [w for w in view.workers if w.role is not Role.DECODE] or view.workers
-        shortest = min(able, key=by_queue(ask, timed=timed))
-        return all_on_one or _with_decode(view, ask, shortest, timed)
+        shortest = shortest_queue(able, ask, timed=timed)
+        return _with_decode(view, ask, shortest, timed)
 
     def pick_prefill(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_queue(ask, timed=all_timed(workers)))
+        return shortest_queue(workers, ask, timed=all_timed(workers))
 
     def pick_decode(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_decode_step(ask, timed=all_timed(workers)))
+        return quickest_decode(workers, ask, timed=all_timed(workers))
 
     def pick_local(self, workers: Sequence[WorkerView], ask: RouteAsk) -> WorkerView:
-        return min(workers, key=by_answer(workers, ask))
+        return soonest_answer(workers, ask, timed=all_timed(workers))
 
     def _prefill(self, view: ClusterView, ask: RouteAsk, timed: bool) -> WorkerView | None:
         """Who prefills: of the prefill pool, else of the mixed one, else a decode worker that is to
@@ -77,17 +84,23 @@ class Splitwise:
             known = [w for w in workers if w.role is not Role.DECODE]
             if len(again := last_prefill(known, ask)) == 1:
                 return again[0]
-        fastest = min(map(token_s, workers)) if timed else 1.0
-        limit = self.queue_threshold_tokens * fastest
         for role in (Role.PREFILL, Role.MIXED, Role.DECODE):
             pool = [w for w in workers if w.role is role and (w.mixes or role is not Role.DECODE)]
-            if not pool:
-                continue
-            best = min(pool, key=by_queue(ask, timed=timed))
-            tokens = best.pending_tokens + ask.num_tokens
-            if not best.pending_tokens or tokens * (token_s(best) if timed else 1.0) <= limit:
-                return best
+            if pool:
+                best = shortest_queue(pool, ask, timed=timed)
+                if not self._is_long(best, view, ask, timed):
+                    return best
         return None
+
+    def _is_long(self, worker: WorkerView, view: ClusterView, ask: RouteAsk, timed: bool) -> bool:
+        """Whether the worker's queue would be above the threshold with the request in it."""
+        tokens = worker.pending_tokens + ask.num_tokens
+        if not worker.pending_tokens or tokens > self.queue_threshold_tokens:
+            return worker.pending_tokens > 0
+        if not timed:
+            return False
+        (own_s,) = prompt_token_s([worker])
+        return tokens * own_s > self.queue_threshold_tokens * min(prompt_token_s(view.workers))
 
 
 def _with_decode(
@@ -96,11 +109,10 @@ def _with_decode(
     """The route whose prefill worker is chosen, or None if nobody has room to decode."""
     drawn = () if prefill.role is not Role.DECODE else (prefill.worker,)
     why = _WHY_PREFILL[prefill.role]
-    order = by_decode_step(ask, timed=timed)
     others = decode_side(view, ask, prefill)
     decoders = with_room([w for w in others if w.role is Role.DECODE], ask)
     if decoders:
-        chosen = min(decoders, key=order)
+        chosen = quickest_decode(decoders, ask, timed=timed)
         return Route(prefill.worker, chosen.worker, f"{why}; shortest decode queue", draws=drawn)
     keeps = ask.preference is RoutePreference.AUTO and prefill.free_blocks >= ask.num_blocks
     if keeps and prefill.role is not Role.PREFILL:
@@ -108,7 +120,7 @@ def _with_decode(
         return Route(prefill.worker, prefill.worker, reason, draws=drawn)
     mixed = with_room([w for w in others if w.role is Role.MIXED], ask)
     if mixed:
-        chosen = min(mixed, key=order)
+        chosen = quickest_decode(mixed, ask, timed=timed)
         reason = f"{why}; no decode worker has room, a mixed one has"
         return Route(prefill.worker, chosen.worker, reason, draws=drawn)
     if keeps and prefill.mixes:
@@ -117,17 +129,17 @@ def _with_decode(
     opposite = with_room([w for w in others if w.role is Role.PREFILL and w.mixes], ask)
     if not opposite:
         return None
-    chosen = min(opposite, key=order)
+    chosen = quickest_decode(opposite, ask, timed=timed)
     reason = f"{why}; no decode or mixed worker has room, so a prefill worker is drawn"
     return Route(prefill.worker, chosen.worker, reason, draws=(*drawn, chosen.worker))
 
 
-def _all_on_one(view: ClusterView, ask: RouteAsk) -> Route | None:
+def _all_on_one(view: ClusterView, ask: RouteAsk, timed: bool) -> Route | None:
     roomy = [w for w in view.workers if w.mixes and w.free_blocks >= ask.num_blocks]
     workers = same_class(roomy, ask)
     if not workers:
         return None
-    chosen = min(workers, key=by_answer(workers, ask))
+    chosen = soonest_answer(workers, ask, timed=timed)
     draws = () if chosen.role is Role.MIXED else (chosen.worker,)
     return Route(chosen.worker, chosen.worker, EVERY_QUEUE_IS_LONG, draws=draws)
 
