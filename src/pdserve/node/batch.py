@@ -144,6 +144,7 @@ class BatchMachine:
     def _rows(self, planned: Planned) -> list[StepRow]:
         """Every running sequence's next token, and the prompt chunks that the policy grants."""
         batch = self._policy.plan(self._view())
+        waited = list(self._resuming.values())
         for key in batch.preempts:
             self._preempt(self._decoding[key], planned)
         rows: list[StepRow] = []
@@ -160,7 +161,7 @@ class BatchMachine:
             remaining = len(sequence.token_ids) - sequence.num_computed
             rows.append(self._row(sequence, min(grant.num_tokens, remaining)))
         if len(self._waiting) < num_new:
-            pass_by(self._resuming.values())
+            pass_by(s for s in waited if s.key in self._resuming)
         return rows
 
     def _admit(self, key: SequenceKey, planned: Planned) -> bool:

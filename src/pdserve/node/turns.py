@@ -11,7 +11,7 @@ so a new sequence ages as well while they are let past it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pdserve.node.sequence import Sequence, SequenceKey
 from pdserve.node.settings import WorkerSettings
@@ -44,7 +44,7 @@ def first_old(waiting: Queue, resuming: Queue, settings: WorkerSettings) -> Sequ
     return None
 
 
-def pass_by(passed: Collection[Sequence]) -> None:
+def pass_by(passed: Iterable[Sequence]) -> None:
     """Others were given blocks before these."""
     for sequence in passed:
         sequence.num_passed += 1
