@@ -12,7 +12,8 @@ sequence gets its tokens later by what the chunks add to a step. That, and what 
 decode adds to the steps of its batch, is the harm that it does.
 
 All times are expectations in seconds. What a view does not say is assumed: prompts that are queued,
-and answers that are under way, are like those of this request.
+and answers that are under way, are like those of this request, and whenever an answer ends on a
+mixed worker another prompt takes its place. Splitting buys freedom from these.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ class Weights:
     """How seconds of different kinds are compared.
 
     A score is a sum of seconds over requests: of this request's latency, and ``harm`` times the
-    seconds that all others lose. At 1 a choice is worth what it does to the mean latency of all
-    requests, no matter whose.
+    seconds that all others lose. At 0.5, because running answers are half done on average and so
+    see half of what a whole answer would, and because a prompt that goes to a prefill worker
+    instead delays those that come after it there, whom no view shows. At 1 decode workers stay
+    idle beside a queue of prompts; at 0 a prompt goes into any batch.
 
-    ``miss``: what a second beyond a bound of the SLO costs, among routes that all miss one; a
-    second that breaks a promise is ten times as bad as one that does not, so that harm decides
-    again only where promises are broken by little. Routes that meet both bounds go first anyway.
+    ``miss``: what a second beyond a bound of the SLO costs on top, among routes that all miss one.
+    Routes that meet both bounds go first anyway. More than a few would let a request that is late
+    in any case do any harm to be a little less so.
 
     ``margin_share`` and ``margin_s``: a route against the roles of its workers must be better than
     one that they are meant for by this share of its own time to the second token, and by at least
@@ -65,8 +68,8 @@ class Weights:
     ``max_step_tokens``: most prompt tokens in a step, as workers are configured (Splitwise: 2,048).
     """
 
-    harm: float = 1.0
-    miss: float = 10.0
+    harm: float = 0.5
+    miss: float = 2.0
     margin_share: float = 0.1
     margin_s: float = 0.002
     fetch_ratio: float = 1.25
@@ -97,7 +100,8 @@ class PrefillSide:
 class DecodeSide:
     """A worker, if it decoded. ``join_s``: until the step under way ends; ``blocks_s``: waiting for
     blocks. ``backlog_s``: it has prompts to compute for so long; a step takes ``mixed_step_s``
-    while it does, and ``step_s`` afterwards."""
+    while it does, and ``step_s`` afterwards, the prompts that keep coming to a mixed worker
+    included."""
 
     view: WorkerView
     join_s: float
@@ -203,9 +207,7 @@ class Scorer:
         side = PrefillSide(worker, queue_s, fetch_s, prefill_s, 0.0, 0.0, fetch_from, fetch_tokens)
         streams = worker.num_decoding
         if streams:
-            # A worker that mixes decodes in each of these steps; one that does not stands still.
-            decoded_s = num_steps * decode_step_s if worker.mixes else 0.0
-            late_s = max(0.0, prefill_s - decoded_s)
+            late_s = self._late_s(worker, num_steps, prefill_s, decode_step_s)
             side.harm_s = streams * late_s
             side.caused_tpot_s = decode_step_s + streams * late_s / self._stream_tokens
         return side
@@ -217,6 +219,14 @@ class Scorer:
         mine_s = steps.per_sequence_s + steps.per_context_token_s * self._mean_length
         mine_s *= self.ask.num_choices
         step_s = steps.decode_base_s + drag_s + mine_s
+        if streams and worker.role is Role.MIXED:
+            chunk, base_s, alone_step_s = self._prompt_steps(worker, steps)
+            known = self.cached.get(worker.worker, 0)
+            num_prompt_steps, prompt_s = self._prompt_s(known, 0, chunk, steps)
+            late_s = self._late_s(
+                worker, num_prompt_steps, num_prompt_steps * base_s + prompt_s, alone_step_s
+            )
+            step_s += streams * late_s / self._stream_tokens
         backlog_s, mixed_step_s = 0.0, step_s
         if pending:
             chunk = min(pending, worker.mixed_chunk_tokens) if worker.mixes else pending
@@ -318,6 +328,15 @@ class Scorer:
         num_steps = -(-(pending + todo) // chunk) - pending // chunk
         pairs = num_tokens * num_tokens - cached * cached
         return num_steps, todo * steps.per_prompt_token_s + pairs * steps.per_pair_s
+
+    def _late_s(
+        self, worker: WorkerView, num_steps: int, prefill_s: float, decode_step_s: float
+    ) -> float:
+        """How much later each running sequence gets its tokens, because of one prompt.
+
+        A worker that mixes decodes in each of the prompt's steps; one that does not stands still.
+        """
+        return max(0.0, prefill_s - num_steps * decode_step_s) if worker.mixes else prefill_s
 
     def _blocks_s(self, worker: WorkerView, step_s: float) -> float:
         """How long its answer waits for blocks that it has none of yet.

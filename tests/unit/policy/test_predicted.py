@@ -90,8 +90,8 @@ def test_a_long_prompt_stays_away_from_a_busy_decode_batch() -> None:
 
 def test_a_long_queue_of_prompts_is_escaped_on_a_decode_worker_until_the_harm_is_larger() -> None:
     queue = worker("p0", pending=5000)
-    assert pick(SHORT, queue, worker("d0", decoding=4)) == "d0 d0"
-    assert pick(LONG, queue, worker("d0", decoding=4)) == "p0 d0"
+    assert pick(SHORT, queue, worker("d0", decoding=9)) == "d0 d0"
+    assert pick(LONG, queue, worker("d0", decoding=9)) == "p0 d0"
 
 
 def test_a_slow_link_makes_local_win() -> None:
@@ -101,7 +101,7 @@ def test_a_slow_link_makes_local_win() -> None:
 
 
 def test_layer_wise_sending_hides_a_slow_link() -> None:
-    workers = (worker("p0"), worker("d0", decoding=2))
+    workers = (worker("p0"), worker("d0", decoding=5))
     hidden = LinkModel(fixed_s=0.005, per_byte_s=1e-9, hidden_share=0.95)
     assert pick(LONG, *workers, link=replace(hidden, hidden_share=0.0)) == "p0 d0"
     split = decide(LONG, *workers, link=hidden).candidates[0]
@@ -330,7 +330,8 @@ def test_a_full_decode_pool_is_helped_out_by_prefill_workers() -> None:
 
 
 def test_a_split_wish_never_decodes_where_it_was_prefilled() -> None:
-    assert pick(SPLIT, worker("m0"), worker("m1", decoding=30)) == "m0 m1"
+    assert pick(SPLIT, worker("m0"), worker("m1", decoding=30)) == "m1 m0"
+    assert pick(SPLIT, worker("m0"), worker("m1", pending=3000)) == "m0 m1"
     assert pick(SPLIT, worker("p0"), worker("p1"), worker("d0", free=0)) == "p0 p1"
     assert pick(SPLIT, worker("m0"), worker("d0", free=0)) == "d0 m0"
     assert Predicted().choose(cluster(worker("m0", free=0), worker("d0", free=0)), SPLIT) is None

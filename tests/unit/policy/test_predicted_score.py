@@ -106,12 +106,20 @@ def test_prompts_that_cost_less_than_a_decode_step_harm_nobody() -> None:
 
 
 def test_one_more_sequence_makes_each_step_longer_for_all() -> None:
-    side = scorer().decode_side(BUSY)
+    side = scorer().decode_side(replace(BUSY, role=Role.DECODE))
     mine_s = 1e-4 + 1e-7 * (1000 + 50)
     assert side.step_s == pytest.approx(STEPS.step_s(StepShape(0, 0, 11, 6050)))
     assert side.harm_s == pytest.approx(10 * 100 * mine_s)
     assert side.join_s == pytest.approx(STEPS.decode_s(10, 5000) / 2)
     assert scorer().decode_side(IDLE).join_s == 0.0
+
+
+def test_a_mixed_worker_is_expected_to_get_a_prompt_for_each_answer_that_ends() -> None:
+    """Each of ten streams lives for 100 steps: ten prompts, for which every stream waits."""
+    question = scorer()
+    alone_s = question.decode_side(replace(BUSY, role=Role.DECODE)).step_s
+    late_s = question.prefill_side(BUSY).harm_s / 10
+    assert question.decode_side(BUSY).step_s == pytest.approx(alone_s + 10 * late_s / 100)
 
 
 @pytest.mark.parametrize(("allowed", "usual", "steps"), [(500, 101.0, 100), (11, 101.0, 10)])
@@ -174,7 +182,7 @@ def test_settings_weigh_harm_and_misses() -> None:
 def test_a_bound_on_the_tpot_holds_for_the_streams_already_there() -> None:
     bound_s = 0.015
     for streams, misses in [(1, False), (40, True)]:
-        view = replace(IDLE, num_decoding=streams, context_tokens=10 * streams)
+        view = replace(IDLE, role=Role.DECODE, num_decoding=streams)
         question = scorer(replace(ASK, service=ServiceClass(tpot_s=bound_s)), view)
         route = question.local(question.prefill_side(view), question.decode_side(view))
         assert route.tpot_s < bound_s
