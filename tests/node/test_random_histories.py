@@ -22,6 +22,8 @@ routers = st.builds(
     max_attempts=st.just(10_000),
     queue_timeout_s=st.sampled_from([30.0, 8.0, 0.5]),
     max_queued_requests=st.sampled_from([1024, 2]),
+    patience_s=st.sampled_from([10.0, 0.1, 0.0]),
+    admission=st.sampled_from(["none", "predicted", "early"]),
 )
 specs = st.builds(
     ClusterSpec,

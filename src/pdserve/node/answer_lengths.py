@@ -35,8 +35,9 @@ class AnswerLengths:
 
     def expect(self, request: Request) -> float:
         """Output tokens that one choice of a request that begins will have."""
-        found = (self._means[kind] for kind in _kinds(request) if kind in self._means)
-        return min(next(found, PRIOR_TOKENS), float(request.params.max_tokens))
+        means, name = self._means, request.service.name
+        mean = means.get((name, request.tenant)) or means.get((name,)) or means.get(())
+        return min(mean or PRIOR_TOKENS, float(request.params.max_tokens))
 
     def expect_more(self, request: Request, choice: Choice) -> float:
         """Output tokens that are still to come; at least one, while it has not ended.

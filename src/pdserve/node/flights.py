@@ -51,12 +51,14 @@ class Flights:
         for attempt_id, ready_s in self._ready_s.get(worker, {}).items():
             life = self._lives[attempt_id.request_id]
             attempt = life.attempts[attempt_id.epoch]
-            for index in life.live_choices(attempt_id.epoch):
-                choice = life.choices[index]
+            num_prompt_tokens = len(life.request.prompt_token_ids)
+            for choice in life.choices:
+                if choice.epoch != attempt_id.epoch or choice.finish is not None:
+                    continue
                 decodes = attempt.accepted or _decodes_in_place(attempt, len(choice.taken))
                 flights.append(
                     Flight(
-                        context_tokens=len(life.request.prompt_token_ids) + len(choice.taken),
+                        context_tokens=num_prompt_tokens + len(choice.taken),
                         tokens_left=self._answers.expect_more(life.request, choice),
                         starts_in_s=0.0 if decodes else max(0.0, ready_s - now),
                     )

@@ -33,7 +33,7 @@ from pdserve.policy.forecast import (
     prefill_s,
 )
 
-NUM_LOOKED_AT = 4
+NUM_LOOKED_AT = 3
 """Workers of each side that are forecast: those with the least to do now, by a cheaper measure, and
 the one with the longest cached prefix. It keeps the cost of a judgement flat."""
 

@@ -19,9 +19,6 @@ from pdserve.policy.cluster import ClusterView, WorkerView
 ALONE_CHUNK_TOKENS = 2048
 """Prompt tokens in a step that decodes nothing (Splitwise, sec. IV-B)."""
 
-NUM_MOMENTS = 16
-"""Ends of sequences, spread evenly, at which it is looked whether the batch is small enough."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
@@ -94,45 +91,25 @@ def _in_steps_s(steps: StepModel, tokens: int, pairs: int, num_steps: int) -> fl
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """When a sequence ends, and how long it is then."""
-
-    start_s: float
-    end_s: float
-    context_tokens: int
-    pace_s: float
-
-    def context_at(self, at_s: float) -> float:
-        return self.context_tokens + max(0.0, at_s - self.start_s) / self.pace_s
-
-
 class DecodeForecast:
     """One worker's decoding, from now on. ``steps`` has its step times."""
 
     def __init__(self, worker: WorkerView, steps: StepModel, flights: Sequence[Flight]) -> None:
         self.worker = worker
         self._steps = steps
-        context = sum(flight.context_tokens for flight in flights)
-        pace_s = max(steps.decode_s(len(flights), context), 1e-9)
-        self._endings = sorted(
-            (
-                _Ending(
-                    flight.starts_in_s,
-                    flight.starts_in_s + flight.tokens_left * pace_s,
-                    flight.context_tokens,
-                    pace_s,
-                )
-                for flight in flights
-            ),
-            key=lambda ending: ending.end_s,
-        )
+        self._flights = flights
+        context = sum([flight.context_tokens for flight in flights])
+        self._pace_s = max(steps.decode_s(len(flights), context), 1e-9)
 
     def tpot_s(self, at_s: float, num_tokens: int, num_choices: int = 1) -> float:
         """Seconds of a step at that time with so many more sequences of this length in it."""
-        there = [e for e in self._endings if e.start_s <= at_s < e.end_s]
-        context = sum(e.context_at(at_s) for e in there) + num_choices * num_tokens
-        return self._steps.decode_s(len(there) + num_choices, round(context))
+        pace_s, number, context = self._pace_s, num_choices, float(num_choices * num_tokens)
+        for flight in self._flights:
+            num_steps = (at_s - flight.starts_in_s) / pace_s
+            if 0.0 <= num_steps < flight.tokens_left:
+                number += 1
+                context += flight.context_tokens + num_steps
+        return self._steps.decode_s(number, round(context))
 
     def prompts_s(self, at_s: float, like_tokens: int, output_tokens: float) -> float:
         """What the prompts that wait there yet at that time add to each of so many steps."""
@@ -148,16 +125,33 @@ class DecodeForecast:
         free = float(self.worker.free_blocks)
         if free >= num_blocks:
             return 0.0
-        for ending in self._endings:
-            free += ending.context_at(ending.end_s) / self.worker.block_size
+        for end_s, context_tokens in self._ends():
+            free += context_tokens / self.worker.block_size
             if free >= num_blocks:
-                return ending.end_s
+                return end_s
         return inf
 
     def calm_in_s(self, tpot_s: float, num_tokens: int, num_choices: int, after_s: float) -> float:
-        """From when on a step with so many more sequences takes no longer than that, about."""
-        later = [ending.end_s for ending in self._endings if ending.end_s > after_s]
-        for end_s in later[:: max(1, len(later) // NUM_MOMENTS)]:
-            if self.tpot_s(end_s, num_tokens, num_choices) <= tpot_s:
+        """From when on a step with so many more sequences takes no longer than that, if nobody
+        else comes."""
+        later = [end for end in self._ends() if end[0] > after_s]
+        context = sum([context_tokens for _, context_tokens in later])
+        for index, (end_s, context_tokens) in enumerate(later):
+            context -= context_tokens
+            number = len(later) - index - 1 + num_choices
+            if self._steps.decode_s(number, round(context) + num_choices * num_tokens) <= tpot_s:
                 return end_s
-        return later[-1] if later else after_s
+        return later[-1][0] if later else after_s
+
+    def _ends(self) -> list[tuple[float, float]]:
+        """(when, tokens by then) of each sequence's end, soonest first."""
+        pace_s = self._pace_s
+        return sorted(
+            [
+                (
+                    flight.starts_in_s + flight.tokens_left * pace_s,
+                    flight.context_tokens + flight.tokens_left,
+                )
+                for flight in self._flights
+            ]
+        )

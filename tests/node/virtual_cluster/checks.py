@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
+from pdserve.core.request import DEFAULT_SERVICE
 from pdserve.node.inbound import Inbound, InboundState
 from pdserve.node.router import RouterNode
 from pdserve.node.sequence import Sequence
@@ -136,6 +137,9 @@ def check_router(router: RouterNode) -> None:
             assert life.live_choices(epoch), f"{request_id}: nobody wants {epoch}"
             assert attempt.owner in router.books.workers, f"{attempt.owner} is gone"
             attempts[attempt.job.attempt] = attempt.job.decode_worker
+    flights = dispatch.flights.workers()
+    followed = {attempt: worker for worker, there in flights.items() for attempt in there}
+    assert followed == attempts, "who decodes where is not what is under way"
     for worker, book in router.books.workers.items():
         for promised in book.promised:
             assert attempts.get(promised) == worker, f"a promise to {promised} is left"
@@ -145,6 +149,8 @@ def check_books_restored(router: RouterNode) -> None:
     """With nothing under way the router counts every block of every worker as free."""
     assert router.num_requests == 0
     assert router.num_queued == 0
+    assert len(router.dispatch.flights) == 0
+    assert router.dispatch.waiting.prompt_tokens_ahead(DEFAULT_SERVICE) == 0
     for book in router.books.workers.values():
         assert book.promised == {}, f"promised on {book.up.worker}: {book.promised}"
         assert book.unreported == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+from pdserve.core.request import ServiceClass
 from pdserve.node.settings import RouterSettings
 from virtual_cluster.spec import ClusterSpec
 
@@ -27,6 +28,13 @@ FAULTS = {
         *("change_role", "drain_one"),
     ),
 }
+
+CLASSES = (
+    ServiceClass(),
+    ServiceClass(name="quick", ttft_s=0.05, tpot_s=0.01, weight=4.0),
+    ServiceClass(name="generous", ttft_s=60.0, tpot_s=60.0, weight=0.5),
+)
+"""Of the requests in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,8 @@ class Scenario:
                 max_attempts=10_000,
                 queue_timeout_s=random.choice((0.5, 8.0, 30.0)),
                 max_queued_requests=random.choice((2, 1024)),
+                patience_s=random.choice((0.0, 0.1, 10.0)),
+                admission=random.choice(("none", "early", "predicted")),
             ),
         )
         return cls(

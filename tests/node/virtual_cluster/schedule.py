@@ -22,7 +22,7 @@ from virtual_cluster.client import Answer
 from virtual_cluster.cluster import BACKGROUND_TIMERS, VirtualCluster
 from virtual_cluster.oracle import make_ask
 from virtual_cluster.process import Process
-from virtual_cluster.scenario import FAULTS, Scenario
+from virtual_cluster.scenario import CLASSES, FAULTS, Scenario
 
 NUMBERS = 1 << 24
 REST_S = 120.0
@@ -134,6 +134,8 @@ class History:
             penalty=number.below(4) == 0,
             poison=self.scenario.poison and number.below(8) == 0,
             longest_tokens=longest,
+            service=CLASSES[number.below(len(CLASSES))],
+            tenant=("", "x", "y")[number.below(3)],
         )
         if is_too_long:
             self.too_long.add(ask.request_id)
@@ -360,6 +362,8 @@ class History:
                 assert self.no_worker, failure
             case Refusal.OVERLOADED:
                 assert not answer.has_tokens
+                promised = answer.ask.request.service
+                assert promised.is_bounded or "promises" not in failure.detail
             case Refusal.DRAINING:
                 assert self.draining
                 assert not answer.has_tokens
