@@ -212,4 +212,6 @@ def _figures(outlook: _Outlook) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return "no room in sight" if seconds == inf else f"{1000 * seconds:.0f} ms"
+    if seconds == inf:
+        return "no room in sight"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.001 else f"{1000 * seconds:g} ms"
