@@ -164,7 +164,7 @@ class Dispatch:
             ready_s += backlog_s(prefill.view(), steps, ask.num_tokens)
             prefill_s = steps.prefill_s(ask.num_tokens, ask.cached_tokens.get(route.prefill, 0))
             self._pools.demand.routed(out.now, prefill_s, request.service)
-        decode.promised[job.attempt] = ask.num_blocks
+        decode.promise(job.attempt, ask.num_blocks)
         life.attempts[epoch] = Attempt(job, owner=route.prefill)
         self.flights.begin(route.decode, job.attempt, ready_s)
         life.last_prefill = route.prefill

@@ -66,7 +66,7 @@ class RouterNode:
 
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
-        self.books = ClusterBooks()
+        self.books = ClusterBooks(settings.costs)
         self.pools = Pools(self.books, settings.roles)
         self.dispatch = Dispatch(
             self.books, self.pools, policy or ShortestQueue(), settings.patience_s
@@ -181,7 +181,7 @@ class RouterNode:
         book = self.books.workers.get(worker)
         if book is None or book.up.epoch != epoch:
             return
-        del self.books.workers[worker]
+        self.books.remove(worker)
         self.pools.worker_lost(worker, out)
         for other in sorted(self.books.workers):
             out.send(other, WorkerGone(worker, epoch))
@@ -203,7 +203,7 @@ class RouterNode:
             case Tokens(deltas):
                 self._take(deltas, out)
             case LoadReport():
-                book.take_report(message, out.now)
+                self.books.take_report(book, message, out.now)
                 self.pools.drained(book, out)
             case LifeMessage(events):
                 for event in events:
