@@ -38,6 +38,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message, StartJob
 from pdserve.node.router import RouterNode
+from pdserve.policy.registry import make_policy
 from virtual_cluster.checks import check_one_owner, check_router, check_worker, check_write
 from virtual_cluster.client import Client
 from virtual_cluster.links import PairLink
@@ -82,7 +83,7 @@ class VirtualCluster:
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
         self.now = 0.0
-        self.router = RouterNode(spec.router)
+        self.router = RouterNode(spec.router, make_policy(spec.policy))
         self.router_timers: dict[str, float] = {}
         self.client = Client()
         self.asks: dict[RequestId, Ask] = {}
@@ -130,7 +131,7 @@ class VirtualCluster:
         old = self.current.get(worker)
         epoch = Epoch(1 if old is None else old.epoch + 1)
         settings = self.spec.settings(worker, epoch)
-        process = Process(settings, self.asks, self._write, self._send_peer)
+        process = Process(settings, self.spec.batching, self.asks, self._write, self._send_peer)
         for other in self.processes:
             if other.alive and other.worker != worker:
                 link = PairLink(process, other, self.hear)

@@ -17,6 +17,17 @@ TOPOLOGIES = (
 ALWAYS = ("advance", "leave")
 LINKS = ("cut", "cut_for_good", "heal", "give_up", "corrupt", "fail_write")
 DEATHS = ("kill", "stop", "continue", "ghost")
+POLICIES = (
+    "shortest_queue",
+    "predicted",
+    "splitwise:queue_threshold_tokens=20",
+    "aggregated",
+    "random",
+    "round_robin",
+    "power_of_two",
+    "prefix_aware",
+)
+BATCHINGS = ("fcfs", "splitwise")
 FAULTS = {
     "calm": ALWAYS,
     "links": ALWAYS + LINKS,
@@ -60,6 +71,8 @@ class Scenario:
             max_model_tokens=random.choice((24, 32, 64)),
             max_step_tokens=random.choice((8, 16, 64)),
             mixed_chunk_tokens=random.choice((4, 8, 32)),
+            policy=random.choice(POLICIES),
+            batching=random.choice(BATCHINGS),
             max_running=random.choice((2, 4, 16)),
             one_shot_tokens=random.choice((0, 8, 100)),
             lease_s=random.choice((0.05, 1.0, 4.0)),
