@@ -360,13 +360,15 @@ def test_a_resume_goes_back_to_its_prefill_worker_unless_the_queue_there_is_too_
 def test_a_decode_worker_that_failed_is_avoided_while_there_is_another() -> None:
     ask = replace(SPLIT, avoid_decode=(WorkerId("d0"),))
     assert pick(ask, worker("p0"), worker("d0"), worker("d1", decoding=30)) == "p0 d1"
-    assert pick(ask, worker("p0"), worker("d0")) == "p0 d0"
+    assert pick(ask, worker("p0"), worker("p1"), worker("d0", decoding=30)) == "p0 d0"
 
 
 def test_a_resume_prefers_the_numerics_class_of_its_tokens() -> None:
     ask = replace(LONG, numerics="class b")
     other = replace(worker("d1", decoding=30), numerics="class b")
     assert pick(ask, worker("p0"), worker("d0"), other) == "p0 d1"
+    again = replace(worker("p1", pending=5000), numerics="class b")
+    assert pick(ask, worker("p0"), again, worker("d0"), other) == "p1 d1"
 
 
 def test_a_worker_that_cannot_mix_keeps_to_its_role() -> None:
@@ -423,6 +425,13 @@ def test_the_longest_prefix_is_found_among_hundreds() -> None:
             ask = replace(cached(LONG, **{name: 3990}), number=number)
             route = decide(ask, *workers)
             assert name in (route.prefill, route.fetch_from)
+
+
+def test_the_last_prefill_worker_is_found_among_hundreds() -> None:
+    workers = many(900)
+    for number in range(5):
+        ask = replace(LONG, last_prefill=WorkerId("p0504"), number=number)
+        assert decide(ask, *workers).prefill == "p0504"
 
 
 def test_the_last_room_among_hundreds_is_found() -> None:

@@ -15,7 +15,7 @@ from pdserve.cost.link import LinkModel
 from pdserve.cost.step import StepModel
 from pdserve.policy.cluster import ClusterView, RouteAsk, WorkerView
 from pdserve.policy.score import Scorer, Weights
-from pdserve.policy.shortlist import SAMPLE, find, longest_holder, sample
+from pdserve.policy.shortlist import KEEP, SAMPLE, Shortlist, find, longest_holder, sample
 
 STEPS = StepModel(
     prompt_base_s=0.01,
@@ -141,11 +141,17 @@ def test_blocks_that_the_answer_lacks_come_free_as_others_finish() -> None:
     assert unknown.blocks_s == pytest.approx((6.25 - 2) / 312 * 100 * side.step_s)
 
 
+def test_a_wait_for_blocks_is_no_longer_than_all_answers_take() -> None:
+    side = scorer().decode_side(replace(BUSY, free_blocks=63, total_blocks=64))
+    assert side.blocks_s == pytest.approx(100 * side.step_s)
+
+
 def test_prompts_left_at_the_decode_worker_slow_the_first_tokens() -> None:
     other = replace(IDLE, worker=WorkerId("w1"))
     behind = replace(other, pending_tokens=51_200, num_decoding=1, context_tokens=100)
     ask = scorer(ASK, IDLE, other)
     quiet = ask.pair(ask.prefill_side(IDLE), ask.decode_side(replace(behind, pending_tokens=0)))
+    assert quiet.decode_wait_s == pytest.approx(STEPS.decode_s(1, 100) / 2)
     loaded_side = ask.decode_side(behind)
     loaded = ask.pair(ask.prefill_side(IDLE), loaded_side)
     assert quiet.tpot_s < loaded.tpot_s < loaded_side.mixed_step_s
@@ -219,6 +225,38 @@ def test_every_worker_of_a_large_pool_is_drawn_as_often() -> None:
             counts[drawn.worker] += 1
     expected = 600 * SAMPLE / 300
     assert all(0.7 * expected < count < 1.3 * expected for count in counts.values())
+
+
+def named(*views: WorkerView) -> list[WorkerView]:
+    return [replace(view, worker=WorkerId(f"w{i}")) for i, view in enumerate(views)]
+
+
+def ids(workers: list[WorkerView]) -> list[str]:
+    return [str(view.worker) for view in workers]
+
+
+def test_a_shortlist_of_prefill_workers_sees_queues_streams_and_caches() -> None:
+    """40 streams that wait are worse than a queue of 3,000 tokens, and a cached prompt is best."""
+    crowded = replace(IDLE, num_decoding=40)
+    queue = replace(IDLE, pending_tokens=3000)
+    workers = named(crowded, queue, IDLE, replace(IDLE, pending_tokens=500))
+    ask = replace(ASK, cached_tokens={WorkerId("w3"): 900})
+    assert ids(Shortlist(scorer(ask, *workers)).prefill(workers)) == ["w3", "w2", "w1", "w0"]
+
+
+def test_a_shortlist_of_decode_workers_sees_what_a_batch_loses() -> None:
+    """The slow worker's batch is small: all in all the fast one with many streams loses more."""
+    slow = replace(IDLE, num_decoding=1, steps=replace(STEPS, decode_base_s=0.012))
+    workers = named(replace(IDLE, num_decoding=30), slow, replace(BUSY, num_decoding=3))
+    assert ids(Shortlist(scorer(ASK, *workers)).decode(workers)) == ["w2", "w1", "w0"]
+    fewer = replace(ASK, output_tokens=2.0)
+    assert ids(Shortlist(scorer(fewer, *workers)).local(workers)) == ["w1", "w2", "w0"]
+
+
+def test_a_shortlist_is_short_and_ties_go_to_the_smaller_id() -> None:
+    shortlist = Shortlist(scorer(ASK, *MANY[:20]))
+    for best in (shortlist.prefill, shortlist.decode, shortlist.local):
+        assert best(MANY[:20]) == MANY[:KEEP]
 
 
 def test_the_holder_of_the_longest_prefix_with_the_least_to_do() -> None:
