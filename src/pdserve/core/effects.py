@@ -214,7 +214,7 @@ class OpenTransfer:
 
     ``block_ids`` are the sequence's blocks here, ``cached_blocks`` of which (from the front) are
     finished already: prefix hits. ``one_shot``: send nothing before the last layer of the last
-    chunk.
+    chunk. ``is_finished``: all of them are, and no step follows.
     """
 
     attempt: AttemptId
@@ -222,6 +222,7 @@ class OpenTransfer:
     block_ids: tuple[BlockId, ...]
     cached_blocks: int
     one_shot: bool
+    is_finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,12 +90,18 @@ class SetRole:
     role_epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoveAttempt:
-    """Hand the one running choice of this attempt over to another decode worker, KV and all."""
+    """Hand the one running choice of this attempt over to another decode worker, KV and all.
+
+    It is a hand-off like any other, of KV that is finished. If it fails before its trailer is sent,
+    the choice goes on here (`MoveFailed`); after that, nobody can tell, and it is resumed.
+    """
 
     attempt: AttemptId
     to: WorkerId
+    cache_salt: str
+    trace_context: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from pdserve.core.request import Job, Role
 from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
 from pdserve.kv.hashing import root_hash
 from pdserve.node.planned import Planned, StepOutcome
-from pdserve.node.sequence import Sequence, SequenceKey, finish_reason, sample_spec
+from pdserve.node.sequence import Sequence, SequenceKey, sample_spec, token_deltas
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
 from pdserve.node.tables import BlockTables
@@ -105,6 +105,19 @@ class BatchMachine:
         for queue in (self._waiting, self._admitted, self._held):
             if queue.get(sequence.key) is sequence:
                 del queue[sequence.key]
+
+    def decoding_alone(self, attempt: AttemptId) -> Sequence | None:
+        """The attempt's only sequence here, if it decodes."""
+        own = [sequence for sequence in self.sequences() if sequence.attempt == attempt]
+        return own[0] if len(own) == 1 and own[0].key in self._decoding else None
+
+    def hold(self, sequence: Sequence) -> None:
+        """A running sequence is to be handed off: it runs no step until it is to `go_on`."""
+        self._held[sequence.key] = self._decoding.pop(sequence.key)
+
+    def go_on(self, sequence: Sequence) -> None:
+        """The hand-off of a held sequence came to nothing."""
+        self._decoding[sequence.key] = self._held.pop(sequence.key)
 
     def let_go(self, sequence: Sequence) -> None:
         """Release the blocks of a sequence that is in no queue (after the running step)."""
@@ -324,19 +337,7 @@ class BatchMachine:
             del self._admitted[sequence.key]
             outcome.prefilled.append(sequence)
         room_tokens = self.settings.longest_tokens - len(sequence.token_ids) - 1
-        deltas = tuple(
-            TokenDelta(
-                request_id=sequence.attempt.request_id,
-                epoch=sequence.attempt.epoch,
-                choice=choice,
-                index=spec.index,
-                token_id=token.token_id,
-                finish=finish_reason(sequence.params, spec.index, token, room_tokens),
-                logprobs=token.logprobs,
-            )
-            for choice, token in zip(spec.choices, sampled, strict=True)
-            if choice in sequence.choices
-        )
+        deltas = token_deltas(sequence, spec, sampled, room_tokens)
         if sequence.hands_off:
             self._held[sequence.key] = sequence
             outcome.held.append((sequence, deltas))

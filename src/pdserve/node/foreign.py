@@ -24,8 +24,12 @@ from pdserve.core.messages import (
     AttemptFailed,
     FailureKind,
     Message,
+    MoveAttempt,
+    MoveFailed,
     OpaquePayload,
     PayloadTaken,
+    PrefixSent,
+    SendPrefix,
     Tokens,
 )
 from pdserve.core.request import Job
@@ -70,6 +74,9 @@ class EngineLoadSource:
             context_tokens=self._tasks.context_tokens,
         )
 
+    def tell_cache(self, out: Outbox) -> None:
+        """What its cache holds only the engine knows."""
+
 
 class ForeignWorkerNode(WorkerMachine):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
@@ -91,6 +98,14 @@ class ForeignWorkerNode(WorkerMachine):
 
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         self.tasks.submit(job, hands_off=hands_off, out=out)
+
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        """An engine that batches for itself gives a request away at its first token, or not."""
+        if isinstance(asked, MoveAttempt):
+            detail = "its engine batches for itself"
+            out.tell_router(MoveFailed(attempt=asked.attempt, detail=detail))
+        else:
+            out.tell_router(PrefixSent(attempt=asked.attempt, num_blocks=0))
 
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self.tasks.end(attempt, out, choices)

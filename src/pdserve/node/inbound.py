@@ -229,7 +229,8 @@ class InboundHandoffs:
 
     def _num_needed(self, header: Header) -> int:
         """Blocks for all tokens and for each further choice's copy of the last one."""
-        return self._layout.num_blocks_for(len(header.token_ids)) + len(header.choices) - 1
+        further = max(0, len(header.choices) - 1)
+        return self._layout.num_blocks_for(len(header.token_ids)) + further
 
     def _grant(self, handoff: Inbound, out: Outbox) -> bool:
         header = handoff.header
@@ -252,7 +253,8 @@ class InboundHandoffs:
                 lease_s=self._settings.lease_s,
             ),
         )
-        out.tell_router(TicketGranted(attempt=header.attempt, num_blocks=taken))
+        if header.choices:
+            out.tell_router(TicketGranted(attempt=header.attempt, num_blocks=taken))
         out.set_timer(_lease_timer(header.attempt), self._settings.lease_s)
         return True
 
@@ -288,11 +290,12 @@ class InboundHandoffs:
         )
         # The first tokens again, on this link and before the next ones: should the prefill worker's
         # copy be late or lost, the router still takes them in order.
-        out.tell_router(Tokens(trailer.tokens))
-        out.tell_router(Accepted(header.attempt))
         out.send(handoff.peer, Accepted(header.attempt))
         self._batch.adopt(parent, trailer.tokens)
-        out.log(LifeName.DECODE_QUEUED, header.attempt)
+        if header.choices:
+            out.tell_router(Tokens(trailer.tokens))
+            out.tell_router(Accepted(header.attempt))
+            out.log(LifeName.DECODE_QUEUED, header.attempt)
 
     def _reject(self, handoff: Inbound, detail: str, out: Outbox) -> None:
         attempt = handoff.header.attempt

@@ -34,8 +34,10 @@ from pdserve.core.messages import (
     Header,
     LeaseRenew,
     Message,
+    MoveAttempt,
     Revoke,
     RevokeAck,
+    SendPrefix,
     SetRole,
     StartJob,
     Ticket,
@@ -137,6 +139,10 @@ class WorkerMachine(ABC):
         """Forget what is computed here of these choices (None: of the attempt)."""
 
     @abstractmethod
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        """Hand over KV that is finished."""
+
+    @abstractmethod
     def _engine_says(self, event: Input, out: Outbox) -> None:
         """An input of the engine or of a transfer. Raises `TypeError` if it is neither."""
 
@@ -180,6 +186,8 @@ class WorkerMachine(ABC):
             case SetRole():
                 if self.standing.take_role(message):
                     self._reporter.changed = True
+            case MoveAttempt() | SendPrefix():
+                self._depart(message, out)
             case _:
                 pass  # a router of a newer version; what it asks is not for us
 

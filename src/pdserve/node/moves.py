@@ -42,10 +42,11 @@ class Moves:
         worker = book.up.worker
         if not self._may_leave(book, out.now):
             return
-        movable = self._movable(worker, out.now)
-        if len(movable) < 2:
+        movable = self._movable(worker)
+        if not movable:
             return
-        view = self._books.view(out.now, 0)
+        longest = max(self._longest_tokens(each) for each in movable)
+        view = self._books.view(out.now, longest)
         move = self._policy.propose(view, book.view(), movable)
         if move is not None:
             life, attempt = self._find(move.attempt)
@@ -108,7 +109,7 @@ class Moves:
             and now >= self._paused_until_s.get(worker, now)
         )
 
-    def _movable(self, worker: WorkerId, now: float) -> tuple[Movable, ...]:
+    def _movable(self, worker: WorkerId) -> tuple[Movable, ...]:
         """What decodes there and has one choice left, oldest first."""
         found = []
         for attempt_id in self._dispatch.flights.workers().get(worker, ()):
@@ -127,6 +128,10 @@ class Moves:
                 )
             )
         return tuple(found)
+
+    def _longest_tokens(self, each: Movable) -> int:
+        """What its request may grow to: not every worker can hold that."""
+        return self._dispatch.lives[each.attempt.request_id].request.max_tokens_total
 
     def _find(self, attempt: AttemptId) -> tuple[Life | None, Attempt | None]:
         life = self._dispatch.lives.get(attempt.request_id)

@@ -14,12 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, BlockHash, BlockId
+from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, SamplingParams
 from pdserve.core.step import SampledToken, SampleSpec
 from pdserve.kv.hashing import extend_hash
 
 SequenceKey = tuple[AttemptId, int]
 """Attempt and first choice."""
+NO_CHOICE = -1
+"""Of a prefix that is only sent: nobody draws its tokens."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Sequence:
 
     @property
     def key(self) -> SequenceKey:
-        return (self.attempt, self.choices[0])
+        return (self.attempt, self.choices[0] if self.choices else NO_CHOICE)
 
     @property
     def next_index(self) -> int:
@@ -93,4 +96,23 @@ def sample_spec(sequence: Sequence) -> SampleSpec:
         index=sequence.next_index,
         history=tuple(sequence.token_ids) if needs_history else None,
         num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
+    )
+
+
+def token_deltas(
+    sequence: Sequence, spec: SampleSpec, sampled: tuple[SampledToken, ...], room_tokens: int
+) -> tuple[TokenDelta, ...]:
+    """What a row has drawn for the choices that are still wanted."""
+    return tuple(
+        TokenDelta(
+            request_id=sequence.attempt.request_id,
+            epoch=sequence.attempt.epoch,
+            choice=choice,
+            index=spec.index,
+            token_id=token.token_id,
+            finish=finish_reason(sequence.params, spec.index, token, room_tokens),
+            logprobs=token.logprobs,
+        )
+        for choice, token in zip(spec.choices, sampled, strict=True)
+        if choice in sequence.choices
     )

@@ -56,6 +56,18 @@ class BlockTables:
         self.hits_tokens += sequence.num_computed
         return True
 
+    def pin_cached(self, sequence: Sequence) -> bool:
+        """Give a sequence that will not run what is cached of its full blocks; False if nothing
+        is. Its tokens are cut down to those."""
+        sequence.extend_hashes_to(len(sequence.token_ids) // self._block_size, self._block_size)
+        sequence.block_ids = self.pool.match(sequence.hashes)
+        self.pool.acquire(sequence.block_ids)
+        num_blocks = len(sequence.block_ids)
+        del sequence.hashes[num_blocks:]
+        sequence.num_computed = num_blocks * self._block_size
+        sequence.num_cached_blocks = sequence.num_published = num_blocks
+        return num_blocks > 0
+
     def grow(self, sequence: Sequence) -> bool:
         """Have a slot for the sequence's last token; False if no block can be had."""
         if len(sequence.token_ids) <= len(sequence.block_ids) * self._block_size:

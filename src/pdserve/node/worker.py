@@ -18,10 +18,18 @@ from pdserve.core.effects import (
 )
 from pdserve.core.events import LifeName
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
-from pdserve.core.messages import AttemptFailed, FailureKind, Message, Tokens
+from pdserve.core.messages import (
+    AttemptFailed,
+    FailureKind,
+    Message,
+    MoveAttempt,
+    SendPrefix,
+    Tokens,
+)
 from pdserve.core.request import Job
 from pdserve.node.batch import BatchMachine
 from pdserve.node.cargo import BlockCargo
+from pdserve.node.departures import Departures
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
@@ -40,6 +48,7 @@ class WorkerNode(WorkerMachine):
         self.inbound = InboundHandoffs(settings, self.batch)
         load = BatchLoad(self.batch, self.inbound)
         super().__init__(settings, self.inbound, load, self.batch.standing)
+        self._departures = Departures(self.batch, self.outbound)
         self._jobs: dict[AttemptId, Job] = {}
 
     @property
@@ -55,6 +64,12 @@ class WorkerNode(WorkerMachine):
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self.batch.drop(attempt, choices)
         self._forget_jobs()
+
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        if isinstance(asked, MoveAttempt):
+            self._departures.move(asked, out)
+        else:
+            self._departures.share(asked, out)
 
     def _peer_says(self, peer: WorkerId, message: Message, epoch: Epoch, out: Outbox) -> None:
         """Blocks are written, not sent: payloads are not for this kind of worker."""
@@ -72,6 +87,7 @@ class WorkerNode(WorkerMachine):
                 else:
                     self._reporter.step_failed()
                 self._step_done(self.batch.step_done(result), result.error, out)
+                self._departures.step_done(out)
             case TransferSent():
                 self._reporter.transfer_bytes += event.num_bytes
                 self.outbound.sent(event, out)

@@ -99,7 +99,7 @@ class Transfer:
     def __init__(self, effect: OpenTransfer, pool: PoolView) -> None:
         self.attempt = effect.attempt
         self.num_bytes = 0
-        self.done = False
+        self.done = effect.is_finished
         """The step of the last row has ended well: nothing more will finish."""
         self._pool = pool
         self._one_shot = effect.one_shot
@@ -108,7 +108,7 @@ class Transfer:
         self._current: Chunk | None = None
         self._next_block = 0
         self._is_last = False
-        self._all_finished = False
+        self._all_finished = effect.is_finished
         self._add_chunk(effect.block_ids[: effect.cached_blocks], pool.layout.num_layers)
 
     def bind(self, destination: Destination) -> None:

@@ -36,8 +36,9 @@ FAULTS = {
     "operators": (*ALWAYS, "change_role", "drain_one"),
     "everything": (
         *(*ALWAYS, *LINKS, *DEATHS, "break_step", "far", "drain_worker", "drain"),
-        *("change_role", "drain_one"),
+        *("change_role", "drain_one", "share"),
     ),
+    "sharing": (*ALWAYS, *LINKS, *DEATHS, "share"),
 }
 
 CLASSES = (
@@ -52,12 +53,13 @@ CLASSES = (
 class Scenario:
     """``faults`` names a row of `FAULTS`; ``percent`` of what happens is one of them or a new
     request. ``late_peer_lost``: a peer's end is noticed on its link only, in any order with the
-    gateway's word."""
+    gateway's word. ``restless``: running requests are moved whenever they can be."""
 
     spec: ClusterSpec
     faults: str
     percent: int
     poison: bool = False
+    restless: bool = False
     late_peer_lost: bool = False
 
     @classmethod
@@ -94,4 +96,5 @@ class Scenario:
             percent=random.choice((3, 10, 25)),
             poison=random.random() < 0.3,
             late_peer_lost=random.random() < 0.5,
+            restless=random.random() < 0.5,
         )

@@ -14,9 +14,11 @@ from random import Random
 
 from pdserve.core.commands import ChangeRole, DrainOne
 from pdserve.core.effects import Refusal
-from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import DrainWorker
+from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.messages import DrainWorker, SendPrefix
 from pdserve.core.request import Role, RoutePreference
+from pdserve.policy.cluster import ClusterView, WorkerView
+from pdserve.policy.rebalance import Movable, Move
 from virtual_cluster.checks import check_books_restored
 from virtual_cluster.client import Answer
 from virtual_cluster.cluster import BACKGROUND_TIMERS, VirtualCluster
@@ -46,6 +48,19 @@ class Number:
         return digit
 
 
+class Restless:
+    """Moves the youngest request wherever there is room, whatever it costs."""
+
+    def propose(
+        self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
+    ) -> Move | None:
+        for target in sorted(view.workers, key=lambda worker: worker.num_decoding):
+            if target.worker != crowded.worker and target.free_blocks > 2:
+                youngest = movable[-1].attempt
+                return Move(attempt=youngest, to=target.worker, pause_s=0.0, saves_s=0.0, reason="")
+        return None
+
+
 @dataclass
 class History:
     """A cluster under a schedule. ``engine_hits``: steps of one row that broke, by request."""
@@ -64,6 +79,8 @@ class History:
     def __post_init__(self) -> None:
         self.cluster = VirtualCluster(self.scenario.spec)
         self.cluster.late_peer_lost = self.scenario.late_peer_lost
+        if self.scenario.restless:
+            self.cluster.router.moves._policy = Restless()
         self.cluster.run()
 
     # --- one thing after the other ----------------------------------------------------------------
@@ -266,6 +283,20 @@ class History:
             worker = taking[number.below(len(taking))]
             self.num_commands += 1
             self.cluster.command(DrainOne(command=self.num_commands, worker=worker, restart=True))
+
+    def _share(self, number: Number) -> None:
+        """A worker is to send what it has of a prefix to another one; or, seldom, to itself."""
+        members = [member for _, member in sorted(self.cluster.members.items()) if member.alive]
+        if members:
+            self.num_commands += 1
+            family = number.below(3)
+            asked = SendPrefix(
+                attempt=AttemptId(RequestId(f"prefix-{self.num_commands}"), Epoch(1)),
+                to=members[number.below(len(members))].worker,
+                token_ids=tuple((family + 1) * (7 + i) % 19 for i in range(16)),
+                cache_salt=("", "salt")[number.below(2)],
+            )
+            members[number.below(len(members))].to_worker.append(asked)
 
     def _takes_work(self, worker: WorkerId) -> bool:
         """Nobody has told it, or the router, that it should not."""
