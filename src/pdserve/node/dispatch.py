@@ -15,6 +15,7 @@ from pdserve.core.request import Job
 from pdserve.node.answer_lengths import AnswerLengths
 from pdserve.node.books import ClusterBooks
 from pdserve.node.flights import Flights
+from pdserve.node.ledger import Decision, reasons
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
 from pdserve.node.pools import Pools
@@ -103,6 +104,8 @@ class Dispatch:
         """The attempt works on nothing any more."""
         attempt = life.attempts.pop(epoch)
         self._books.forget(attempt.job.attempt, attempt.job.decode_worker)
+        if attempt.moving_to is not None:
+            self._books.forget(attempt.job.attempt, attempt.moving_to)
         self.flights.end(attempt.job.decode_worker, attempt.job.attempt)
         self.stir()
 
@@ -166,6 +169,7 @@ class Dispatch:
             self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promise(job.attempt, ask.num_blocks)
         life.attempts[epoch] = Attempt(job, owner=route.prefill)
+        life.decision = Decision.of(route) if epoch == 1 else None
         self.flights.begin(route.decode, job.attempt, ready_s)
         life.last_prefill = route.prefill
         life.numerics = prefill.view().numerics
@@ -177,7 +181,7 @@ class Dispatch:
             prefill=route.prefill,
             decode=route.decode,
             local=job.is_local,
-            reason=route.reason,
             taken_tokens=len(taken),
+            **reasons(route),
         )
         out.send(route.prefill, StartJob(job))

@@ -39,6 +39,7 @@ from pdserve.core.messages import (
     FailureKind,
     LoadReport,
     Message,
+    MoveFailed,
     TicketGranted,
     TokenDelta,
     Tokens,
@@ -50,12 +51,13 @@ from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.dispatch import Dispatch
 from pdserve.node.gate import Gate
 from pdserve.node.lives import Life
+from pdserve.node.moves import Moves
 from pdserve.node.outbox import Outbox
 from pdserve.node.pools import ROLES_TIMER, Pools
 from pdserve.node.settings import RouterSettings
 from pdserve.node.watch import WATCH_TIMER, Watch
 from pdserve.policy.cluster import RoutePolicy
-from pdserve.policy.shortest_queue import ShortestQueue
+from pdserve.policy.registry import make_policy
 
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
@@ -69,9 +71,10 @@ class RouterNode:
         self.books = ClusterBooks(settings.costs)
         self.pools = Pools(self.books, settings.roles)
         self.dispatch = Dispatch(
-            self.books, self.pools, policy or ShortestQueue(), settings.patience_s
+            self.books, self.pools, policy or make_policy(), settings.patience_s
         )
         self.gate = Gate(settings, self.books, self.dispatch)
+        self.moves = Moves(self.books, self.dispatch)
         self.watch = Watch(self.books, settings)
         self._expects_workers = False
 
@@ -183,13 +186,16 @@ class RouterNode:
             return
         self.books.remove(worker)
         self.pools.worker_lost(worker, out)
+        self.moves.worker_lost(worker)
         for other in sorted(self.books.workers):
             out.send(other, WorkerGone(worker, epoch))
         for life in list(self.dispatch.lives.values()):
             for attempt_epoch, attempt in list(life.attempts.items()):
                 # Not accepted as far as is known here; the decode worker may have said so to the
                 # prefill worker only, which then owes nothing any more.
-                undecided = attempt.job.decode_worker == worker and not attempt.accepted
+                undecided = attempt.moving_to == worker or (
+                    attempt.job.decode_worker == worker and not attempt.accepted
+                )
                 still_open = attempt_epoch in life.attempts
                 if still_open and (attempt.owner == worker or undecided):
                     life.count_failure(attempt_epoch, None, None)
@@ -205,6 +211,9 @@ class RouterNode:
             case LoadReport():
                 self.books.take_report(book, message, out.now)
                 self.pools.drained(book, out)
+                self.moves.consider(book, out)
+            case MoveFailed():
+                self.moves.failed(message, book, out)
             case LifeMessage(events):
                 for event in events:
                     out.add(Log(event))
@@ -251,7 +260,11 @@ class RouterNode:
         life = self.dispatch.lives.get(attempt_id.request_id)
         attempt = None if life is None else life.attempts.get(attempt_id.epoch)
         worker = book.up.worker
-        if life is None or attempt is None or attempt.job.decode_worker != worker:
+        if life is None or attempt is None:
+            out.send(worker, AbortAttempt(attempt_id))
+            return
+        moved = self.moves.accepted(life, attempt, worker)
+        if not moved and attempt.job.decode_worker != worker:
             out.send(worker, AbortAttempt(attempt_id))
             return
         attempt.owner = worker
@@ -264,7 +277,7 @@ class RouterNode:
     def _attempt_failed(self, failed: AttemptFailed, sender: WorkerId, out: Outbox) -> None:
         life = self.dispatch.lives.get(failed.attempt.request_id)
         attempt = None if life is None else life.attempts.get(failed.attempt.epoch)
-        if life is None or attempt is None or (attempt.accepted and sender != attempt.owner):
+        if life is None or attempt is None or attempt.is_not_for(sender):
             return
         if failed.kind is FailureKind.INVALID:
             kind = Refusal.INTERNAL if life.has_tokens else Refusal.TOO_LONG
@@ -321,6 +334,7 @@ class RouterNode:
             reason=str(life.choices[0].finish),
             output_tokens=life.num_output_tokens,
             choices=len(life.choices),
+            **life.outcome(out.now),
         )
         self._close(life, out)
 
