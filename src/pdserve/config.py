@@ -25,6 +25,8 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import DTYPE_BYTES
 from pdserve.core.request import Role
+from pdserve.cost.step_times import StepTimes, check_speeds, parse_speeds, parse_step_times
+from pdserve.node.settings import RoleControl
 from pdserve.policy.admission import ADMISSION_POLICIES
 from pdserve.policy.registry import (
     BATCH_POLICIES,
@@ -105,7 +107,20 @@ class ServeConfig:
     )
     decode: int = _option(1, _whole, "decode workers")
     mixed: int = _option(0, _whole, "mixed workers")
+    roles: str = _option(
+        "fixed", _text, "who moves workers between the pools: fixed, auto or advise (only says it)"
+    )
     engine: str = _option("torch", _text, "compute engine of the workers")
+    step_times: StepTimes | None = field(
+        default=None,
+        metadata={
+            "parse": parse_step_times,
+            "help": "of engine modelled: a profile, or prompt=0.2ms,decode=10ms,...",
+        },
+    )
+    speeds: Mapping[str, float] | None = _option(
+        None, parse_speeds, "of engine modelled, by role or worker: prefill=2,decode-1=0.5"
+    )
     device: str = _option(
         "cpu", _text, "device as torch names it; several, comma-separated, are dealt out in turn"
     )
@@ -203,6 +218,7 @@ class ServeConfig:
             "numerics": ("exact", "fast"),
             "admission": ("auto", *ADMISSION_POLICIES),
             "log_format": ("text", "json"),
+            "roles": tuple(RoleControl),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -217,6 +233,9 @@ class ServeConfig:
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
                 "process per worker; use shm"
             )
+        if self.engine != "modelled" and (self.step_times, self.speeds) != (None, None):
+            raise ConfigError("--step-times and --speeds are for --engine modelled")
+        check_speeds(self.speeds or {}, dict(self.worker_slots))
         make_policy(self.policy)
         make_batching(self.batch_policy)
         if not all(self.devices):

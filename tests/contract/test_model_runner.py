@@ -28,7 +28,11 @@ GREEDY = SamplingParams(max_tokens=9, seed=3, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=9, seed=3, temperature=1.0)
 PROMPT = tuple(random.Random(1).randrange(256) for _ in range(70))
 
-FAKES = {"fake": {}, "fake, staged": {"staged": True}}
+FAKES = {
+    "fake": ("fake", {}),
+    "fake, staged": ("fake", {"staged": True}),
+    "modelled": ("modelled", {}),
+}
 TORCH = {
     "torch fp32": {"device": "cpu", "dtype": "fp32"},
     "torch bf16": {"device": "cpu", "dtype": "bf16"},
@@ -108,7 +112,8 @@ def make_worker(
 
     def make() -> Worker:
         if request.param in FAKES:
-            runner = create_runner("fake", block_size=BLOCK_SIZE, **FAKES[request.param])
+            name, options = FAKES[request.param]
+            runner = create_runner(name, block_size=BLOCK_SIZE, **options)
         else:
             folder = ModelFolder.open(tiny_model_path)
             options = TORCH[request.param]

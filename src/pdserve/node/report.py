@@ -1,8 +1,9 @@
 """When a worker tells the router what it holds, and what it says.
 
 A report goes out when something has changed, at most every ``report_interval_s``, and as a
-heartbeat every ``heartbeat_s``. A worker that is idle says nothing else. What it holds is asked of
-a `LoadSource`: `BatchLoad` for a native worker, an engine's tasks for a foreign one.
+heartbeat every ``heartbeat_s``; what has entered and left the prefix cache since the last one goes
+before it. A worker that is idle says nothing else. What it holds is asked of a `LoadSource`:
+`BatchLoad` for a native worker, an engine's tasks for a foreign one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import chain
 from typing import NamedTuple, Protocol
 
 from pdserve.core.effects import CancelTimer
-from pdserve.core.messages import LoadReport
+from pdserve.core.messages import CacheChanged, LoadReport
 from pdserve.core.step import StepSample, StepShape, TransferSample
 from pdserve.node.batch import BatchMachine
 from pdserve.node.inbound import InboundHandoffs
@@ -28,6 +29,8 @@ SMALL_STEP_TOKENS = 64
 """Steps up to this size are taken to cost the same; larger ones in proportion to their tokens."""
 MAX_SAMPLES = 32
 """Steps, and hand-offs, whose times a report holds at most."""
+MAX_HASHES = 4096
+"""Blocks that one `CacheChanged` names at most: 64 KiB, so that tokens need not wait long."""
 
 
 class LoadFigures(NamedTuple):
@@ -60,6 +63,9 @@ class LoadSource(Protocol):
 
     def counters(self) -> LoadCounters: ...
 
+    def tell_cache(self, out: Outbox) -> None:
+        """Before a report: what has become of the prefix cache, if the router is to know."""
+
 
 class BatchLoad:
     """What a native worker holds: its batch machine's queues and blocks, and its tickets."""
@@ -91,6 +97,12 @@ class BatchLoad:
             prefix_hits_tokens=self._batch.tables.hits_tokens,
             context_tokens=sum(len(s.choices) * len(s.token_ids) for s in self._stays()),
         )
+
+    def tell_cache(self, out: Outbox) -> None:
+        stored, evicted = self._batch.tables.pool.take_changes()
+        for first in range(0, max(len(stored), len(evicted)), MAX_HASHES):
+            end = first + MAX_HASHES
+            out.tell_router(CacheChanged(stored=stored[first:end], evicted=evicted[first:end]))
 
     def _stays(self) -> Iterator[Sequence]:
         """Sequences that decode here, or will when their prompt is done."""
@@ -195,6 +207,7 @@ class LoadReporter:
         self._last_empty = self._is_empty()
         counters = self._source.counters()
         self._seq += 1
+        self._source.tell_cache(out)
         started_at_s = self._step_started_at_s
         out.tell_router(
             LoadReport(

@@ -66,12 +66,12 @@ class MoveWhenCheaper:
     ) -> Move | None:
         if crowded.steps is None or len(movable) < 2 or not self.is_crowded(crowded, movable):
             return None
-        found: list[tuple[float, int, WorkerId, Move]] = []
-        for target in self._targets(view, crowded):
+        found: list[tuple[float, int, int, Move]] = []
+        for place, target in enumerate(self._targets(view, crowded)):
             for age, each in enumerate(movable):
                 move = self._weigh(view, crowded, target, each)
                 if move is not None:
-                    found.append((-move.saves_s, -age, move.to, move))
+                    found.append((-move.saves_s, -age, place, move))
         return min(found)[-1] if found else None
 
     def is_crowded(self, worker: WorkerView, movable: tuple[Movable, ...]) -> bool:
@@ -91,7 +91,7 @@ class MoveWhenCheaper:
             and worker.block_size == crowded.block_size
             and worker.steps is not None
         ]
-        able.sort(key=lambda worker: (-worker.free_blocks, worker.worker))
+        able.sort(key=lambda worker: (-worker.free_blocks, worker.worker))  # most room first
         return able[: self.max_targets]
 
     def _weigh(

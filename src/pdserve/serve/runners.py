@@ -45,6 +45,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         )
     # A runner without weights has the model's shape, so that pools and limits are as was said.
     config = ModelConfig.from_folder(Path(start.model_path))
+    times = {} if start.step_times is None else {"times": start.step_times}
     return create_runner(
         start.engine,
         num_layers=config.num_layers,
@@ -54,6 +55,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         dtype=start.dtype,
         vocab_size=config.vocab_size,
         max_model_tokens=config.max_model_tokens,
+        **times,
     )
 
 

@@ -24,7 +24,7 @@ from pdserve.core.effects import Refusal
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import GATEWAY, Epoch, WorkerId
 from pdserve.node.router import RouterNode
-from pdserve.node.settings import RouterSettings
+from pdserve.node.settings import RoleControl, RouterSettings
 from pdserve.obs import logs
 from pdserve.policy.registry import make_policy
 from pdserve.serve.deployment import Deployment
@@ -95,6 +95,7 @@ class Server:
             queue_timeout_s=self._config.queue_timeout,
             patience_s=self._config.queue_timeout / PATIENCE,
             admission=self._config.admission_policy,
+            roles=RoleControl(self._config.roles),
             costs=known_costs(deployment, self._fits),
         )
         self._router = RouterNode(settings, make_policy(self._config.policy))

@@ -282,8 +282,8 @@ class _Loop:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_predicted_load_damps_the_swing_that_todays_load_makes(seed: int) -> None:
-    """Mooncake's experiment (technical report, sec. 7): as many are let in, but by today's load they
-    come in waves, which overshoot the 20 sequences that 30 ms per token allow."""
+    """Mooncake's experiment (technical report, sec. 7): as many are let in, but by today's load
+    they come in waves, which overshoot the 20 sequences that 30 ms per token allow."""
     swing, overshoot, accepted = {}, {}, {}
     for policy in (EarlyRejection(), PredictedRejection()):
         loop = _Loop(policy, seed).run(3000)

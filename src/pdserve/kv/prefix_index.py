@@ -1,0 +1,137 @@
+"""Which worker has which blocks cached: the prefix indexes of all workers, in one place.
+
+The router keeps one. Workers say which hashes entered and left their own index (`CacheChanged`);
+`PrefixIndex.matches` then tells, for a chain of block hashes, how many blocks from its front each
+worker has without a gap. Hashes are chained (``kv.hashing``), so blocks that must never be shared
+never meet here.
+
+Each worker that has anything has a number, and each hash a mask with the bits of its holders: a
+match walks down the chain and narrows the mask until it is empty, whatever the number of workers.
+A hash that one worker holds takes about 300 bytes, a further holder of it about 70 more: 100 MB for
+32 workers of 10,000 different blocks each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pdserve.core.ids import BlockHash, WorkerId
+
+
+class PrefixIndex:
+    """Block hashes by worker. Results depend on the calls made so far and on nothing else."""
+
+    def __init__(self) -> None:
+        self._holders: dict[BlockHash, int] = {}
+        self._blocks: dict[WorkerId, set[BlockHash]] = {}
+        self._number: dict[WorkerId, int] = {}
+        self._workers: list[WorkerId | None] = []  # by number
+        self._unused: list[int] = []
+
+    def __len__(self) -> int:
+        """Different blocks that anybody has."""
+        return len(self._holders)
+
+    def __contains__(self, worker: WorkerId) -> bool:
+        """True if the worker has any block."""
+        return worker in self._blocks
+
+    def num_blocks(self, worker: WorkerId) -> int:
+        """Blocks that the worker has."""
+        return len(self._blocks.get(worker, ()))
+
+    def store(self, worker: WorkerId, hashes: Iterable[BlockHash]) -> None:
+        """The worker has these blocks from now on; it may have had some."""
+        hashes = tuple(hashes)
+        if not hashes:
+            return
+        own = self._blocks.get(worker)
+        if own is None:
+            own = self._enter(worker)
+        own.update(hashes)
+        bit, holders = 1 << self._number[worker], self._holders
+        for block_hash in hashes:
+            holders[block_hash] = holders.get(block_hash, 0) | bit
+
+    def evict(self, worker: WorkerId, hashes: Iterable[BlockHash]) -> None:
+        """The worker has these blocks no more; it may not have had some."""
+        own = self._blocks.get(worker)
+        if own is None:
+            return
+        bit = 1 << self._number[worker]
+        for block_hash in hashes:
+            if block_hash in own:
+                own.discard(block_hash)
+                self._drop(block_hash, bit)
+        if not own:
+            self._leave(worker)
+
+    def forget(self, worker: WorkerId) -> None:
+        """The worker's memory is gone. Takes time in proportion to the blocks that it had."""
+        own = self._blocks.get(worker)
+        if own is not None:
+            bit = 1 << self._number[worker]
+            for block_hash in own:
+                self._drop(block_hash, bit)
+            self._leave(worker)
+
+    def num_held(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
+        """Blocks from the front of the chain that this worker has without a gap."""
+        own = self._blocks.get(worker, ())
+        for index, block_hash in enumerate(hashes):
+            if block_hash not in own:
+                return index
+        return len(hashes)
+
+    def matches(self, hashes: Sequence[BlockHash]) -> dict[WorkerId, int]:
+        """Blocks from the front of the chain that each worker has without a gap, for those that
+        have the first. Shortest matches come first, and equal ones in the order in which their
+        workers came to have anything."""
+        found: dict[WorkerId, int] = {}
+        if not hashes:
+            return found
+        holders = self._holders
+        left = holders.get(hashes[0], 0)
+        for depth in range(1, len(hashes)):
+            if not left:
+                return found
+            still = left & holders.get(hashes[depth], 0)
+            if still != left:
+                self._name(left ^ still, depth, found)
+                left = still
+        self._name(left, len(hashes), found)
+        return found
+
+    def _name(self, mask: int, depth: int, found: dict[WorkerId, int]) -> None:
+        """Give the depth to every worker in the mask."""
+        bits = f"{mask:b}"[::-1]
+        number = bits.find("1")
+        while number >= 0:
+            worker = self._workers[number]
+            assert worker is not None
+            found[worker] = depth
+            number = bits.find("1", number + 1)
+
+    def _enter(self, worker: WorkerId) -> set[BlockHash]:
+        if self._unused:
+            number = self._unused.pop()
+            self._workers[number] = worker
+        else:
+            number = len(self._workers)
+            self._workers.append(worker)
+        self._number[worker] = number
+        own = self._blocks[worker] = set()
+        return own
+
+    def _leave(self, worker: WorkerId) -> None:
+        number = self._number.pop(worker)
+        self._workers[number] = None
+        self._unused.append(number)
+        del self._blocks[worker]
+
+    def _drop(self, block_hash: BlockHash, bit: int) -> None:
+        left = self._holders[block_hash] ^ bit
+        if left:
+            self._holders[block_hash] = left
+        else:
+            del self._holders[block_hash]
