@@ -2,7 +2,7 @@
 
 The text (accuracy_text.txt: a public declaration, stories, instructions, a little code) is fed to
 the model as it stands, and every position's next-token distribution is compared with that of fp32
-on torch alone. Reported for each kind of weights: the perplexity, the mean Kullback-Leibler
+on torch alone. Reported for each kind of weights and KV: the perplexity, the mean Kullback-Leibler
 divergence from fp32, how often the best token is the same, and the mean and largest change of the
 log-probability of the text's own token.
 
@@ -30,17 +30,20 @@ from pdserve.weights.pull import resolve
 
 BLOCK_SIZE = 16
 STEP_ROWS = 32
-KINDS = {  # name -> (dtype, weight dtype, kernels: None is the best level)
-    "fp32, torch": ("fp32", "auto", "torch"),
-    "bf16, torch": ("bf16", "auto", "torch"),
-    "bf16": ("bf16", "auto", None),
-    "int8 weights": ("bf16", "int8", None),
+KINDS = {  # name -> (dtype, weight dtype, KV dtype, kernels: None is the best level)
+    "fp32, torch": ("fp32", "auto", "auto", "torch"),
+    "fp32, torch, int8 KV": ("fp32", "auto", "int8", "torch"),
+    "bf16, torch": ("bf16", "auto", "auto", "torch"),
+    "bf16": ("bf16", "auto", "auto", None),
+    "int8 KV": ("bf16", "auto", "int8", None),
+    "int8 weights": ("bf16", "int8", "auto", None),
+    "int8 weights and KV": ("bf16", "int8", "int8", None),
 }
 
 
 def logprobs_of(folder: ModelFolder, token_ids: list[int], kind: str) -> torch.Tensor:
     """Log-probabilities of every position's next token, ``[tokens - 1, vocab]`` fp32."""
-    dtype, weight_dtype, kernels = KINDS[kind]
+    dtype, weight_dtype, kv_dtype, kernels = KINDS[kind]
     os.environ.pop(KERNELS_VARIABLE, None)
     if kernels is not None:
         os.environ[KERNELS_VARIABLE] = kernels
@@ -53,6 +56,7 @@ def logprobs_of(folder: ModelFolder, token_ids: list[int], kind: str) -> torch.T
         block_size=BLOCK_SIZE,
         num_threads=1,
         weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
     )
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     memory = bytearray(runner.info.layout.pool_bytes(num_blocks))

@@ -7,9 +7,13 @@ of weights and KV over the bandwidth and FLOPs over the rate. What a step costs 
 kernels is timed call by call.
 
     taskset -c 1 python benchmarks/engine.py [--threads 1] [--clock cpu] [--numerics fast] ...
+    python benchmarks/engine.py --scaling [--repeats 9]
 
 Every figure is a median. On a machine that others use, too, ``--clock cpu`` counts the time that
-the process had a core; it goes with one thread.
+the process had a core; it goes with one thread. ``--scaling`` sets a worker on two threads against
+one on a single thread, step by step in turn, beside what two threads gain for torch's product and
+for reading memory, to which two cores may share the way. Where others use the machine, too, the
+lower quartiles say more than the medians; the ratio of these is given as well.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from typing import Any
 import torch
 
 from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, StepId
+from pdserve.core.layout import DTYPE_BYTES, KV_DTYPES, KvLayout
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampleSpec, StepPlan, StepRow
 from pdserve.engine.native import library
+from pdserve.engine.torch.numerics import DTYPES
 from pdserve.engine.torch.runner import TorchRunner
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.folder import ModelFolder
@@ -39,8 +45,10 @@ GREEDY = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
 PREFILLS = (512, 1024, 2048)
 DECODES = ((1, 256), (1, 1024), (16, 256), (16, 1024))
 """Batch, and tokens of context of each row."""
+NUM_BLOCKS = max(batch * context for batch, context in DECODES) // BLOCK_SIZE
 
-KERNELS = ("pdserve_run", "pdserve_linear", "pdserve_norm")
+THREADS = (1, 2)
+KERNELS = ("pdserve_run_layers", "pdserve_run", "pdserve_linear", "pdserve_norm", "pdserve_best")
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
@@ -73,11 +81,11 @@ def widths(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def cases(config: ModelConfig, weight_bytes: int, kv_bytes: int, num_blocks: int) -> list[Case]:
-    """``weight_bytes`` and ``kv_bytes`` are those of one number."""
+def cases(config: ModelConfig, weight_bytes: int, layout: KvLayout, num_blocks: int) -> list[Case]:
+    """``weight_bytes`` are those of one number."""
     per_token, logits = widths(config)
     seen = 4 * config.num_layers * config.num_heads * config.head_dim  # FLOPs of a (query, key)
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_bytes
+    kv = layout.pool_bytes(1) // layout.block_size  # of a token
     found = []
     for n in PREFILLS:
         plan = StepPlan(step_id=StepId(1), rows=(row(n, 0, range(-(-n // BLOCK_SIZE))),), copies=())
@@ -96,7 +104,7 @@ def cases(config: ModelConfig, weight_bytes: int, kv_bytes: int, num_blocks: int
     return found
 
 
-def a_runner(folder: ModelFolder, arguments: argparse.Namespace) -> TorchRunner:
+def a_runner(folder: ModelFolder, arguments: argparse.Namespace, threads: int) -> TorchRunner:
     return TorchRunner(
         folder.config,
         folder.load_tensors(dtype=arguments.dtype),
@@ -104,9 +112,10 @@ def a_runner(folder: ModelFolder, arguments: argparse.Namespace) -> TorchRunner:
         device="cpu",
         dtype=arguments.dtype,
         block_size=BLOCK_SIZE,
-        num_threads=arguments.threads,
+        num_threads=threads,
         numerics=arguments.numerics,
         weight_dtype=arguments.weight_dtype,
+        kv_dtype=arguments.kv_dtype,
     )
 
 
@@ -172,15 +181,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     clock = CLOCKS[arguments.clock]
     kernels = KernelClock(clock)
     folder = ModelFolder.open(resolve(arguments.model, progress=False))
-    runner = a_runner(folder, arguments)
+    runner = a_runner(folder, arguments, arguments.threads)
     layout = runner.info.layout
-    num_blocks = max(batch * context for batch, context in DECODES) // BLOCK_SIZE
+    num_blocks = NUM_BLOCKS
     memory = bytearray(layout.pool_bytes(num_blocks))
     runner.attach_pool(memoryview(memory), num_blocks)
-    number_bytes = 2 if arguments.dtype == "bf16" else 4
-    weight_bytes = 1 if arguments.weight_dtype == "int8" else number_bytes
-    all_cases = cases(folder.config, weight_bytes, number_bytes, num_blocks)
-    ceilings = Ceilings(torch.bfloat16 if number_bytes == 2 else torch.float32, clock)
+    all_cases = cases(folder.config, weight_bytes(arguments), layout, num_blocks)
+    ceilings = Ceilings(DTYPES[arguments.dtype], clock)
     times: dict[str, list[float]] = {case.name: [] for case in all_cases}
     for repeat in range(arguments.repeats + 1):
         for case in all_cases:
@@ -212,13 +219,64 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def weight_bytes(arguments: argparse.Namespace) -> int:
+    return 1 if arguments.weight_dtype == "int8" else DTYPE_BYTES[arguments.dtype]
+
+
+def scaling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each case on one thread and on two, in turn."""
+    folder = ModelFolder.open(resolve(arguments.model, progress=False))
+    runners = {threads: a_runner(folder, arguments, threads) for threads in THREADS}
+    layout = runners[1].info.layout
+    memory = bytearray(layout.pool_bytes(NUM_BLOCKS))
+    for runner in runners.values():
+        runner.attach_pool(memoryview(memory), NUM_BLOCKS)
+    square = torch.randn(2048, 2048).to(DTYPES[arguments.dtype])
+    array = torch.ones(64 << 20, dtype=torch.int32)
+    work: dict[str, Callable[[int], object]] = {
+        "product": lambda threads: torch.mm(square, square),
+        "reading": lambda threads: array.max(),
+    }
+    for case in cases(folder.config, weight_bytes(arguments), layout, NUM_BLOCKS):
+        work[case.name] = lambda threads, plan=case.plan: runners[threads].execute(plan)
+    report: dict[str, Any] = {}
+    for name, run in work.items():
+        times: dict[int, list[float]] = {threads: [] for threads in THREADS}
+        for repeat in range(arguments.repeats + 1):
+            for threads, taken in times.items():
+                torch.set_num_threads(threads)
+                started = time.perf_counter()
+                run(threads)
+                if repeat:
+                    taken.append(time.perf_counter() - started)
+        one, two = (sorted(times[threads]) for threads in THREADS)
+        report[name] = {
+            "one_ms": statistics.median(one) * 1e3,
+            "two_ms": statistics.median(two) * 1e3,
+            "scaling": statistics.median(one) / statistics.median(two),
+            "quartile_scaling": one[len(one) // 4] / two[len(two) // 4],
+        }
+    return report
+
+
+def print_scaling(report: dict[str, Any]) -> None:
+    print(f"{'':16}{'1 thread':>10}{'2 threads':>10}{'median':>8}{'quartile':>10}")
+    for name, case in report.items():
+        print(
+            f"{name:16}{case['one_ms']:10.1f}{case['two_ms']:10.1f}"
+            f"{case['scaling']:7.2f}x{case['quartile_scaling']:9.2f}x"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--weight-dtype", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="exact")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scaling", action="store_true", help="one thread against two")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -226,9 +284,12 @@ def main() -> None:
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu counts one thread: it goes with --threads 1")
     torch.set_num_threads(arguments.threads)
-    report = measure(arguments)
+    report = scaling(arguments) if arguments.scaling else measure(arguments)
     if arguments.json:
         print(json.dumps(report, indent=2))
+        return
+    if arguments.scaling:
+        print_scaling(report)
         return
     print(f"{report['numerics']}, {report['clock']} time")
     print(f"product {report['gemm_gflops_per_s']:.0f} GFLOP/s, ", end="")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -19,12 +20,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(flags: Sequence[str]) -> Iterator[Server]:
-    """``pdserve serve`` with these flags; entered when every worker is ready."""
+def serving(
+    flags: Sequence[str],
+    *,
+    program: Sequence[str] = ("-m", "pdserve"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """``pdserve serve`` with these flags; entered when every worker is ready.
+
+    ``program`` is what Python runs in place of ``pdserve``, with ``environment`` added to ours.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "pdserve", "serve", "--port", "0", "--log-format", "json", *flags],
+        [sys.executable, *program, "serve", "--port", "0", "--log-format", "json", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
     )
     try:
         assert process.stdout is not None

@@ -23,7 +23,7 @@ from typing import Any
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
-from pdserve.core.layout import DTYPE_BYTES
+from pdserve.core.layout import DTYPE_BYTES, INT8, KV_DTYPES
 from pdserve.core.request import Role
 from pdserve.cost.step_times import StepTimes, check_speeds, parse_speeds, parse_step_times
 from pdserve.node.settings import RoleControl
@@ -43,6 +43,8 @@ MAX_WORKERS = 64
 WEIGHT_DTYPES = ("auto", "int8")
 KV_TILE_TOKENS = 64
 """Attention walks the KV in tiles of this many tokens, and a block must not straddle two."""
+INT8_BLOCK_TOKENS = 16
+"""A block of int8 is a multiple of this many tokens."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -129,6 +131,7 @@ class ServeConfig:
     decode_weight_dtype: str | None = _option(
         None, _text, "the same for decode workers alone (default: as --weight-dtype)"
     )
+    kv_dtype: str = _option("auto", _text, "KV in the pool: auto (as --dtype) or int8")
     numerics: str = _option("exact", _text, "exact: equal bit by bit however batched; or fast")
     threads: int | None = _option(None, _whole, "CPU threads per worker (default: cores / workers)")
     transport: str = _option("shm", _text, "how KV moves between workers")
@@ -149,6 +152,9 @@ class ServeConfig:
         f"how workers batch: {' or '.join(BATCH_POLICIES)} (default: what belongs to --policy)",
     )
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    one_shot_tokens: int = _option(
+        512, _whole, "KV of a shorter prompt moves at once after its last layer, not layer by layer"
+    )
     classes: ServiceClasses = field(
         default=ONE_CLASS,
         metadata={
@@ -168,6 +174,8 @@ class ServeConfig:
         self._check_workers()
         self._check_memory()
         self._check_words()
+        if self.one_shot_tokens < 0:
+            raise ConfigError("--one-shot-tokens must not be negative; 0 always moves by layer")
         for name in ("queue_timeout", "drain_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{flag_of(name)} must be 0 or more seconds")
@@ -198,6 +206,10 @@ class ServeConfig:
                 f"--block-size is {self.block_size}; it must divide {KV_TILE_TOKENS}, because "
                 f"attention reads the KV in tiles of {KV_TILE_TOKENS} tokens: 8, 16, 32 or 64"
             )
+        if self.kv_dtype == INT8 and self.block_size % INT8_BLOCK_TOKENS:
+            raise ConfigError(
+                f"--block-size is {self.block_size}; with --kv-dtype int8 it is 16, 32 or 64"
+            )
         if self.kv_blocks is not None and self.kv_memory is not None:
             raise ConfigError("--kv-blocks and --kv-memory say the same thing; give one of them")
         for name in ("kv_blocks", "kv_memory", "max_model_len"):
@@ -215,6 +227,7 @@ class ServeConfig:
             "dtype": tuple(sorted(DTYPE_BYTES)),
             "weight_dtype": WEIGHT_DTYPES,
             "decode_weight_dtype": (None, *WEIGHT_DTYPES),
+            "kv_dtype": KV_DTYPES,
             "numerics": ("exact", "fast"),
             "admission": ("auto", *ADMISSION_POLICIES),
             "log_format": ("text", "json"),

@@ -31,11 +31,13 @@ PROMPT = tuple(random.Random(1).randrange(256) for _ in range(70))
 FAKES = {
     "fake": ("fake", {}),
     "fake, staged": ("fake", {"staged": True}),
+    "fake, int8": ("fake", {"dtype": "int8"}),
     "modelled": ("modelled", {}),
 }
 TORCH = {
     "torch fp32": {"device": "cpu", "dtype": "fp32"},
     "torch bf16": {"device": "cpu", "dtype": "bf16"},
+    "torch int8 KV": {"device": "cpu", "dtype": "bf16", "kv_dtype": "int8"},
     "torch cuda": {"device": "cuda", "dtype": "fp32"},
 }
 

@@ -56,6 +56,33 @@ def test_a_stream_is_prefilled_here_and_decoded_there_and_nothing_is_left_behind
     wait_for_exit(pids)
 
 
+def test_a_pool_of_int8_moves_fewer_bytes_and_split_answers_like_local(
+    start_server: Callable[..., Any], tiny_model_path: Path
+) -> None:
+    prompt = "a tortoise that had nowhere to be " * 30
+    answers, sent_bytes = [], []
+    for counts in (("--prefill", "1", "--decode", "1"), ("--mixed", "1")):
+        server = start_server(
+            "--model", str(tiny_model_path), *FLAGS, *counts, "--kv-dtype", "int8"
+        )
+        with server.client() as client:
+            answers.append(
+                client.completions.create(
+                    model=tiny_model_path.name, prompt=prompt, max_tokens=30, seed=4, logprobs=1
+                )
+            )
+        loads = [worker["load"] for worker in server.workers().values()]
+        sent_bytes.append(sum(load["transfer_bytes"] for load in loads))
+        server.close()
+    split, local = (answer.choices[0] for answer in answers)
+    assert split.text == local.text
+    assert split.logprobs == local.logprobs
+    num_blocks = -(-answers[0].usage.prompt_tokens // 16)
+    assert sent_bytes[1] == 0
+    # 2 layers, keys and values, 2 heads of 16 bytes and a scale, 16 tokens.
+    assert 0 < sent_bytes[0] <= (num_blocks + 1) * 2 * 2 * 2 * 16 * (16 + 4)
+
+
 @pytest.mark.parametrize("counts", [("--mixed", "1"), ("--prefill", "1"), ("--decode", "1")])
 def test_any_single_worker_can_serve(
     start_server: Callable[..., Any], tiny_model_path: Path, counts: Flags

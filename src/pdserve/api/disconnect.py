@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -16,22 +17,34 @@ async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, None])
     gone. When this returns, ``work`` has ended and cleaned up after itself, however that came
     about; its errors are raised here.
     """
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_until_gone(receive))
+    watch = _Watch(receive)
+    watching = asyncio.create_task(watch.until_gone())
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        await work
+    except asyncio.CancelledError:
+        if watch.has_cancelled and watch.task.uncancel() == 0:
+            return False
+        raise  # somebody else wants the calling task to end
     finally:
         watching.cancel()
-        working.cancel()  # has no effect on a task that is done
-        await asyncio.gather(working, watching, return_exceptions=True)
-    if working.cancelled():
-        return False
-    working.result()
     return True
 
 
-async def _until_gone(receive: Receive) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
+class _Watch:
+    """Cancels the task that made it, once, when the client has gone. It is cancelled itself before
+    that task does anything else, so that what it cancels is the work and nothing after it."""
+
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.has_cancelled = False
+        self._receive = receive
+
+    async def until_gone(self) -> None:
+        # A connection that cannot be read is as good as gone.
+        with contextlib.suppress(Exception):
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        self.has_cancelled = True
+        self.task.cancel()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +22,7 @@ from pdserve.core.errors import AuthError, RequestError
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+_REQUEST_ID_FIELD = REQUEST_ID_HEADER.lower().encode()
 CLIENT_REQUEST_ID = "pdserve.client_request_id"
 """Scope key: the valid id that the client gave in the header, or None."""
 
@@ -48,9 +49,9 @@ class EdgeMiddleware:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
-                headers = MutableHeaders(scope=message)
-                if REQUEST_ID_HEADER not in headers:
-                    headers[REQUEST_ID_HEADER] = scope[CLIENT_REQUEST_ID] or new_request_id()
+                if all(name != _REQUEST_ID_FIELD for name, _ in message["headers"]):
+                    name = scope[CLIENT_REQUEST_ID] or new_request_id()
+                    message["headers"] = [*message["headers"], (_REQUEST_ID_FIELD, name.encode())]
             await send(message)
 
         scope[CLIENT_REQUEST_ID] = None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.core.ids import BlockId
-from pdserve.core.layout import DTYPE_BYTES, KvLayout
+from pdserve.core.layout import KvLayout
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import (
     SampledToken,
@@ -82,7 +82,7 @@ class FakeRunner(ModelRunner):
             2,
             layout.num_kv_heads,
             layout.block_size,
-            layout.head_dim * DTYPE_BYTES[layout.dtype],
+            layout.slot_bytes,
         )
         flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
         self._memory = flat.reshape(shape)

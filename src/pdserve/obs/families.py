@@ -50,7 +50,7 @@ class RequestFamilies:
     def __init__(self, registry: CollectorRegistry, model_name: str, max_model_tokens: int) -> None:
         self._registry = registry
         self._model_name = model_name
-        self._label_values: dict[Counter, set[str]] = {}
+        self._series: dict[Counter, dict[str, Counter]] = {}
         self._make_counters()
         self._show_zeros()
         self._make_durations()
@@ -139,11 +139,12 @@ class RequestFamilies:
 
     def _labelled(self, family: Counter, value: str) -> Counter:
         """One series of a family; past a bound the label is ``other``, whatever a node says."""
-        seen = self._label_values.setdefault(family, set())
-        if value not in seen and len(seen) >= MAX_LABEL_VALUES:
-            value = "other"
-        seen.add(value)
-        return family.labels(self._model_name, value)
+        series = self._series.setdefault(family, {})
+        if value not in series:
+            if len(series) >= MAX_LABEL_VALUES:
+                value = "other"
+            series[value] = family.labels(self._model_name, value)
+        return series[value]
 
     def _show_zeros(self) -> None:
         """Series with known labels exist from the start: a rate over their first event is right."""
@@ -210,6 +211,9 @@ class WorkerFamilies:
                 "vllm:num_preemptions", "Sequences put back for want of blocks."
             ),
         }
+        # Reports come a hundred times a second, and looking a series up costs more than setting it.
+        self._gauges_of: dict[str, dict[str, Gauge]] = {}
+        self._counters_of: dict[tuple[str, str], Counter] = {}
         self._up = self._gauge("pdserve:worker_up", "1 if the worker serves.", "worker", "role")
 
     @property
@@ -224,15 +228,26 @@ class WorkerFamilies:
         self._up.remove(self._model_name, worker, role)
 
     def set_gauges(self, worker: str, values: dict[str, float]) -> None:
+        series = self._gauges_of.get(worker)
+        if series is None:
+            series = self._gauges_of[worker] = {
+                key: gauge.labels(self._model_name, worker) for key, gauge in self._gauges.items()
+            }
         for key, value in values.items():
-            self._gauges[key].labels(self._model_name, worker).set(value)
+            series[key].set(value)
 
     def forget_gauges(self, worker: str) -> None:
+        self._gauges_of.pop(worker, None)
         for gauge in self._gauges.values():
             gauge.remove(self._model_name, worker)
 
     def add(self, worker: str, key: str, amount: float) -> None:
-        self._counters[key].labels(self._model_name, worker).inc(amount)
+        series = self._counters_of.get((worker, key))
+        if series is None:
+            series = self._counters[key].labels(self._model_name, worker)
+            self._counters_of[worker, key] = series
+        if amount:
+            series.inc(amount)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, ["model_name", *labels], registry=self._registry)

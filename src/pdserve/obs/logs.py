@@ -19,7 +19,10 @@ import logging
 import re
 import sys
 import time
+from functools import lru_cache
 from typing import Any, TextIO
+
+import msgspec
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.events import LifeEvent, LifeName, Scalar
@@ -28,6 +31,7 @@ LOGGER_NAME = "pdserve"
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _HANDLER_NAME = "pdserve-lines"
+_LOGGER = logging.getLogger(LOGGER_NAME)
 _PLAIN = re.compile(r"[^\s\"\\=\x00-\x1f\x80-\x9f\u2028\u2029]+")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x80-\x9f\u2028\u2029]")
 
@@ -41,7 +45,7 @@ def setup(format: str = "text", level: str = "info", stream: TextIO | None = Non
         raise ConfigError(f"unknown log format {format!r}: use one of {', '.join(FORMATS)}")
     if level.lower() not in LEVELS:
         raise ConfigError(f"unknown log level {level!r}: use one of {', '.join(LEVELS)}")
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler = _Lines(sys.stderr if stream is None else stream)
     handler.setFormatter(JsonLines() if format == "json" else TextLines())
     logger = logging.getLogger(LOGGER_NAME)
     teardown()
@@ -64,17 +68,46 @@ def teardown() -> None:
 def log_life_event(event: LifeEvent) -> None:
     """Log a life event: a failure as warning, everything else as info."""
     level = logging.WARNING if event.name is LifeName.FAILED else logging.INFO
-    logger = logging.getLogger(LOGGER_NAME)
-    if logger.isEnabledFor(level):
-        logger.log(level, "%s", _life_text(event), extra={"life_event": event})
+    if _LOGGER.isEnabledFor(level):
+        _LOGGER.handle(_LifeRecord(event, level))
+
+
+class _LifeRecord(logging.LogRecord):
+    """A life event on its way to the handlers: there are a dozen for each request, so what is the
+    same for all of them (the caller, the thread, the process) is looked up once."""
+
+    _shared = vars(logging.LogRecord(LOGGER_NAME, logging.INFO, __file__, 0, "", None, None))
+
+    def __init__(self, event: LifeEvent, level: int) -> None:
+        self.__dict__.update(self._shared)
+        self.life_event = event
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.created = now_s = time.time()
+        self.msecs = float(int(now_s % 1.0 * 1e3))
+
+    def getMessage(self) -> str:  # noqa: N802
+        return _life_text(self.life_event)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes a line and its end at once, under one lock."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.stream.write(self.format(record) + "\n")
+            self.stream.flush()
+        except RecursionError:  # as the base has it
+            raise
+        except Exception:
+            self.handleError(record)
 
 
 class TextLines(logging.Formatter):
     """``time message``, with the level in between from warning on."""
 
     def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        head = f"{clock}.{int(record.msecs):03d}"
+        head = f"{_local_clock(int(record.created))}.{int(record.msecs):03d}"
         level = f" {record.levelname.lower()}" if record.levelno >= logging.WARNING else ""
         line = f"{head}{level} {_one_line(record.getMessage())}"
         if record.exc_info:
@@ -86,16 +119,15 @@ class JsonLines(logging.Formatter):
     """One JSON object a line; a life event has ``request_id``, ``epoch``, ``node``, ``detail``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         document: dict[str, Any] = {
-            "time": f"{utc}.{int(record.msecs):03d}Z",
+            "time": f"{_utc(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
         }
         event: LifeEvent | None = getattr(record, "life_event", None)
         if event is not None:
             document |= {
-                "event": event.name.value,
+                "event": event.name,
                 "request_id": event.request_id,
                 "epoch": event.epoch,
                 "node": event.node,
@@ -106,11 +138,23 @@ class JsonLines(logging.Formatter):
             document["message"] = record.getMessage()
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
-        return json.dumps(document)
+        line = msgspec.json.encode(document)
+        # What is not ASCII may hold Unicode's line ends: escape all of it.
+        return line.decode() if line.isascii() else json.dumps(document)
+
+
+@lru_cache(maxsize=1)
+def _local_clock(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
+@lru_cache(maxsize=1)
+def _utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _life_text(event: LifeEvent) -> str:
-    parts = [event.name.value, f"{_quoted(event.request_id)}#{event.epoch}", _quoted(event.node)]
+    parts = [event.name, f"{_quoted(event.request_id)}#{event.epoch}", _quoted(event.node)]
     parts += [f"{key}={_quoted(value)}" for key, value in event.detail]
     return " ".join(parts)
 

@@ -13,10 +13,12 @@ from typing import Protocol
 
 from pdserve.core.effects import Effect, Input
 from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.messages import Ticket
 from pdserve.node.settings import WorkerSettings
 from pdserve.serve.driver import Machine
 from pdserve.serve.engine_thread import JobThread
 from pdserve.transport.base import Pool, RemotePool
+from pdserve.transport.progress import LayersWritten
 
 RemotePools = Callable[[WorkerId, Epoch], tuple[RemotePool, int] | None]
 """The attached pool of a peer process and its size in bytes, if there is one."""
@@ -24,13 +26,15 @@ RemotePools = Callable[[WorkerId, Epoch], tuple[RemotePool, int] | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """What a backend may use of its worker. ``feed`` and ``broken`` are called on the node thread;
-    a backend whose engine broke says so, and its process ends."""
+    """What a backend may use of its worker. All but ``jobs`` are called on the node thread; a
+    backend whose engine broke says so (``broken``), and its process ends. ``tell`` sends a peer a
+    hint, or drops it."""
 
     jobs: JobThread
     feed: Callable[[Input], None]
     broken: Callable[[BaseException], None]
     remote: RemotePools
+    tell: Callable[[WorkerId, LayersWritten], None]
 
 
 class Backend(Protocol):
@@ -49,6 +53,14 @@ class Backend(Protocol):
 
     def perform(self, effect: Effect) -> None:
         """Carry out an effect that is not of every worker. Never blocks."""
+        ...
+
+    def granting(self, ticket: Ticket) -> None:
+        """The machine's ticket is about to be sent to a writer."""
+        ...
+
+    def written(self, news: LayersWritten) -> None:
+        """A writer says what has arrived."""
         ...
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from pdserve.api.gateway import ModelCard
 from pdserve.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
-from pdserve.core.layout import KvLayout
+from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.request import Role
 from pdserve.cost.step_times import DEFAULT_PROFILE, PROFILES, StepTimes, speed_of
 from pdserve.serve.runners import ENGINES
@@ -80,6 +80,7 @@ class Deployment:
             engine=config.engine,
             device=config.devices[number % len(config.devices)],
             dtype=config.dtype,
+            kv_dtype=config.kv_dtype,
             weight_dtype=config.weight_dtype_of(self.roles[worker]),
             numerics=config.numerics,
             threads=self.threads,
@@ -88,6 +89,7 @@ class Deployment:
             num_blocks=self.num_blocks,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
+            one_shot_tokens=config.one_shot_tokens,
             batching=config.batch_policy,
             step_times=self._step_times(worker),
             record=config.record,
@@ -119,7 +121,7 @@ def deploy(config: ServeConfig) -> Deployment:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=config.block_size,
-        dtype=config.dtype,
+        dtype=pool_dtype(config.dtype, config.kv_dtype),
         numerics="",
         weights_digest="",
     )

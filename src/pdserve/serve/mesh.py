@@ -35,6 +35,7 @@ from pdserve.serve.links import (
 )
 from pdserve.transport.base import Pool, PoolExport, RemotePool, Transport
 from pdserve.transport.peers import Peers
+from pdserve.transport.progress import LayersWritten
 from pdserve.transport.wire import WireMessage
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class MeshEvents:
     """Who hears of the mesh, on the event loop's thread."""
 
     received: Callable[[WorkerId, Epoch, Message], None]
+    written: Callable[[LayersWritten], None]
     up: Callable[[WorkerId, Epoch], None]
     lost: Callable[[WorkerId, Epoch], None]
 
@@ -118,6 +120,12 @@ class Mesh:
             entry.deadline = loop.call_later(LINK_TIMEOUT_S, self._give_up, entry)
         if len(entry.waiting) > MAX_WAITING_MESSAGES:
             self._give_up(entry)
+
+    def tell(self, worker: WorkerId, news: LayersWritten) -> None:
+        """Send a hint over the link; without one it is dropped."""
+        entry = self._entries.get(worker)
+        if entry is not None and entry.link is not None:
+            entry.link.send(news)
 
     def remote(self, worker: WorkerId, epoch: Epoch) -> tuple[RemotePool, int] | None:
         """The attached pool of this process of the peer and its size in bytes, if there is one."""
@@ -231,6 +239,9 @@ class Mesh:
 
     def _on_message(self, entry: _Entry, link: Link, message: WireMessage) -> None:
         if entry.link is not link:
+            return
+        if isinstance(message, LayersWritten):
+            self._events.written(message)
             return
         if not isinstance(message, Message):
             link.close(f"a {type(message).__name__} between workers")

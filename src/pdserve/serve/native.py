@@ -14,6 +14,8 @@ from pdserve.core.effects import (
     TransferFailed,
     VerifyTransfer,
 )
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Ticket
 from pdserve.engine.base import ModelRunner
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
@@ -22,6 +24,7 @@ from pdserve.serve.backend import Surroundings
 from pdserve.serve.engine_thread import EngineThread, post_to_loop
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.base import Pool, Transport
+from pdserve.transport.progress import LayersWritten
 from pdserve.transport.push import Pusher
 
 
@@ -59,12 +62,16 @@ class NativeBackend:
         def post(event: Input) -> None:
             post_to_loop(loop, lambda: surroundings.feed(event))
 
+        def announce(peer: WorkerId, news: LayersWritten) -> None:
+            post_to_loop(loop, lambda: surroundings.tell(peer, news))
+
         self._pusher = Pusher(
             runner=self._runner,
             pool_memory=self._own_pool.memory,
             layout=self.settings.layout,
             num_blocks=self.settings.num_blocks,
             post=post,
+            announce=announce,
         )
         self._engine = EngineThread(
             surroundings.jobs, self._runner, self._pusher, surroundings.feed
@@ -87,6 +94,14 @@ class NativeBackend:
                 self._pusher.verify(effect)
             case _:
                 raise TypeError(f"a native worker does not perform {type(effect).__name__}")
+
+    def granting(self, ticket: Ticket) -> None:
+        assert self._pusher is not None
+        self._pusher.expect(ticket)
+
+    def written(self, news: LayersWritten) -> None:
+        assert self._pusher is not None
+        self._pusher.written(news)
 
     def close(self) -> None:
         if self._pusher is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from pdserve.core.layout import pool_dtype
 from pdserve.engine.base import ModelRunner
 from pdserve.engine.foreign import Engine
 from pdserve.engine.registry import RUNNERS, create_runner
@@ -42,6 +43,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
             num_threads=start.threads,
             numerics=start.numerics,
             weight_dtype=start.weight_dtype,
+            kv_dtype=start.kv_dtype,
         )
     # A runner without weights has the model's shape, so that pools and limits are as was said.
     config = ModelConfig.from_folder(Path(start.model_path))
@@ -52,7 +54,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=start.block_size,
-        dtype=start.dtype,
+        dtype=pool_dtype(start.dtype, start.kv_dtype),
         vocab_size=config.vocab_size,
         max_model_tokens=config.max_model_tokens,
         **times,

@@ -14,6 +14,7 @@ from functools import partial
 
 from pdserve.core.effects import Effect, Input
 from pdserve.core.layout import KvLayout
+from pdserve.core.messages import Ticket
 from pdserve.engine.foreign import Engine
 from pdserve.node.foreign import ForeignWorkerNode
 from pdserve.node.settings import ForeignSettings, WorkerSettings
@@ -22,6 +23,7 @@ from pdserve.serve.engine_calls import call, is_engine_call, step
 from pdserve.serve.engine_thread import post_to_loop
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.base import Pool
+from pdserve.transport.progress import LayersWritten
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,12 @@ class SelfBatchingBackend:
         if not is_engine_call(effect):
             raise TypeError(f"a self-batching worker does not perform {type(effect).__name__}")
         self._post(partial(self._call, effect))
+
+    def granting(self, ticket: Ticket) -> None:
+        """Payloads come in messages: nothing is written anywhere."""
+
+    def written(self, news: LayersWritten) -> None:
+        """As above."""
 
     def close(self) -> None:
         if self._around is not None:

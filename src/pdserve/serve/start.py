@@ -47,6 +47,7 @@ class WorkerStart:
     mixed_chunk_tokens: int = 512
     one_shot_tokens: int = 512
     weight_dtype: str = "auto"
+    kv_dtype: str = "auto"
     batching: str = DEFAULT_BATCHING
     step_times: StepTimes | None = None
 

@@ -40,7 +40,7 @@ class TokenStream(AsyncIterator[TokenDelta]):
         self._error: PdserveError | None = None
         self._closed = False
         self._has_tokens = False
-        self._news = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -57,19 +57,19 @@ class TokenStream(AsyncIterator[TokenDelta]):
                 self._deltas.append(delta)
                 if delta.finish is not None:
                     self._running.discard(delta.choice)
-        self._news.set()
+        self._wake()
 
     def stop(self, choice: int) -> None:
         """No more of this choice, not even what is here already."""
         self._running.discard(choice)
         self._deltas = deque(delta for delta in self._deltas if delta.choice != choice)
-        self._news.set()
+        self._wake()
 
     def fail(self, error: PdserveError) -> None:
         """The answer ends here, after what was put in."""
         if not self.is_over:
             self._error = error
-            self._news.set()
+            self._wake()
 
     def refuse(self, fail: Fail) -> None:
         """The router gave the request up."""
@@ -87,19 +87,28 @@ class TokenStream(AsyncIterator[TokenDelta]):
                     raise self._error
                 if self.is_over:
                     raise StopAsyncIteration
-                self._news.clear()
-                await self._news.wait()
+                await self._news()
         except asyncio.CancelledError:
             await self.aclose()
             raise
         return self._deltas.popleft()
+
+    def _news(self) -> asyncio.Future[None]:
+        """Done as soon as something has changed. There is one reader, so one future will do."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     async def aclose(self) -> None:
         """The reader wants no more. Aborts what still runs."""
         left_early = not self.is_over
         self._closed = True
         self._deltas.clear()
-        self._news.set()
+        self._wake()
         if left_early:
             self._gone()
 

@@ -30,7 +30,7 @@ from pdserve.core.effects import (
 )
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import GATEWAY, Epoch, WorkerId
-from pdserve.core.messages import Life, Message
+from pdserve.core.messages import Life, Message, Ticket
 from pdserve.serve.backend import Backend, Surroundings
 from pdserve.serve.driver import Driver, Machine
 from pdserve.serve.engine_thread import JobThread
@@ -91,11 +91,22 @@ class Worker:
         self._backend = backend = await self._jobs.call(self._load)
         if gateway.is_closed:
             return
-        events = MeshEvents(received=self._received, up=self._peer_up, lost=self._peer_lost)
+        events = MeshEvents(
+            received=self._received,
+            written=backend.written,
+            up=self._peer_up,
+            lost=self._peer_lost,
+        )
         self._mesh = mesh = Mesh(self._identity, self._transport, backend.pool, events)
         self._listener = Listener(self._start.address, mesh.accepted)
         self.machine = backend.begin(
-            Surroundings(jobs=self._jobs, feed=self._feed, broken=self._crashed, remote=mesh.remote)
+            Surroundings(
+                jobs=self._jobs,
+                feed=self._feed,
+                broken=self._crashed,
+                remote=mesh.remote,
+                tell=mesh.tell,
+            )
         )
         settings = backend.settings
         recorder = recorder_of(self._start.record, backend.policy, worker=settings)
@@ -163,6 +174,8 @@ class Worker:
     def _send(self, to: WorkerId, message: Message) -> None:
         assert self._mesh is not None
         assert self._gateway is not None
+        if isinstance(message, Ticket) and self._backend is not None:
+            self._backend.granting(message)
         self._send_life()  # what a message makes others do must not be known before its cause
         if to == GATEWAY:
             self._gateway.send(message)

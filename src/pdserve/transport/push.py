@@ -2,7 +2,8 @@
 
 A worker has one `Pusher`. Three threads meet in it::
 
-    node thread      open, bind, stop, verify, close     performs the machine's effects
+    node thread      open, bind, stop, close             performs the machine's effects
+                     expect, written, verify             on the side that receives
     engine thread    begin_step, layer_done, end_step    tells what is finished
     transfer thread  owned by the pusher                 every write, in the order of the queue
 
@@ -10,6 +11,13 @@ The first two only put a call on the queue. The transfer thread alone holds the 
 and alone writes, and this is the fence: a `TransferStopped` that it posts comes after the last
 write of that attempt, whatever the other threads do. An attempt that is sent, failed or stopped is
 forgotten, and what is said of it later is ignored.
+
+A transfer is sent when its last layer is written, while the step still draws the first tokens: so
+the trailer can leave with the end of the step. Should the step break after that, the machine stops
+the hand-off, as it does for any that waits for its tokens.
+
+While it writes it announces what it has written. The receiver's transfer thread hashes that at once
+(``transport.verify``), so that the check after the trailer has hardly anything left to read.
 """
 
 from __future__ import annotations
@@ -30,12 +38,14 @@ from pdserve.core.effects import (
     TransferVerified,
     VerifyTransfer,
 )
-from pdserve.core.ids import AttemptId, BlockId, StepId
+from pdserve.core.ids import AttemptId, BlockId, StepId, WorkerId
 from pdserve.core.layout import KvLayout
+from pdserve.core.messages import Ticket
 from pdserve.core.step import StepPlan, StepRow
 from pdserve.transport.base import RemotePool
+from pdserve.transport.progress import LayersWritten
 from pdserve.transport.transfer import Destination, PoolView, Transfer
-from pdserve.transport.verify import verify
+from pdserve.transport.verify import Arrivals
 
 
 class KvRunner(Protocol):
@@ -46,12 +56,17 @@ class KvRunner(Protocol):
     def write_kv(self, block_ids: Sequence[BlockId]) -> None: ...
 
 
+def _tell_nobody(peer: WorkerId, news: LayersWritten) -> None:
+    """For a writer whose receivers hash everything at the end."""
+
+
 class Pusher:
     """Sends and verifies the transfers of one worker. Implements ``engine.base.LayerSink``.
 
     ``pool_memory`` is the worker's pool: ``layout.pool_bytes(num_blocks)`` bytes, as given to
     `ModelRunner.attach_pool`. ``post`` gets `TransferSent`, `TransferFailed`, `TransferStopped` and
-    `TransferVerified` on the transfer thread; it must neither block nor raise.
+    `TransferVerified` on the transfer thread, and ``announce`` what to tell a peer, before the
+    `TransferSent` that it leads to; they must neither block nor raise.
     """
 
     def __init__(
@@ -62,14 +77,17 @@ class Pusher:
         layout: KvLayout,
         num_blocks: int,
         post: Callable[[Input], None],
+        announce: Callable[[WorkerId, LayersWritten], None] = _tell_nobody,
     ) -> None:
         self._runner = runner
         self._pool = PoolView(pool_memory, layout, num_blocks)
         self._post = post
+        self._announce = announce
         # Of the engine thread: the step under way, if it has rows to push.
         self._announced: StepId | None = None
         # Of the transfer thread.
         self._transfers: dict[AttemptId, Transfer] = {}
+        self._arrivals = Arrivals(self._pool)
         self._step: list[Transfer] = []
         # Shared. The queue orders everything; the other two only make a stop take effect early.
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -93,6 +111,14 @@ class Pusher:
         """Perform `StopTransfer`. At most the write that is under way is still finished."""
         self._stopping.add(attempt)
         self._queue.put(partial(self._stop, attempt))
+
+    def expect(self, ticket: Ticket) -> None:
+        """This worker grants the ticket: called before it is sent."""
+        self._queue.put(partial(self._arrivals.expect, ticket))
+
+    def written(self, news: LayersWritten) -> None:
+        """A peer says that it has written this."""
+        self._queue.put(partial(self._arrivals.written, news))
 
     def verify(self, effect: VerifyTransfer) -> None:
         """Perform `VerifyTransfer`; what matches is handed to the runner before it is reported."""
@@ -174,13 +200,14 @@ class Pusher:
         if self._transfers.get(attempt) is not transfer:
             return  # It failed or was stopped in the middle of a step.
         try:
-            while self._may_write(attempt) and transfer.write_next(self._runner.read_kv):
-                pass
+            while self._may_write(attempt) and (chunk := transfer.write_next(self._runner.read_kv)):
+                if (news := transfer.news_of(chunk)) is not None:
+                    self._announce(transfer.peer, news)
         except Exception as error:  # Whatever broke the write: the attempt is tried again.
             del self._transfers[attempt]
             self._post(TransferFailed(attempt=attempt, detail=f"{type(error).__name__}: {error}"))
             return
-        if transfer.done and transfer.is_bound and self._may_write(attempt):
+        if transfer.is_written and self._may_write(attempt):
             del self._transfers[attempt]
             chunks, num_bytes = transfer.digests(), transfer.num_bytes
             self._post(TransferSent(attempt=attempt, chunks=chunks, num_bytes=num_bytes))
@@ -190,7 +217,7 @@ class Pusher:
 
     def _verify(self, effect: VerifyTransfer) -> None:
         try:
-            detail = verify(self._pool, effect)
+            detail = self._arrivals.verify(effect)
             if detail is None:
                 self._runner.write_kv(effect.block_ids)
         except Exception as error:  # Not usable, for whatever reason: the attempt is tried again.

@@ -22,6 +22,11 @@ from pdserve.core.step import StepRow
 from pdserve.kv.runs import coalesce
 from pdserve.transport.base import Region, RemotePool
 from pdserve.transport.digest import DIGEST_ALGORITHM, DIGESTS
+from pdserve.transport.progress import LayersWritten
+
+ANNOUNCED_BYTES = 256 << 10
+"""A chunk's layers are announced when so much is new, or none is left to write: a message costs
+both node threads about as long as the receiver takes to hash this."""
 
 ReadKv = Callable[[int, Sequence[BlockId]], None]
 """`ModelRunner.read_kv`: make blocks of a finished layer current in the pool memory."""
@@ -78,11 +83,13 @@ class Destination:
 
 @dataclass(slots=True)
 class Chunk:
-    """Blocks of a sequence that finish together. ``finished`` counts layers from the first on."""
+    """Blocks of a sequence that finish together. ``finished`` and ``announced`` count layers from
+    the first on."""
 
     first_block: int
     block_ids: tuple[BlockId, ...]
     finished: int
+    announced: int = 0
     digests: list[bytes] = field(default_factory=list)
     runs: Runs | None = None
 
@@ -98,9 +105,8 @@ class Transfer:
 
     def __init__(self, effect: OpenTransfer, pool: PoolView) -> None:
         self.attempt = effect.attempt
+        self.peer = effect.peer
         self.num_bytes = 0
-        self.done = effect.is_finished
-        """The step of the last row has ended well: nothing more will finish."""
         self._pool = pool
         self._one_shot = effect.one_shot
         self._destination: Destination | None = None
@@ -134,25 +140,44 @@ class Transfer:
         """The running step has ended well, so each of its layers is finished."""
         self.layer_done(self._pool.layout.num_layers - 1)
         self._current = None
-        self.done = self._is_last
 
     @property
     def is_bound(self) -> bool:
         return self._destination is not None
 
-    def write_next(self, read_kv: ReadKv) -> bool:
-        """Write one layer of one chunk, the oldest that may go. False if there is none.
+    @property
+    def is_written(self) -> bool:
+        """Every layer of every row is finished and has been written: nothing more will come. The
+        step of the last row may still be drawing its tokens."""
+        return self.is_bound and self._all_finished and self._find_next() is None
+
+    def write_next(self, read_kv: ReadKv) -> Chunk | None:
+        """Write one layer of one chunk, the oldest that may go. None if there is none.
 
         Raises `TransferError`, or what ``read_kv`` raises.
         """
         destination = self._destination
         if destination is None or (self._one_shot and not self._all_finished):
-            return False
-        for chunk in self._chunks:
-            if chunk.block_ids and len(chunk.digests) < chunk.finished:
-                self._write(chunk, destination, read_kv)
-                return True
-        return False
+            return None
+        chunk = self._find_next()
+        if chunk is not None:
+            self._write(chunk, destination, read_kv)
+        return chunk
+
+    def news_of(self, chunk: Chunk) -> LayersWritten | None:
+        """What to tell the receiver of a chunk that was just written on, if it is enough."""
+        layout, written = self._pool.layout, len(chunk.digests)
+        new_bytes = (written - chunk.announced) * len(chunk.block_ids) * layout.block_bytes
+        if new_bytes < ANNOUNCED_BYTES and written < layout.num_layers:
+            return None
+        first_layer, chunk.announced = chunk.announced, written
+        return LayersWritten(
+            attempt=self.attempt,
+            first_block=chunk.first_block,
+            num_blocks=len(chunk.block_ids),
+            first_layer=first_layer,
+            num_layers=written - first_layer,
+        )
 
     def digests(self) -> tuple[ChunkDigest, ...]:
         """Of everything that was sent, in block order."""
@@ -165,6 +190,13 @@ class Transfer:
             for chunk in self._chunks
             if chunk.block_ids
         )
+
+    def _find_next(self) -> Chunk | None:
+        """The first chunk of which a finished layer is not written."""
+        for chunk in self._chunks:
+            if chunk.block_ids and len(chunk.digests) < chunk.finished:
+                return chunk
+        return None
 
     def _add_chunk(self, block_ids: tuple[BlockId, ...], finished: int) -> Chunk | None:
         if not block_ids:

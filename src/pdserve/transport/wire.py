@@ -26,8 +26,9 @@ from pdserve.core.errors import ProtocolError
 from pdserve.core.messages import Message
 from pdserve.transport.handshake import PROTOCOL_VERSION, Hello, Welcome
 from pdserve.transport.peers import Peers
+from pdserve.transport.progress import LayersWritten
 
-WireMessage = Message | Hello | Welcome | WorkerUp | Peers
+WireMessage = Message | Hello | Welcome | WorkerUp | Peers | LayersWritten
 """What a frame can hold. `WorkerUp` is how a worker process introduces itself to the gateway."""
 
 KINDS: dict[int, type[Any]] = {
@@ -36,6 +37,7 @@ KINDS: dict[int, type[Any]] = {
     2: Welcome,
     3: WorkerUp,
     4: Peers,
+    5: LayersWritten,
     # Router to worker.
     16: messages.StartJob,
     17: messages.AbortAttempt,

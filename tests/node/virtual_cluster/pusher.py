@@ -50,7 +50,6 @@ class Transfer:
     next_block: int = 0
     is_last: bool = False
     all_finished: bool = False
-    done: bool = False
 
 
 class Pusher:
@@ -116,7 +115,7 @@ class Pusher:
     def _open(self, effect: OpenTransfer) -> Iterator[None]:
         transfer = self._transfers[effect.attempt] = Transfer(effect)
         self._add_chunk(transfer, effect.block_ids[: effect.cached_blocks], self._num_layers)
-        transfer.all_finished = transfer.done = effect.is_finished
+        transfer.all_finished = effect.is_finished
         return
         yield
 
@@ -173,7 +172,6 @@ class Pusher:
             if ok:
                 self._finish_layer(transfer, self._num_layers - 1)
                 transfer.current = None
-                transfer.done = transfer.is_last
                 yield from self._advance(transfer)
             else:
                 self._transfers.pop(transfer.opened.attempt, None)
@@ -205,7 +203,7 @@ class Pusher:
                     content[0] = GARBAGE if content[0] != GARBAGE else 1
                 self._write(bound, layer, there, content)
             chunk.digests.append(digest)
-        if transfer.done and attempt not in self._stopping:
+        if transfer.all_finished and attempt not in self._stopping:
             del self._transfers[attempt]
             self._post(self._sent(transfer))
 

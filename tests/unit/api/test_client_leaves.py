@@ -38,6 +38,15 @@ async def posted(base_url, path, body, *, part=1.0):
         await writer.wait_closed()
 
 
+async def turns(number):
+    """Let everybody else run so many times."""
+    loop = asyncio.get_running_loop()
+    for _ in range(number):
+        turned = asyncio.Event()
+        loop.call_soon(turned.set)
+        await turned.wait()
+
+
 async def all_ended(gateway):
     async with asyncio.timeout(20):
         await gateway.until(lambda: gateway.num_running == 0)
@@ -146,3 +155,49 @@ async def test_a_client_that_has_gone_stops_the_work():
         return {"type": "http.disconnect"}
 
     assert await run_while_connected(receive, asyncio.Event().wait()) is False
+
+
+async def test_a_connection_that_cannot_be_read_stops_the_work():
+    async def receive():
+        raise ConnectionResetError
+
+    assert await run_while_connected(receive, asyncio.Event().wait()) is False
+
+
+async def test_a_caller_that_is_cancelled_is_so_even_if_the_client_leaves_too():
+    left = asyncio.Event()
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def work():
+        try:
+            await asyncio.Future()
+        finally:
+            left.set()
+            await turns(2)  # the watcher hears of the client now
+
+    caller = asyncio.create_task(run_while_connected(receive, work()))
+    await turns(2)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert caller.cancelled()
+
+
+async def test_what_follows_finished_work_is_not_cancelled():
+    """The client leaves in the very moment in which the work ends."""
+    left = asyncio.Event()
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def work():
+        await turns(2)  # the watcher waits
+        left.set()
+
+    assert await run_while_connected(receive, work()) is True
+    await turns(5)
+    assert asyncio.current_task().cancelling() == 0

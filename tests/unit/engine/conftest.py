@@ -114,6 +114,7 @@ def make_bench(make_folder: Callable[..., ModelFolder]) -> Callable[..., Bench]:
         dtype: str = "fp32",
         numerics: str = "exact",
         weight_dtype: str = "auto",
+        kv_dtype: str = "auto",
         kernels: str = "",
         num_threads: int = 1,
         block_size: int = 16,
@@ -134,6 +135,7 @@ def make_bench(make_folder: Callable[..., ModelFolder]) -> Callable[..., Bench]:
                 num_threads=num_threads,
                 numerics=numerics,
                 weight_dtype=weight_dtype,
+                kv_dtype=kv_dtype,
             )
         return Bench(runner, num_blocks)
 

@@ -136,6 +136,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16, torch alone": {"dtype": "bf16", "kernels": "torch"},
     "bf16, plain kernels": {"dtype": "bf16", "kernels": "plain"},
     "bf16, weights in int8": {"dtype": "bf16", "weight_dtype": "int8"},
+    "bf16, KV in int8": {"dtype": "bf16", "kv_dtype": "int8"},
+    "bf16, KV in int8, plain kernels": {"dtype": "bf16", "kv_dtype": "int8", "kernels": "plain"},
+    "fp32, KV in int8, torch alone": {"dtype": "fp32", "kv_dtype": "int8", "kernels": "torch"},
+    "bf16, KV in int8, two threads, blocks of 32, three query heads to a kv head": {
+        "dtype": "bf16",
+        "kv_dtype": "int8",
+        "num_threads": 2,
+        "block_size": 32,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 12,
+    },
     "fp32, two threads": {"dtype": "fp32", "num_threads": 2},
     "fp32, two threads, torch alone": {"dtype": "fp32", "num_threads": 2, "kernels": "torch"},
     "bf16, two threads, biases, blocks of 64": {

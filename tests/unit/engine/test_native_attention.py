@@ -78,7 +78,7 @@ def attend(
     none = torch.zeros(0, dtype=torch.int64)
     padding = torch.full((rng.randrange(3), *first.queries.shape[1:]), float("nan"))
     ids = torch.zeros(num_tokens + len(padding), dtype=torch.int64)
-    batch = StepBatch(num_tokens, ids, ids, none, none, none, 0, tuple(rows))
+    batch = StepBatch(num_tokens, ids, none, 0, tuple(rows), block_size)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     prepared = attention.prepare(batch, torch.device("cpu"))

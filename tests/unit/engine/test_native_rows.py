@@ -42,19 +42,37 @@ def a_pool(config: ModelConfig, dtype: str) -> HostPool:
 
 
 def a_batch(rows: list[RowSpan], num_padding: int) -> StepBatch:
-    positions = [p for row in rows for p in range(row.start, row.end)]
-    blocks = [row.block_ids[p // BLOCK_SIZE] for row in rows for p in range(row.start, row.end)]
-    padded = torch.tensor(positions + [0] * num_padding)
-    return StepBatch(
-        num_tokens=len(positions),
-        token_ids=padded,
-        positions=padded,
-        slot_blocks=torch.tensor(blocks),
-        slot_offsets=torch.tensor(positions) % BLOCK_SIZE,
-        sampled=padded[:0],
-        num_sampled=0,
-        rows=tuple(rows),
-    )
+    num_tokens = sum(row.num_tokens for row in rows)
+    token_ids = torch.zeros(num_tokens + num_padding, dtype=torch.int64)
+    return StepBatch(num_tokens, token_ids, token_ids[:0], 0, tuple(rows), BLOCK_SIZE)
+
+
+def test_places_of_a_step() -> None:
+    """Positions and slots of scattered rows, by hand; padding stands at position 0."""
+    batch = a_batch([RowSpan(0, 3, 7, (5, 2)), RowSpan(3, 1, 16, (9, 8, 1))], num_padding=2)
+    assert batch.positions().tolist() == [7, 8, 9, 16, 0, 0]
+    blocks, offsets = batch.slots()
+    assert blocks.tolist() == [5, 2, 2, 1]
+    assert offsets.tolist() == [7, 0, 1, 0]
+
+
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("width", [1, 63, 301, 3072])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_first_of_the_best(num_threads: int, width: int, level: str) -> None:
+    torch.set_num_threads(num_threads)
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randint(-40, 40, (50, width), generator=generator).float()
+    rows[3] = float("-inf")
+    rows[4, width // 2] = float("nan")
+    rows[5, width // 3 :] = float("nan")
+    rows[6, width - 1] = float("inf")
+    rows[7, 0] = rows[8, width - 1] = float("nan")
+    config = a_config(SHAPES[0])
+    native = NativeRows(config, torch.float32, level)
+    assert native.first_best(rows).tolist() == rows.argmax(dim=-1).tolist()
+    reference = TorchRows(config, torch.device("cpu"))
+    assert reference.first_best(rows).tolist() == rows.argmax(dim=-1).tolist()
 
 
 def placed(
@@ -96,11 +114,12 @@ def test_place(num_threads: int, shape: tuple[int, int, int], dtype: str, level:
         RowSpan(0, 1, 30, tuple(blocks[:4])),
         RowSpan(1, 90, 5, tuple(blocks[4:16])),
         RowSpan(91, 7, 0, tuple(blocks[16:17])),
+        *(RowSpan(98 + 2 * i, 2, 3 + i, (blocks[17 + i], blocks[27 + i])) for i in range(10)),
     ]
     batch = a_batch(rows, num_padding=2)
     generator = torch.Generator().manual_seed(6)
     num_heads = config.num_heads + 2 * config.num_kv_heads
-    heads = torch.randn(100, num_heads, config.head_dim, generator=generator).to(DTYPES[dtype])
+    heads = torch.randn(120, num_heads, config.head_dim, generator=generator).to(DTYPES[dtype])
     native = NativeRows(config, DTYPES[dtype], level)
     queries, pool = placed(native, config, dtype, batch, heads)
     expected = placed(TorchRows(config, torch.device("cpu")), config, dtype, batch, heads)

@@ -66,6 +66,24 @@ def test_a_life_in_json(resumed_life) -> None:
     }
 
 
+def test_other_handlers_can_format_a_life_event(event) -> None:
+    """It is a log record with everything that formatters name."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(name)s %(filename)s:%(lineno)d %(process)d %(message)s")
+    )
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.addHandler(handler)
+    try:
+        log_life_event(event("failed", 0.0, kind="overloaded"))
+    finally:
+        logger.removeHandler(handler)
+    assert re.fullmatch(
+        r"WARNING pdserve \S+:\d+ \d+ failed \S+#1 gateway kind=overloaded\n", stream.getvalue()
+    )
+
+
 def test_only_failures_pass_at_warning(split_life, failed_life) -> None:
     stream = lines("text", "WARNING")
     for moment in (*split_life, *failed_life):

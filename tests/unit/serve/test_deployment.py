@@ -56,6 +56,19 @@ def test_pools_are_sized_in_blocks_of_all_layers(tiny_model_path: Path) -> None:
     assert half.num_blocks == 2
 
 
+def test_a_pool_of_int8_holds_nearly_four_times_that_of_fp32(tiny_model_path: Path) -> None:
+    """Each 16 numbers of a head are 16 bytes and one fp32 scale."""
+    options = {"kv_blocks": None, "kv_memory": 1 << 20, "kv_dtype": "int8"}
+    for dtype in ("fp32", "bf16"):
+        deployed = deploy(config(tiny_model_path, dtype=dtype, **options))
+        assert deployed.block_bytes == 2 * 2 * 2 * 16 * (16 + 4)
+        assert deployed.num_blocks == (1 << 20) // deployed.block_bytes
+        start = deployed.worker_start(
+            WorkerId("decode-0"), Epoch(1), secret=b"s", gateway_address="g", address="a"
+        )
+        assert (start.dtype, start.kv_dtype) == (dtype, "int8")
+
+
 def test_by_default_all_pools_together_leave_memory_to_others(
     tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,13 +90,14 @@ def test_cores_are_shared_out_unless_the_user_says_otherwise(
 
 
 def test_each_worker_is_told_who_it_is(tiny_model_path: Path) -> None:
-    deployed = deploy(config(tiny_model_path, prefill=1, decode=2, device="cuda:0,cuda:1"))
+    options = {"device": "cuda:0,cuda:1", "one_shot_tokens": 0}
+    deployed = deploy(config(tiny_model_path, prefill=1, decode=2, **options))
     start = deployed.worker_start(
         WorkerId("decode-1"), Epoch(3), secret=b"hush", gateway_address="g", address="a"
     )
     assert (start.worker, start.epoch, start.role.value) == ("decode-1", 3, "decode")
     assert start.device == "cuda:0"  # the third worker of two devices
-    assert start.num_blocks == 64
+    assert (start.num_blocks, start.one_shot_tokens) == (64, 0)
     assert "hush" not in repr(start)
     assert WorkerStart.decode(start.encode()) == start
 

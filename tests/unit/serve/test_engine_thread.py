@@ -26,8 +26,8 @@ class Runner(ModelRunner):
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
         self.threads.append(threading.current_thread().name)
-        assert sink is not None
-        sink.layer_done(plan.step_id, 0)
+        if sink is not None:
+            sink.layer_done(plan.step_id, 0)
         if plan.step_id == 13:
             raise ZeroDivisionError("of all numbers")
         return StepResult(step_id=plan.step_id, tokens=((SampledToken(7),),))
@@ -53,9 +53,15 @@ class Sink:
         self.calls.append(f"end {step_id} {'well' if ok else 'badly'}")
 
 
-def plan(number: int) -> StepPlan:
-    attempt = AttemptId(RequestId(f"req-{number}"), Epoch(1))
-    row = StepRow(attempt=attempt, token_ids=(1,), start=0, block_ids=(BlockId(0),), sample=None)
+def plan(number: int, *, pushes: bool = True) -> StepPlan:
+    row = StepRow(
+        attempt=AttemptId(RequestId(f"req-{number}"), Epoch(1)),
+        token_ids=(1,),
+        start=0,
+        block_ids=(BlockId(0),),
+        sample=None,
+        pushes=pushes,
+    )
     return StepPlan(step_id=StepId(number), rows=(row,))
 
 
@@ -75,15 +81,17 @@ def test_steps_are_answered_in_order_and_a_failed_one_with_its_error(
         engine = EngineThread(thread, runner, sink, answers.put_nowait)
         for number in (12, 13, 14):
             engine.run_step(plan(number))
+        engine.run_step(plan(15, pushes=False))
         results = []
-        for _ in range(3):
+        for _ in range(4):
             answer = await answers.get()
             assert isinstance(answer, StepDone)
             assert answer.elapsed_s >= 0
             results.append((answer.result.step_id, answer.result.error))
-        assert results == [(12, None), (13, "ZeroDivisionError: of all numbers"), (14, None)]
+        unlucky = (13, "ZeroDivisionError: of all numbers")
+        assert results == [(12, None), unlucky, (14, None), (15, None)]
         assert sink.calls[3:6] == ["begin 13", "layer 0 of 13", "end 13 badly"]
-        assert sink.calls[-1] == "end 14 well"
+        assert sink.calls[-3:] == ["end 14 well", "begin 15", "end 15 well"]
         assert set(runner.threads) == {"engine under test"}
         assert thread.close(10)
 

@@ -16,6 +16,7 @@ from pdserve.serve.mesh import Mesh, MeshEvents
 from pdserve.transport.base import Region
 from pdserve.transport.inproc import InprocHub, InprocTransport
 from pdserve.transport.peers import PeerAddress, Peers
+from pdserve.transport.progress import LayersWritten
 
 SECRET = b"s" * 32
 POOL_BYTES = 4096
@@ -35,7 +36,9 @@ class Node:
         transport = InprocTransport(hub)
         self.pool = transport.allocate(POOL_BYTES)
         identity = Identity(worker=self.name, epoch=self.epoch, role=Role.MIXED, secret=SECRET)
-        events = MeshEvents(received=self._received, up=self._up, lost=self._lost)
+        events = MeshEvents(
+            received=self._received, written=self._written, up=self._up, lost=self._lost
+        )
         self.mesh = Mesh(identity, transport, self.pool, events)
         self.links: list[Link] = []
         self.listener = Listener(new_address(), self._accepted)
@@ -51,6 +54,9 @@ class Node:
     def _received(self, worker: WorkerId, epoch: Epoch, message: Message) -> None:
         assert isinstance(message, LeaseRenew)
         self._note(("got", worker, message.attempt.epoch))
+
+    def _written(self, news: LayersWritten) -> None:
+        self._note(("written", WorkerId(""), news))
 
     def _up(self, worker: WorkerId, epoch: Epoch) -> None:
         self._note(("up", worker, epoch))
@@ -126,6 +132,28 @@ def test_what_is_sent_before_the_link_is_there_arrives_first_and_in_order() -> N
             b.mesh.send(a.name, renew(number))
         await a.until(("up", "b", 1), ("got", "b", 1), ("got", "b", 2), ("got", "b", 3))
         await b.until(("up", "a", 1), ("got", "a", 1), ("got", "a", 2), ("got", "a", 3))
+        a.close()
+        b.close()
+
+    run(work)
+
+
+def test_a_hint_goes_over_the_link_and_is_dropped_without_one() -> None:
+    news = LayersWritten(
+        attempt=renew(1).attempt, first_block=0, num_blocks=1, first_layer=0, num_layers=2
+    )
+
+    async def work(hub: InprocHub) -> None:
+        a, b = Node(hub, "a"), Node(hub, "b")
+        a.mesh.tell(b.name, news)
+        tell(a, b)
+        a.mesh.tell(b.name, news)
+        await a.until(("up", "b", 1))
+        await b.until(("up", "a", 1))
+        a.mesh.tell(b.name, news)
+        a.mesh.send(b.name, renew(1))
+        await b.until(("written", "", news), ("got", "a", 1))
+        assert b.log.count(("written", "", news)) == 1
         a.close()
         b.close()
 

@@ -96,6 +96,7 @@ class Scene:
             layout=LAYOUT,
             num_blocks=pool.num_blocks,
             post=self._post,
+            announce=lambda peer, news: self.log.append(news),
         )
 
     def close(self) -> None:

@@ -15,9 +15,11 @@ from pdserve.core.effects import (
     TransferStopped,
 )
 from pdserve.core.ids import StepId
+from pdserve.transport import transfer
 from pdserve.transport.digest import DIGEST_ALGORITHM, DIGESTS
 from pdserve.transport.fake import FakeTransport, Faults
 from pdserve.transport.inproc import InprocHub, InprocTransport
+from pdserve.transport.progress import LayersWritten
 
 HERE = (5, 6, 9, 2)
 THERE = (30, 31, 32, 7)
@@ -28,6 +30,17 @@ def sent(scene: Any) -> TransferSent:
     (event,) = scene.drain()
     assert isinstance(event, TransferSent)
     return event
+
+
+def written(scene: Any, first_block: int, num_blocks: int, *layers: int) -> LayersWritten:
+    """News of ``layers``: the first one, and how many."""
+    return LayersWritten(
+        attempt=scene.attempt(),
+        first_block=first_block,
+        num_blocks=num_blocks,
+        first_layer=layers[0],
+        num_layers=layers[1],
+    )
 
 
 def spans(event: TransferSent) -> list[tuple[int, int]]:
@@ -42,12 +55,15 @@ def test_each_layer_goes_as_it_finishes(scene: Any) -> None:
     scene.bind(0, THERE)
     plan = scene.plan(scene.row(HERE, 0, 14, last=True))
     scene.pusher.begin_step(plan)
-    for layer in ALL_LAYERS:
+    for layer in ALL_LAYERS[:-1]:
         scene.compute(plan, layer)
         assert scene.drain() == []
         assert scene.arrived(HERE, THERE) == ALL_LAYERS[: layer + 1]
-    scene.pusher.end_step(plan.step_id, True)
+    scene.compute(plan, ALL_LAYERS[-1])
     event = sent(scene)
+    scene.pusher.end_step(plan.step_id, True)
+    assert scene.drain() == []
+    assert scene.arrived(HERE, THERE) == ALL_LAYERS
     assert spans(event) == [(0, 4)]
     assert event.num_bytes == scene.num_bytes_there() == 3 * 4 * scene.layout.block_bytes
 
@@ -110,22 +126,67 @@ def test_one_shot_sends_nothing_before_the_last_layer(scene: Any) -> None:
     scene.drain()
     assert scene.writes() == []
     scene.compute(plan, 2)
-    scene.drain()
+    assert spans(sent(scene)) == [(0, 1), (1, 1), (2, 2)]
     assert scene.arrived(HERE, THERE) == ALL_LAYERS
     scene.pusher.end_step(plan.step_id, True)
-    assert spans(sent(scene)) == [(0, 1), (1, 1), (2, 2)]
+    assert scene.drain() == []
 
 
-def test_sent_waits_for_the_end_of_the_step(scene: Any) -> None:
+def test_a_step_that_breaks_before_its_last_layer_sends_nothing(scene: Any) -> None:
+    scene.open(HERE)
+    scene.bind(0, THERE)
+    plan = scene.plan(scene.row(HERE, 0, 16, last=True))
+    scene.pusher.begin_step(plan)
+    for layer in ALL_LAYERS[:-1]:
+        scene.compute(plan, layer)
+    scene.pusher.end_step(plan.step_id, False)
+    assert scene.drain() == []
+
+
+def test_a_step_that_breaks_while_it_draws_tokens_can_still_be_stopped(scene: Any) -> None:
     scene.open(HERE)
     scene.bind(0, THERE)
     plan = scene.plan(scene.row(HERE, 0, 16, last=True))
     scene.pusher.begin_step(plan)
     for layer in ALL_LAYERS:
         scene.compute(plan, layer)
-    assert scene.drain() == []
+    sent(scene)
     scene.pusher.end_step(plan.step_id, False)
-    assert scene.drain() == []
+    scene.pusher.stop(scene.attempt())
+    assert scene.drain() == [TransferStopped(scene.attempt())]
+
+
+# --- what the receiver is told ----------------------------------------------------------------
+
+
+def test_small_layers_are_announced_together_once_all_are_written(scene: Any) -> None:
+    scene.open(HERE)
+    scene.bind(1, THERE[1:])
+    scene.step(scene.row(HERE, 0, 8, last=False))
+    scene.step(scene.row(HERE, 8, 14, last=True))
+    sent(scene)
+    news = [event for event in scene.log if isinstance(event, LayersWritten)]
+    assert news == [written(scene, 1, 1, 0, 3), written(scene, 2, 2, 0, 3)]
+    kinds = [type(event) for event in scene.log[-3:]]
+    assert kinds == [LayersWritten, TransferSent, TransferStopped], "news come before the end"
+
+
+def test_each_layer_is_announced_when_it_is_large_enough(
+    scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "ANNOUNCED_BYTES", 3 * scene.layout.block_bytes)
+    scene.open(HERE)
+    plan = scene.plan(scene.row(HERE, 0, 14, last=True))
+    scene.pusher.begin_step(plan)
+    scene.compute(plan, 0)
+    scene.compute(plan, 1)
+    scene.bind(0, THERE)
+    scene.compute(plan, 2)
+    sent(scene)
+    layers = [(e.first_layer, e.num_layers) for e in scene.log if isinstance(e, LayersWritten)]
+    assert layers == [(0, 1), (1, 1), (2, 1)]
+    kinds = [type(event) for event in scene.log]
+    assert kinds == [tuple, LayersWritten] * 3 + [TransferSent, TransferStopped]
 
 
 def test_a_runner_that_tells_no_layers_is_served_at_the_step_end(scene: Any) -> None:

@@ -10,8 +10,11 @@ import pytest
 
 from pdserve.core.effects import TransferSent, TransferVerified, VerifyTransfer
 from pdserve.core.ids import BlockId
-from pdserve.core.messages import ChunkDigest
-from pdserve.transport.verify import verify
+from pdserve.core.messages import ChunkDigest, Ticket
+from pdserve.transport import verify as verify_module
+from pdserve.transport.progress import LayersWritten
+from pdserve.transport.transfer import PoolView
+from pdserve.transport.verify import Arrivals, verify
 
 HERE = (5, 6, 9, 2)
 THERE = (30, 31, 32, 7)
@@ -92,6 +95,156 @@ def test_digests_that_do_not_cover_the_blocks_are_refused(
     detail = verify(scene.there, replace(effect, chunks=garble(*effect.chunks)))
     assert detail is not None
     assert what in detail
+
+
+# --- digests that are made while the rest is still written ------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that were hashed, on either side, in order."""
+    layers: list[int] = []
+    digest = PoolView.digest
+
+    def noted(pool: PoolView, layer: int, runs: Any) -> bytes:
+        layers.append(layer)
+        return digest(pool, layer, runs)
+
+    monkeypatch.setattr(PoolView, "digest", noted)
+    return layers
+
+
+def news_in(scene: Any) -> list[LayersWritten]:
+    return [event for event in scene.log if isinstance(event, LayersWritten)]
+
+
+def ticket(scene: Any, first_block: int = 0) -> Ticket:
+    blocks = tuple(map(BlockId, THERE[first_block:]))
+    return Ticket(attempt=scene.attempt(), first_block=first_block, block_ids=blocks, lease_s=1.0)
+
+
+@pytest.mark.parametrize("first_block", [0, 1, 3])
+def test_what_was_announced_is_not_hashed_again(
+    scene: Any, hashed: list[int], first_block: int
+) -> None:
+    effect = receive(scene, first_block)
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene, first_block))
+    hashed.clear()
+    for news in news_in(scene):
+        arrivals.written(news)
+        arrivals.written(news)
+    assert hashed == [0, 1, 2] * len(effect.chunks)
+    assert arrivals.verify(effect) is None
+    assert hashed == [0, 1, 2] * len(effect.chunks)
+
+
+def test_what_was_not_announced_is_hashed_at_the_end(scene: Any, hashed: list[int]) -> None:
+    effect = receive(scene)
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene))
+    arrivals.written(replace(news_in(scene)[0], first_layer=1, num_layers=1))
+    hashed.clear()
+    assert arrivals.verify(effect) is None
+    assert hashed == [0, 2, 0, 1, 2]
+
+
+def test_a_byte_that_came_wrong_is_found_though_it_was_announced(scene: Any) -> None:
+    effect = receive(scene)
+    scene.there.memory[scene.there.offset(1, 7) + 63] ^= 1
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene))
+    for news in news_in(scene):
+        arrivals.written(news)
+    assert arrivals.verify(effect) == "layer 1 of blocks 2 to 3 is not what was sent"
+
+
+def test_news_that_came_too_early_do_no_harm(scene: Any) -> None:
+    effect = receive(scene)
+    place = scene.there.offset(1, 7)
+    right = scene.there.memory[place]
+    scene.there.memory[place] ^= 1
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene))
+    for news in news_in(scene):
+        arrivals.written(news)
+    scene.there.memory[place] = right
+    assert arrivals.verify(effect) is None
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_was_hashed_for_an_earlier_ticket_counts_no_more(scene: Any, again: bool) -> None:
+    """The client may use a request's name again: same tokens, same digests, other bytes there."""
+    effect = receive(scene)
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene))
+    for news in news_in(scene):
+        arrivals.written(news)
+    scene.there.memory[scene.there.offset(0, 30)] ^= 1
+    if again:
+        arrivals.expect(ticket(scene))
+    else:
+        assert arrivals.verify(replace(effect, first_block=1)) is not None
+    assert arrivals.verify(effect) == "layer 0 of blocks 0 to 1 is not what was sent"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"first_block": -1},
+        {"first_block": 0},
+        {"first_block": 3},
+        {"num_blocks": 0},
+        {"num_blocks": 4},
+        {"num_blocks": -2},
+        {"first_layer": -1},
+        {"first_layer": 1},
+        {"num_layers": 0},
+        {"num_layers": 1 << 60},
+    ],
+)
+def test_news_of_what_was_not_granted_are_ignored(
+    scene: Any, hashed: list[int], wrong: dict[str, int]
+) -> None:
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene, first_block=1))
+    news = LayersWritten(
+        attempt=scene.attempt(), first_block=2, num_blocks=2, first_layer=0, num_layers=3
+    )
+    arrivals.written(replace(news, **wrong))
+    arrivals.written(replace(news, attempt=scene.attempt("other")))
+    assert hashed == []
+    arrivals.written(news)
+    assert hashed == [0, 1, 2]
+
+
+def test_transfers_that_never_end_are_forgotten(
+    scene: Any, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "MAX_EXPECTED", 1)
+    effect = receive(scene)
+    arrivals = Arrivals(scene.there)
+    arrivals.expect(ticket(scene))
+    arrivals.expect(replace(ticket(scene), attempt=scene.attempt("other")))
+    hashed.clear()
+    for news in news_in(scene):
+        arrivals.written(news)
+    assert hashed == []
+    assert arrivals.verify(effect) is None
+
+
+def test_the_pusher_hashes_what_it_is_told_of(scene: Any, hashed: list[int]) -> None:
+    effect = receive(scene)
+    hashed.clear()
+    there = scene.make_pusher(scene.there)
+    there.expect(ticket(scene))
+    for news in news_in(scene):
+        there.written(news)
+    there.verify(effect)
+    event = scene.posts.get(timeout=scene.timeout_s)
+    there.close()
+    assert event == TransferVerified(attempt=scene.attempt(), detail=None)
+    assert hashed == [0, 1, 2] * 2
 
 
 def test_a_transfer_without_blocks_is_verified(scene: Any) -> None:

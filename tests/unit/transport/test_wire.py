@@ -25,6 +25,7 @@ from pdserve.core.step import StepId, StepResult
 from pdserve.transport import wire
 from pdserve.transport.handshake import Hello, Welcome
 from pdserve.transport.peers import Peers
+from pdserve.transport.progress import LayersWritten
 from pdserve.transport.records import RECORD_KINDS, decode_record, encode_record
 from pdserve.transport.wire import KINDS, Decoder, encode
 
@@ -66,14 +67,14 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def test_every_message_has_a_kind_and_every_kind_is_a_message() -> None:
-    links = {Hello, Welcome, effects.WorkerUp, Peers}
+    links = {Hello, Welcome, effects.WorkerUp, Peers, LayersWritten}
     assert set(KINDS.values()) == set(typing.get_args(messages.Message)) | links
     assert len(set(KINDS.values())) == len(KINDS)
 
 
 def test_kinds_stay_what_they_are() -> None:
     names = {
-        1: "Hello Welcome WorkerUp Peers",
+        1: "Hello Welcome WorkerUp Peers LayersWritten",
         16: "StartJob AbortAttempt WorkerGone DrainWorker",
         20: "SetRole MoveAttempt SendPrefix UndrainWorker",
         32: "Tokens AttemptFailed TicketGranted Life LoadReport",
@@ -88,7 +89,7 @@ def test_kinds_stay_what_they_are() -> None:
 
 def test_a_frame_looks_as_documented() -> None:
     body = msgspec.msgpack.encode({"attempt": {"request_id": "r", "epoch": 1}})
-    assert encode(Accepted(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 1, 54) + body
+    assert encode(Accepted(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 2, 54) + body
 
 
 @pytest.mark.parametrize("cls", MESSAGES)
@@ -127,7 +128,7 @@ def test_byte_by_byte() -> None:
     assert found == sent
 
 
-def frame(body: bytes, kind: int = 54, version: int = 1) -> bytes:
+def frame(body: bytes, kind: int = 54, version: int = 2) -> bytes:
     return struct.pack(">IBB", len(body) + 2, version, kind) + body
 
 
@@ -137,13 +138,13 @@ GOOD_BODY = encode(Accepted(ATTEMPT))[6:]
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (frame(GOOD_BODY, version=2), "version 2 is not 1"),
+        (frame(GOOD_BODY, version=1), "version 1 is not 2"),
         (frame(GOOD_BODY, kind=99), "unknown message kind 99"),
-        (struct.pack(">IBB", 0, 1, 54), "too short"),
-        (struct.pack(">IBB", (16 << 20) + 1, 1, 54), "Accepted frame of 16777217 bytes"),
-        (struct.pack(">IBB", (64 << 20) + 1, 1, 53), "OpaquePayload frame of 67108865 bytes"),
-        (struct.pack(">IBB", (64 << 10) + 1, 1, 1), "Hello frame of 65537 bytes"),
-        (struct.pack(">IBB", 2**32 - 1, 1, 53), "over the limit"),
+        (struct.pack(">IBB", 0, 2, 54), "too short"),
+        (struct.pack(">IBB", (16 << 20) + 1, 2, 54), "Accepted frame of 16777217 bytes"),
+        (struct.pack(">IBB", (64 << 20) + 1, 2, 53), "OpaquePayload frame of 67108865 bytes"),
+        (struct.pack(">IBB", (64 << 10) + 1, 2, 1), "Hello frame of 65537 bytes"),
+        (struct.pack(">IBB", 2**32 - 1, 2, 53), "over the limit"),
         (frame(b""), "body of a Accepted"),
         (frame(b"\x80"), "missing required field `attempt`"),
         (frame(GOOD_BODY + b"\x00"), "trailing"),
@@ -275,11 +276,11 @@ def test_a_random_record_is_refused(body: bytes, kind: int) -> None:
     ("record", "what"),
     [
         (b"", "too short"),
-        (b"\x02\x40\x80", "version 2"),
-        (b"\x01\x01\x80", "unknown record kind 1"),
-        (b"\x01\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
-        (b"\x01\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
-        (b"\x01\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
+        (b"\x01\x40\x80", "version 1"),
+        (b"\x02\x01\x80", "unknown record kind 1"),
+        (b"\x02\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
+        (b"\x02\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
+        (b"\x02\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
     ],
 )
 def test_a_bad_record_is_refused_with_the_reason(record: bytes, what: str) -> None:

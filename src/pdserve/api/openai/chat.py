@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pdserve.api.body import read_body
+from pdserve.api.direct_route import DirectRoute
 from pdserve.api.documentation import generating_route
 from pdserve.api.edge import Edge
 from pdserve.api.openai.choice import Piece
@@ -30,7 +31,7 @@ from pdserve.core.errors import RequestError
 
 
 def chat_router(edge: Edge) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=DirectRoute)
 
     @router.post("/v1/chat/completions", **generating_route(ChatBody, ChatCompletion))
     async def create_chat_completion(request: Request) -> Response:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pdserve.api.body import read_body
+from pdserve.api.direct_route import DirectRoute
 from pdserve.api.documentation import generating_route
 from pdserve.api.edge import Edge
 from pdserve.api.openai.choice import Piece
@@ -31,7 +32,7 @@ from pdserve.core.errors import RequestError
 
 
 def completions_router(edge: Edge) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=DirectRoute)
 
     @router.post("/v1/completions", **generating_route(CompletionBody, Completion))
     async def create_completion(request: Request) -> Response:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pdserve.api.disconnect import run_while_connected
 from pdserve.api.errors import failure_of, is_bug
@@ -61,14 +61,13 @@ class GenerationReply(Response):
     """Submits the order when it is called, and answers with what comes."""
 
     def __init__(self, order: Order, shape: Shape, gateway: Gateway, tokenizer: Tokenizer) -> None:
-        super().__init__(
-            media_type="text/event-stream" if order.stream else "application/json",
-            headers={REQUEST_ID_HEADER: order.name},
-        )
-        # The length is not known yet, and neither a cache nor a proxy may hold a stream back.
-        del self.headers["Content-Length"]
-        if order.stream:
-            self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {REQUEST_ID_HEADER: order.name}
+        if order.stream:  # neither a cache nor a proxy may hold it back
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        media_type = "text/event-stream" if order.stream else "application/json"
+        super().__init__(media_type=media_type, headers=headers)
+        # The length is not known yet.
+        self.raw_headers = [field for field in self.raw_headers if field[0] != b"content-length"]
         self._order = order
         self._shape = shape
         self._gateway = gateway
@@ -113,24 +112,28 @@ class GenerationReply(Response):
                 self._check_complete()
                 return
             await self._send_head(send)
+            events = [self._event(chunk) for chunk in self._shape.opening()]
             try:
-                for chunk in self._shape.opening():
-                    await self._send_chunk(send, chunk)
-                while step is not None and not self._generation.is_complete:
+                while step is not None:
                     piece = self._generation.take(*step)
                     if piece is not None:
-                        await self._send_chunk(send, {"choices": [self._shape.delta(piece)]})
-                    if not self._generation.is_complete:
-                        step = await anext(deltas, None)
+                        events.append(self._event({"choices": [self._shape.delta(piece)]}))
+                    if self._generation.is_complete:
+                        break
+                    if events:
+                        await send(_part(events))
+                        events = []
+                    step = await anext(deltas, None)
                 self._check_complete()
                 if self._order.options.include_usage:
                     usage = self._generation.usage()
-                    await self._send_chunk(send, {"choices": [], "usage": usage})
+                    events.append(self._event({"choices": [], "usage": usage}))
             except Exception as error:
                 if is_bug(error):
                     logger.exception("request %s broke off", self._order.response_id)
-                await _send_event(send, failure_of(error).document)
-            await send({"type": "http.response.body", "body": _DONE})
+                events.append(_event(failure_of(error).document))
+            events.append(_DONE)
+            await send({**_part(events), "more_body": False})
 
     def _check_complete(self) -> None:
         if not self._generation.is_complete:
@@ -139,20 +142,25 @@ class GenerationReply(Response):
     async def _send_head(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    async def _send_chunk(self, send: Send, chunk: dict[str, Any]) -> None:
+    def _event(self, chunk: dict[str, Any]) -> bytes:
         options = self._order.options
         if options.continuous_usage and chunk["choices"]:
             chunk["usage"] = self._generation.usage_of(chunk["choices"][0]["index"])
         elif options.include_usage:
             chunk.setdefault("usage", None)  # as OpenAI has it: null in every chunk but the last
-        await _send_event(send, {**self._head, **chunk})
+        return _event({**self._head, **chunk})
 
 
-async def _send_event(send: Send, document: dict[str, Any]) -> None:
+def _part(events: Sequence[bytes]) -> Message:
+    """What is there to be told, in one write."""
+    return {"type": "http.response.body", "body": b"".join(events), "more_body": True}
+
+
+def _event(document: dict[str, Any]) -> bytes:
     data = msgspec.json.encode(document)
     if not data.isascii():
         data = _escape_line_ends(data)
-    await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": True})
+    return b"data: %b\n\n" % data
 
 
 def _escape_line_ends(data: bytes) -> bytes:

@@ -300,8 +300,11 @@ class Step {
 
 }  // namespace
 
+void attention_int8(const pdserve_attention_args& args);  // attention_int8.cpp
+
 void attention(const pdserve_attention_args& args) {
-  if (!args.kv_is_bf16) return Step<FloatFormat>(args).run();
+  if (args.kv_kind == kKvInt8) return attention_int8(args);
+  if (args.kv_kind == kKvFloat) return Step<FloatFormat>(args).run();
 #if defined(PDSERVE_IS_avx512bf16)
   Step<PairFormat>(args).run();
 #else

@@ -2,7 +2,8 @@
 // the row from its start, then over the lanes in pairs; everything is computed in fp32.
 #include "rows.h"
 
-#include "simd.hpp"
+#include "kv_int8.hpp"
+#include "simd_int8.hpp"
 #include "threads.hpp"
 
 namespace pdserve::PDSERVE_LEVEL {
@@ -100,6 +101,50 @@ PDSERVE_INLINE void rotate(const Element* from, const float* cosines, const floa
   write_some(to + half + i, half - i, second);
 }
 
+// A key or value as int8 with one scale; `numbers` has room for a vector more.
+template <class Element>
+PDSERVE_INLINE void narrow_to_int8(const Element* row, int head_dim, int8_t* numbers, float* scale) {
+  float wide[kMostHeadDim + kWidth] = {};
+  int d = 0;
+  for (; d + kWidth <= head_dim; d += kWidth) store(wide + d, read(row + d));
+  if (d < head_dim) store(wide + d, read_some(row + d, head_dim - d));
+  const float range = range_of(wide, head_dim);
+  *scale = range / kInt8Range;
+  std::memset(numbers, 0, head_dim);
+  if (!(range > kSmallest)) return;
+  const Vec inverse = splat(kInt8Range / range);
+  for (d = 0; d < head_dim; d += kWidth) {
+    store_bytes(numbers + d, to_ints(mul(load(wide + d), inverse)));
+  }
+}
+
+// The key heads from `head` on and the value heads behind them, into one slot of a block.
+template <class Element>
+void place_int8(const pdserve_place_args& args, const Element* head, int64_t block, int offset,
+                const float* cosines, const float* sines) {
+  const int head_dim = args.head_dim;
+  const int64_t run = int8_run(args.block_size, head_dim);
+  auto* at = static_cast<int8_t*>(args.kv) + block * 2 * args.num_kv_heads * run;
+  Element rotated[kMostHeadDim];
+  int8_t numbers[kMostHeadDim + kWidth];
+  for (int h = 0; h < 2 * args.num_kv_heads; ++h, head += head_dim, at += run) {
+    const bool is_key = h < args.num_kv_heads;
+    if (is_key) rotate(head, cosines, sines, head_dim / 2, rotated);
+    float scale;
+    narrow_to_int8(is_key ? rotated : head, head_dim, numbers, &scale);
+    std::memcpy(at + int8_numbers(args.block_size, head_dim) + offset * 4, &scale, 4);
+    if (is_key) {
+      int8_t* const group = at + offset / kInt8Group * kInt8Group * head_dim;
+      for (int d = 0; d < head_dim; d += 4) {
+        std::memcpy(group + d * kInt8Group + offset % kInt8Group * 4, numbers + d, 4);
+      }
+    } else {
+      int8_t* const quad = at + offset / 4 * 4 * head_dim + offset % 4;
+      for (int d = 0; d < head_dim; ++d) quad[d * 4] = numbers[d];
+    }
+  }
+}
+
 template <class Element>
 void place_token(const pdserve_place_args& args, const pdserve_row& row, int index) {
   const int half = args.head_dim / 2, position = row.start + index;
@@ -110,8 +155,11 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
   for (int h = 0; h < args.num_heads; ++h, head += args.head_dim) {
     rotate(head, cosines, sines, half, head);
   }
-  const int64_t run = int64_t{args.block_size} * args.head_dim;
   const int64_t block = args.tables[row.first_block + position / args.block_size];
+  if (args.kv_is_int8) {
+    return place_int8(args, head, block, position % args.block_size, cosines, sines);
+  }
+  const int64_t run = int64_t{args.block_size} * args.head_dim;
   auto* slot = static_cast<Element*>(args.kv) + block * 2 * args.num_kv_heads * run +
                position % args.block_size * int64_t{args.head_dim};
   for (int h = 0; h < args.num_kv_heads; ++h, head += args.head_dim, slot += run) {
@@ -125,8 +173,14 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
 template <class Element>
 void place_tokens(const pdserve_place_args& args) {
   constexpr int kShare = 32;  // tokens of a long row in one item
+  constexpr int kFew = 4;     // so many are worth an item if rows are short
+  int num_short = 0;
   for (int r = 0; r < args.num_rows; ++r) {
     const pdserve_row& row = args.rows[r];
+    if (row.num_tokens <= kFew) {
+      ++num_short;
+      continue;
+    }
     auto item = [&](int64_t index, int) {
       const int first = static_cast<int>(index) * kShare;
       const int end = first + kShare < row.num_tokens ? first + kShare : row.num_tokens;
@@ -134,9 +188,66 @@ void place_tokens(const pdserve_place_args& args) {
     };
     parallel_for(args.num_threads, (row.num_tokens + kShare - 1) / kShare, item);
   }
+  if (num_short == 0) return;
+  auto item = [&](int64_t index, int) {
+    const int64_t first = index * kFew;
+    for (int64_t r = first; r < first + kFew && r < args.num_rows; ++r) {
+      const pdserve_row& row = args.rows[r];
+      for (int i = 0; row.num_tokens <= kFew && i < row.num_tokens; ++i) {
+        place_token<Element>(args, row, i);
+      }
+    }
+  };
+  parallel_for(args.num_threads, (args.num_rows + kFew - 1) / kFew, item);
+}
+
+// The greatest of `count` numbers, four vectors at a time; what is not a number is left out.
+// `doubt` is not a number afterwards if one of them is not, or is infinite.
+PDSERVE_INLINE float greatest(const float* row, int64_t count, Vec* doubt) {
+  Vec most[4] = {splat(row[0]), splat(row[0]), splat(row[0]), splat(row[0])};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vec x = load(row + i + v * kWidth);
+      most[v] = max(x, most[v]);
+      *doubt = fma(x, zero(), *doubt);
+    }
+  }
+  float found = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
+  for (; i < count; ++i) {
+    if (row[i] > found) found = row[i];
+    *doubt = fma(splat(row[i]), zero(), *doubt);
+  }
+  return found;
+}
+
+// Looks at a row once from memory, and again only at the part that has the greatest value.
+inline int64_t best_of(const float* row, int64_t width) {
+  constexpr int64_t kPart = 1024;
+  Vec doubt = zero();
+  float found = 0.0f;
+  int64_t at = -1;
+  for (int64_t first = 0; first < width; first += kPart) {
+    const int64_t count = width - first < kPart ? width - first : kPart;
+    const float here = greatest(row + first, count, &doubt);
+    if (at < 0 || here > found) found = here, at = first;
+  }
+  if (const float sum = reduce_add(doubt); sum != sum) {
+    for (int64_t i = 0; i < width; ++i) {
+      if (row[i] != row[i]) return i;
+    }
+  }
+  while (row[at] != found) ++at;
+  return at;
 }
 
 }  // namespace
+
+void best(const pdserve_best_args& args) {
+  auto item = [&](int64_t r, int) { args.out[r] = best_of(args.rows + r * args.width, args.width); };
+  parallel_for(args.num_threads, args.num_rows, item);
+}
 
 void norm(const pdserve_norm_args& args) {
   args.is_bf16 ? norm_rows<bf16>(args) : norm_rows<float>(args);

@@ -16,9 +16,18 @@ struct pdserve_norm_args {
   float epsilon;
 };
 
+struct pdserve_best_args {
+  const float* rows;  // [row, width]
+  int64_t* out;       // [row]
+  int64_t num_rows;
+  int64_t width;  // at least 1
+  int32_t num_threads;
+};
+
 struct pdserve_place_args {
   void* heads;           // [token, head, head_dim]: query heads, key heads, value heads
-  void* kv;              // [block, 2, kv head, position, head_dim]: one layer of the pool
+  void* kv;              // one layer of the pool: [block, 2, kv head, position, head_dim], or see
+                         // kv_int8.hpp
   const float* cosines;  // [position, head_dim / 2]
   const float* sines;    // the same
   const pdserve_row* rows;
@@ -28,6 +37,7 @@ struct pdserve_place_args {
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t block_size;
-  int32_t is_bf16;  // heads and pool; else fp32
+  int32_t is_bf16;   // heads; else fp32
+  int32_t kv_is_int8;  // else the pool is like the heads
   int32_t num_threads;
 };

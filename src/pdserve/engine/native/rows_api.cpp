@@ -8,6 +8,7 @@ namespace pdserve {
   namespace name {                       \
   void norm(const pdserve_norm_args&);   \
   void place(const pdserve_place_args&); \
+  void best(const pdserve_best_args&);   \
   }
 PDSERVE_FOR_LEVELS(PDSERVE_DECLARE)
 #undef PDSERVE_DECLARE
@@ -36,6 +37,17 @@ PDSERVE_EXPORT int pdserve_norm(int level, const pdserve_norm_args* args) {
     pdserve::name::place(*args);  \
     return 0;
 PDSERVE_EXPORT int pdserve_place(int level, const pdserve_place_args* args) {
+  PDSERVE_DISPATCH()
+}
+#undef PDSERVE_CASE
+
+// Index of the greatest value of each row; of several, the first; something that is not a number is
+// greater than all that is.
+#define PDSERVE_CASE(name, index) \
+  case pdserve::index:            \
+    pdserve::name::best(*args);   \
+    return 0;
+PDSERVE_EXPORT int pdserve_best(int level, const pdserve_best_args* args) {
   PDSERVE_DISPATCH()
 }
 #undef PDSERVE_CASE

@@ -24,7 +24,7 @@ class AttentionArgs(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
-        ("kv_is_bf16", ctypes.c_int32),
+        ("kv_kind", ctypes.c_int32),
         ("queries_are_bf16", ctypes.c_int32),
         ("out_is_bf16", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
@@ -63,6 +63,7 @@ class PlaceArgs(ctypes.Structure):
         ("head_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
         ("is_bf16", ctypes.c_int32),
+        ("kv_is_int8", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     ]
 
@@ -74,6 +75,39 @@ class Op(ctypes.Structure):
         ("args", ctypes.c_void_p),
         ("kernel", ctypes.c_int32),
         ("level", ctypes.c_int32),
+    ]
+
+
+class KvKind(IntEnum):
+    """Numbers of a pool, as in attention.h."""
+
+    FP32 = 0
+    BF16 = 1
+    INT8 = 2
+
+
+class Layers(ctypes.Structure):
+    """`pdserve_layers` in program.cpp."""
+
+    _fields_ = [
+        ("ops", ctypes.c_void_p),
+        ("attention", ctypes.c_void_p),
+        ("place", ctypes.c_void_p),
+        ("kv", ctypes.c_void_p),
+        ("layer_bytes", ctypes.c_int64),
+        ("ops_per_layer", ctypes.c_int32),
+    ]
+
+
+class BestArgs(ctypes.Structure):
+    """`pdserve_best_args` in rows.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
     ]
 
 

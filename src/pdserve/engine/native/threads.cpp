@@ -1,6 +1,9 @@
 // A pool of helper threads: made on first use, asleep when idle, never torn down (the process ends
 // with them). One job at a time. A job is opened under the mutex, helpers enter it while it is open,
 // and its caller closes it when no item is left; so a helper that wakes up late costs nothing.
+//
+// Each thread has a share of neighbouring items and goes through it from the front, so that what it
+// fetches ahead is what it needs next; a thread that is done takes from the back of another's share.
 #include "threads.hpp"
 
 #include <atomic>
@@ -19,6 +22,34 @@ namespace pdserve {
 namespace {
 
 constexpr std::chrono::microseconds kLookOut{40};
+constexpr int kMostThreads = 256;
+
+// Items [first, end) that nobody has taken, both in one word.
+class Share {
+ public:
+  void set(int64_t first, int64_t end) {
+    left_.store(static_cast<uint64_t>(first) << 32 | static_cast<uint64_t>(end),
+                std::memory_order_relaxed);
+  }
+  int64_t take_first() { return take([](uint64_t left) { return left + (uint64_t{1} << 32); }, 32); }
+  int64_t take_last() { return take([](uint64_t left) { return left - 1; }, 0); }
+
+ private:
+  // The item that is gone after `without`, or -1 if there is none.
+  template <class Without>
+  int64_t take(Without without, int from_bit) {
+    uint64_t left = left_.load(std::memory_order_relaxed);
+    while (left >> 32 < (left & 0xFFFFFFFFu)) {
+      const uint64_t rest = without(left);
+      if (left_.compare_exchange_weak(left, rest, std::memory_order_relaxed)) {
+        return static_cast<int64_t>(((from_bit ? left : rest) >> from_bit) & 0xFFFFFFFFu);
+      }
+    }
+    return -1;
+  }
+
+  alignas(64) std::atomic<uint64_t> left_{0};
+};
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -47,7 +78,10 @@ class Pool {
         std::thread([this, thread] { help(thread); }).detach();
       }
       job_ = job;
-      next_.store(0, std::memory_order_relaxed);
+      for (int thread = 0; thread < job.num_threads; ++thread) {
+        shares_[thread].set(job.num_items * thread / job.num_threads,
+                            job.num_items * (thread + 1) / job.num_threads);
+      }
       open_ = true;
       opened_.fetch_add(1, std::memory_order_release);
     }
@@ -69,10 +103,11 @@ class Pool {
 
  private:
   void claim(const Job& job, int thread) {
-    for (;;) {
-      const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= job.num_items) return;
-      job.work(job.context, item, thread);
+    int64_t item;
+    while ((item = shares_[thread].take_first()) >= 0) job.work(job.context, item, thread);
+    for (int step = 1; step < job.num_threads; ++step) {
+      Share& share = shares_[(thread + step) % job.num_threads];
+      while ((item = share.take_last()) >= 0) job.work(job.context, item, thread);
     }
   }
 
@@ -117,7 +152,7 @@ class Pool {
   std::atomic<uint64_t> opened_{0};
   std::atomic<int> num_asleep_{0};
   std::atomic<int> num_inside_{0};
-  std::atomic<int64_t> next_{0};
+  Share shares_[kMostThreads];
 };
 
 Pool& pool() {
@@ -134,6 +169,7 @@ struct Buffer {
 }  // namespace
 
 void parallel(int num_threads, int64_t num_items, Work work, void* context) {
+  if (num_threads > kMostThreads) num_threads = kMostThreads;
   if (num_threads > 1 && num_items > 1 && pool().run({work, context, num_items, num_threads})) {
     return;
   }

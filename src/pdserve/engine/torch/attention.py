@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from pdserve.engine.torch import kv_int8
 from pdserve.engine.torch.batch import RowSpan, StepBatch
 from pdserve.engine.torch.numerics import Numerics
 
@@ -48,6 +49,7 @@ class Attention(ABC):
 
         ``queries [padded tokens, head, head_dim]`` fp32, rotated, not scaled; ``kv [block, 2, kv
         head, position in block, head_dim]`` one layer of the pool, this step's KV already written.
+        A pool of int8 is ``[block, 2, kv head, bytes of a run]`` instead (`kv_int8`).
         Returns ``[padded tokens, head, head_dim]``, fp32 or of the model's dtype, zero for padding;
         it may be memory that the next layer's call writes to.
         """
@@ -149,9 +151,9 @@ class TiledAttention(Attention):
         assert isinstance(prepared, tuple)
         scaled = queries * self._head_dim**-0.5
         out = torch.zeros_like(queries)
-        runs = kv.view(-1, self._block_size * self._head_dim)
+        runs = kv.view(-1, kv.stride(2))
         for group in prepared:
-            gathered = runs.index_select(0, group.runs).float()
+            gathered = self._widened(runs.index_select(0, group.runs))
             keys, values = gathered.view(2, group.num_rows * self._kv_heads, -1, self._head_dim)
             values.view(-1, self._head_dim).index_fill_(0, group.tail, 0.0)
             for tile in group.query_tiles:
@@ -159,6 +161,18 @@ class TiledAttention(Attention):
                     scaled[tile.tokens], keys, values, group.num_rows, tile
                 )
         return out
+
+    def _widened(self, runs: torch.Tensor) -> torch.Tensor:
+        """Runs in fp32, the first half of them keys: ``[run, position in block, head_dim]``."""
+        if runs.dtype != torch.int8:
+            return runs.float()
+        keys, values = runs.chunk(2)
+        return torch.cat(
+            (
+                kv_int8.read_keys(keys, self._head_dim),
+                kv_int8.read_values(values, self._head_dim),
+            )
+        )
 
     def _attend_tile(
         self,
@@ -223,7 +237,7 @@ class SdpaAttention(Attention):
         assert isinstance(prepared, tuple)
         out = torch.zeros_like(queries)
         for row, table, visible in prepared:
-            blocks = kv.index_select(0, table)  # [block, 2, kv head, position, head_dim]
+            blocks = self._widened(kv.index_select(0, table), queries.shape[-1])
             keys, values = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : row.end]
             span = slice(row.first, row.first + row.num_tokens)
             attended = functional.scaled_dot_product_attention(
@@ -236,6 +250,15 @@ class SdpaAttention(Attention):
             )
             out[span] = attended[0].transpose(0, 1).to(out.dtype)
         return out
+
+    def _widened(self, blocks: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """``[block, 2, kv head, position in block, head_dim]`` of the model's dtype."""
+        if blocks.dtype != torch.int8:
+            return blocks
+        keys, values = (blocks[:, kind].flatten(0, 1) for kind in range(2))
+        read = (kv_int8.read_keys(keys, head_dim), kv_int8.read_values(values, head_dim))
+        shape = (*blocks.shape[:1], -1, *read[0].shape[1:])
+        return torch.stack([part.to(self._dtype).view(shape) for part in read], dim=1)
 
 
 def score_product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.layout import INT8, KV_DTYPES
+from pdserve.engine.torch import kv_int8
 from pdserve.engine.torch.attention import KV_TILE, Attention, SdpaAttention, TiledAttention
 from pdserve.engine.torch.native_attention import NativeAttention
 from pdserve.engine.torch.numerics import DTYPES, Numerics
@@ -32,19 +34,24 @@ class AttentionKind:
     """A name in `MAKERS`."""
     level: str = ""
     """Instruction set of compiled kernels."""
+    kv_dtype: str = "auto"
+    """One of `KV_DTYPES`."""
 
     @property
     def name(self) -> str:
         """For the numerics class."""
+        kv = "" if self.kv_dtype == "auto" else f"-kv{self.kv_dtype}"
         if self.kernels != "native":
-            return self.kernels
-        return f"attention{ATTENTION_REVISION}.{self.level}"
+            return f"{self.kernels}{kv}"
+        return f"attention{ATTENTION_REVISION}.{self.level}{kv}"
 
     def make(
         self, config: ModelConfig, dtype: str, block_size: int, numerics: Numerics
     ) -> Attention:
         """Raises `ConfigError` for blocks that fit no tile: they must do so for every kind, since a
-        peer may compute with another one."""
+        peer may compute with another one. The same for what a pool of int8 cannot hold."""
+        if self.kv_dtype == INT8:
+            kv_int8.check_shape(config.head_dim, block_size)
         if KV_TILE % block_size and block_size % KV_TILE:
             raise ConfigError(
                 f"block size {block_size} does not fit attention tiles of {KV_TILE} positions: "
@@ -59,11 +66,18 @@ class AttentionKind:
         return TorchRows(config, device)
 
 
-def choose_attention(device: str, numerics: str, level: str | None) -> AttentionKind:
-    """The best kind for a device. ``level`` is that of the compiled kernels, None without them."""
+def choose_attention(
+    device: str, numerics: str, level: str | None, kv_dtype: str = "auto"
+) -> AttentionKind:
+    """The best kind for a device. ``level`` is that of the compiled kernels, None without them.
+
+    Raises `ConfigError` for a ``kv_dtype`` that is not one of `KV_DTYPES`.
+    """
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"KV dtype {kv_dtype!r} is unknown: choose one of {', '.join(KV_DTYPES)}")
     if level is not None and torch.device(device).type == "cpu":
-        return AttentionKind("native", level)
-    return AttentionKind("sdpa" if numerics == "fast" else "tiled")
+        return AttentionKind("native", level, kv_dtype)
+    return AttentionKind("sdpa" if numerics == "fast" else "tiled", kv_dtype=kv_dtype)
 
 
 def _make_native(

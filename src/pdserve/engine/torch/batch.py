@@ -36,12 +36,29 @@ class StepBatch:
 
     num_tokens: int
     token_ids: torch.Tensor  # [padded], int64
-    positions: torch.Tensor  # [padded], int64
-    slot_blocks: torch.Tensor  # [num_tokens], int64: block of each token's KV
-    slot_offsets: torch.Tensor  # [num_tokens], int64: position in that block
     sampled: torch.Tensor  # [padded sampling rows], int64: index of each row's last token
     num_sampled: int
     rows: tuple[RowSpan, ...]
+    block_size: int
+
+    def positions(self) -> torch.Tensor:
+        """``[padded]``, int64."""
+        positions = torch.zeros_like(self.token_ids)
+        for row in self.rows:
+            end = row.first + row.num_tokens
+            torch.arange(row.start, row.end, out=positions[row.first : end])
+        return positions
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block of each token, and its position in that; both ``[num_tokens]``, int64."""
+        device = self.token_ids.device
+        positions = self.positions()[: self.num_tokens]
+        places = positions // self.block_size
+        blocks = torch.empty_like(places)
+        for row in self.rows:
+            tokens = slice(row.first, row.first + row.num_tokens)
+            blocks[tokens] = torch.tensor(row.block_ids, device=device)[places[tokens]]
+        return blocks, positions % self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +80,6 @@ def build_batch(
     on CUDA it would otherwise kill the whole process.
     """
     token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     sampled: list[int] = []
     rows: list[RowSpan] = []
     for row in plan.rows:
@@ -75,25 +90,18 @@ def build_batch(
         _check(table, bounds.num_blocks, "block")
         rows.append(RowSpan(len(token_ids), len(row.token_ids), row.start, table))
         token_ids.extend(row.token_ids)
-        for position in range(row.start, row.end):
-            block, offset = divmod(position, bounds.block_size)
-            positions.append(position)
-            slots.append(table[block] * bounds.block_size + offset)
         if row.sample is not None:
             sampled.append(len(token_ids) - 1)
     _check(token_ids, bounds.vocab_size, "token")
     for pair in plan.copies:
         _check(pair, bounds.num_blocks, "block")
-    slot = torch.tensor(slots, dtype=torch.int64, device=device)
     return StepBatch(
         num_tokens=len(token_ids),
         token_ids=_padded(token_ids, numerics, device),
-        positions=_padded(positions, numerics, device),
-        slot_blocks=slot // bounds.block_size,
-        slot_offsets=slot % bounds.block_size,
         sampled=_padded(sampled, numerics, device),
         num_sampled=len(sampled),
         rows=tuple(rows),
+        block_size=bounds.block_size,
     )
 
 

@@ -31,36 +31,42 @@ class Llama:
         self._head_dim = config.head_dim
         self._weights = weights
         self._attention = attention
-        self._rows = rows
+        self.rows = rows
         self._native = NativeLayers.of(config, weights, attention, rows)
 
     def forward(
-        self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None]
+        self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None] | None
     ) -> torch.Tensor:
         """Last hidden states of the step's tokens, ``[padded tokens, hidden]``, not normalised.
 
-        Writes the tokens' keys and values into ``pool``; calls ``on_layer`` after each layer. The
-        result may be memory that the next step writes to.
+        Writes the tokens' keys and values into ``pool``; calls ``on_layer`` after each layer, if
+        there is one. The result may be memory that the next step writes to.
         """
         if self._native is not None:
             return self._native.forward(batch, pool, on_layer)
         prepared = self._attention.prepare(batch, batch.token_ids.device)
-        places = self._rows.prepare(batch)
+        places = self.rows.prepare(batch)
         hidden = functional.embedding(batch.token_ids, self._weights.embedding)
         residuals = torch.split(hidden, MLP_ROWS)  # views: a residual is added in place
         num_rows = hidden.shape[0]
         for index, layer in enumerate(self._weights.layers):
-            normed = self._rows.norm(hidden, layer.attention_norm)
+            normed = self.rows.norm(hidden, layer.attention_norm)
             heads = layer.qkv(normed).view(num_rows, -1, self._head_dim)
-            queries = self._rows.place(heads, pool, index, places)
+            queries = self.rows.place(heads, pool, index, places)
             attended = self._attention.attend(queries, pool.layer(index), prepared)
             layer.attention_out.add_to(hidden, attended.flatten(1))
-            normed = self._rows.norm(hidden, layer.mlp_norm)
+            normed = self.rows.norm(hidden, layer.mlp_norm)
             for residual, part in zip(residuals, torch.split(normed, MLP_ROWS), strict=True):
                 layer.down.add_to(residual, layer.gate_up(part))
-            on_layer(index)
+            if on_layer is not None:
+                on_layer(index)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits, ``[padded rows, hidden]`` -> ``[padded rows, vocab]`` fp32."""
-        return self._weights.output(self._rows.norm(hidden, self._weights.norm))
+    def logits(self, hidden: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of the tokens ``sampled [padded rows]``, ``[padded rows, vocab]`` fp32.
+
+        ``hidden`` is a result of `forward`. The logits may be memory that the next step writes to.
+        """
+        if self._native is not None and self._native.holds_logits(len(sampled)):
+            return self._native.logits(hidden, sampled)
+        return self._weights.output(self.rows.norm(hidden[sampled], self._weights.norm))

@@ -3,7 +3,8 @@
 Promises what `TiledAttention` does, with other bits: a query's result depends on its own vector and
 on the keys and values before it, and on nothing else of the step. With a bf16 pool and AVX512-BF16,
 queries and softmax weights are rounded to bf16 for the products, as fused kernels on GPUs do it;
-scores and sums are fp32.
+scores and sums are fp32. With a pool of int8 they are rounded to 16 bits with a scale, and products
+are exact; see native/attention_int8.cpp.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import AttentionArgs, StepTable
+from pdserve.engine.native.structs import AttentionArgs, KvKind, StepTable
+from pdserve.engine.torch import kv_int8
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
+
+_KV_KINDS = {torch.float32: KvKind.FP32, torch.bfloat16: KvKind.BF16, torch.int8: KvKind.INT8}
 
 
 def step_table(batch: StepBatch) -> StepTable:
@@ -94,5 +98,6 @@ def read_from(args: AttentionArgs, queries: torch.Tensor, kv: torch.Tensor) -> N
     args.query_stride = queries.stride(0)
     args.queries_are_bf16 = queries.dtype == torch.bfloat16
     args.kv = kv.data_ptr()
-    args.kv_is_bf16 = kv.dtype == torch.bfloat16
-    args.block_size = kv.shape[3]
+    args.kv_kind = _KV_KINDS[kv.dtype]
+    is_int8 = kv.dtype == torch.int8
+    args.block_size = kv_int8.block_size_of(kv, args.head_dim) if is_int8 else kv.shape[3]

@@ -1,10 +1,11 @@
-"""The layers of a model as programs of compiled kernels: one call from Python for each layer.
+"""A model as programs of compiled kernels: one call from Python for all layers, one for the logits.
 
 A `_Frame` is what a step with so many tokens needs: buffers for what goes from kernel to kernel,
 and for each layer a program, the list of its kernels with their arguments. Frames of few tokens are
 kept, so a steady decode step allocates nothing and builds nothing; it sets the step's rows and
-tables, and for each layer where its part of the pool lies. The bits are those of the same kernels
-called one by one.
+tables, and where the pool lies. Where somebody waits for each layer, each is a call. A `_Head` is
+the same for the logits of so many rows; all heads share one buffer for their results. The bits are
+those of the same kernels called one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import Kernel, Op, StepTable
+from pdserve.engine.native.structs import Kernel, Layers, Op, StepTable
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
 from pdserve.engine.torch.llama_weights import MLP_ROWS, LayerWeights, LlamaWeights
@@ -29,6 +30,10 @@ from pdserve.weights.config import ModelConfig
 KEPT_TOKENS = 64
 """Frames of at most so many tokens are kept."""
 KEPT_FRAMES = 32
+HEAD_ROWS = 64
+"""Logits of at most so many rows are put into the buffer that steps share."""
+
+Step = tuple[Kernel, ctypes.Structure]
 
 
 class NativeLayers:
@@ -43,12 +48,14 @@ class NativeLayers:
     ) -> None:
         loaded = library.load()
         assert loaded is not None, "a level was chosen without a library"
-        self._run = loaded.pdserve_run
+        self._run, self._run_layers = loaded.pdserve_run, loaded.pdserve_run_layers
         self._config = config
         self._weights = weights
         self._attention = attention
         self._rows = rows
         self._kept: OrderedDict[tuple[int, int], _Frame] = OrderedDict()
+        self._heads: dict[tuple[int, int], _Head] = {}
+        self._logits = torch.empty(HEAD_ROWS, config.vocab_size)  # pages come with the first use
 
     @classmethod
     def of(
@@ -57,27 +64,44 @@ class NativeLayers:
         """None where some kernel is not a compiled one, or wants its rows padded first."""
         if not isinstance(attention, NativeAttention) or not isinstance(rows, NativeRows):
             return None
+        linears = [weights.output]
         for layer in weights.layers:
-            for linear in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
-                if not isinstance(linear, NativeLinear) or not linear.reads_in_place:
-                    return None
+            linears += (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
+        for linear in linears:
+            if not isinstance(linear, NativeLinear) or not linear.reads_in_place:
+                return None
         return cls(config, weights, attention, rows)
 
     def forward(
-        self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None]
+        self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None] | None
     ) -> torch.Tensor:
         """As `Llama.forward`; the result is memory that a later step writes to."""
         frame = self._frame(batch.token_ids.shape[0])
         torch.index_select(self._weights.embedding, 0, batch.token_ids, out=frame.hidden)
-        frame.begin(batch.num_tokens, step_table(batch), pool.layer(0))
-        first = pool.layer(0).data_ptr()
-        layer_bytes = pool.blocks.stride(0) * pool.blocks.element_size()
-        for index, program in enumerate(frame.programs):
-            frame.attention.kv = frame.place.kv = first + index * layer_bytes
-            if failed := self._run(program, len(program)):
-                raise MemoryError(f"a layer failed ({failed}): no memory for its scratch space")
+        frame.begin(batch.num_tokens, step_table(batch), pool)
+        num_layers = len(self._weights.layers)
+        if on_layer is None:
+            _check(self._run_layers(frame.argument, 0, num_layers))
+            return frame.hidden
+        for index in range(num_layers):
+            _check(self._run_layers(frame.argument, index, 1))
             on_layer(index)
         return frame.hidden
+
+    def holds_logits(self, num_rows: int) -> bool:
+        """Whether `logits` has room for so many."""
+        return num_rows <= HEAD_ROWS
+
+    def logits(self, hidden: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """As `Llama.logits`; the result is memory that a later step writes to."""
+        key = len(sampled), torch.get_num_threads()
+        head = self._heads.get(key)
+        if head is None:
+            head = _Head(self._logits[: len(sampled)], self._config, self._weights, self._rows)
+            self._heads[key] = head
+        torch.index_select(hidden, 0, sampled, out=head.hidden)
+        _check(self._run(head.program, len(head.program)))
+        return head.logits
 
     def _frame(self, num_tokens: int) -> _Frame:
         key = num_tokens, torch.get_num_threads()
@@ -89,6 +113,38 @@ class NativeLayers:
             if len(self._kept) > KEPT_FRAMES:
                 self._kept.popitem(last=False)
         return frame
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError(f"a kernel failed ({failed}): no memory for its scratch space")
+
+
+def _program(steps: list[Step], level: int) -> ctypes.Array[Op]:
+    ops = [Op(args=ctypes.addressof(args), kernel=kernel, level=level) for kernel, args in steps]
+    return (Op * len(ops))(*ops)
+
+
+class _Head:
+    """The program from the hidden states of some rows to ``logits [rows, vocab]``."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        rows: NativeRows,
+    ) -> None:
+        assert isinstance(weights.output, NativeLinear)
+        self.logits = logits
+        shape = len(logits), config.hidden_size
+        self.hidden = torch.empty(shape, dtype=weights.embedding.dtype)
+        self._normed = torch.empty_like(self.hidden)
+        self._steps: list[Step] = [  # what the program points to
+            (Kernel.NORM, rows.norm_on(self.hidden, weights.norm, self._normed)),
+            (Kernel.LINEAR, weights.output.call_on(self._normed, logits)),
+        ]
+        self.program = _program(self._steps, rows.level)
 
 
 class _Frame:
@@ -117,28 +173,31 @@ class _Frame:
         self.place = rows.step_of(self._table).args
         self.place.heads = self._heads.data_ptr()
         self._rows = rows
-        self._kept: list[ctypes.Structure] = []  # what the programs point to
-        self.programs = [self._program(layer) for layer in weights.layers]
+        self._steps = [step for layer in weights.layers for step in self._layer(layer)]
+        self._program = _program(self._steps, rows.level)
+        self._layers = Layers(
+            ops=ctypes.addressof(self._program),
+            attention=ctypes.addressof(self.attention),
+            place=ctypes.addressof(self.place),
+            ops_per_layer=len(self._steps) // config.num_layers,
+        )
+        self.argument = ctypes.byref(self._layers)
 
-    def begin(self, num_tokens: int, table: StepTable, kv: torch.Tensor) -> None:
-        """Set what all layers of a step share; ``kv`` is any layer of its pool."""
+    def begin(self, num_tokens: int, table: StepTable, pool: KvPool) -> None:
+        """Set what all layers of a step share."""
         self._table = table  # kept as long as its addresses are used
+        kv = pool.layer(0)
         read_from(self.attention, self._queries, kv)
         self.place.block_size = self.attention.block_size
+        self.place.kv_is_int8 = kv.dtype == torch.int8
         for args in (self.attention, self.place):
             args.rows, args.tables, args.num_rows = table.rows, table.tables, table.num_rows
-        self._attended[num_tokens:] = 0
+        self._layers.kv = kv.data_ptr()
+        self._layers.layer_bytes = pool.blocks.stride(0) * pool.blocks.element_size()
+        if num_tokens < len(self._attended):
+            self._attended[num_tokens:] = 0
 
-    def _program(self, layer: LayerWeights) -> ctypes.Array[Op]:
-        level = self._rows.level
-        steps = list(self._steps(layer))
-        self._kept.extend(args for _, args in steps)
-        ops = [
-            Op(args=ctypes.addressof(args), kernel=kernel, level=level) for kernel, args in steps
-        ]
-        return (Op * len(ops))(*ops)
-
-    def _steps(self, layer: LayerWeights) -> Iterator[tuple[Kernel, ctypes.Structure]]:
+    def _layer(self, layer: LayerWeights) -> Iterator[Step]:
         assert isinstance(layer.qkv, NativeLinear)
         assert isinstance(layer.attention_out, NativeLinear)
         assert isinstance(layer.gate_up, NativeLinear)

@@ -14,42 +14,38 @@ from threading import Lock
 import torch
 
 from pdserve.core.ids import BlockId
-from pdserve.core.layout import KvLayout
+from pdserve.core.layout import INT8, KvLayout
+from pdserve.engine.torch import kv_int8
 from pdserve.engine.torch.numerics import DTYPES
 
 
 def tensor_over(memory: memoryview, layout: KvLayout, num_blocks: int) -> torch.Tensor:
     """``memory`` seen as a pool ``[layer, block, 2, kv head, position, head_dim]``, not copied.
 
+    One of int8 is ``[layer, block, 2, kv head, bytes of a run]`` (`kv_int8`).
+
     The tensor keeps the buffer exported: the memory cannot be unmapped before it is gone.
     """
-    shape = (
-        layout.num_layers,
-        num_blocks,
-        2,
-        layout.num_kv_heads,
-        layout.block_size,
-        layout.head_dim,
-    )
     flat = memory[: layout.pool_bytes(num_blocks)]
+    heads = (layout.num_layers, num_blocks, 2, layout.num_kv_heads)
+    if layout.dtype == INT8:
+        return torch.frombuffer(flat, dtype=torch.int8).view(*heads, -1)
+    shape = (*heads, layout.block_size, layout.head_dim)
     return torch.frombuffer(flat, dtype=DTYPES[layout.dtype]).view(shape)
 
 
 class KvPool(ABC):
     """Blocks that a runner computes on."""
 
-    blocks: torch.Tensor  # [layer, block, 2, kv head, position in block, head_dim]
+    blocks: torch.Tensor  # as `tensor_over` says
+    block_size: int
 
     @property
     def num_blocks(self) -> int:
         return self.blocks.shape[1]
 
-    @property
-    def block_size(self) -> int:
-        return self.blocks.shape[4]
-
     def layer(self, layer: int) -> torch.Tensor:
-        """``[block, 2, kv head, position in block, head_dim]`` of one layer."""
+        """``[block, 2, kv head, position in block, head_dim]`` of one layer, or see above."""
         return self.blocks[layer]
 
     def copy(self, copies: Sequence[tuple[BlockId, BlockId]]) -> None:
@@ -66,6 +62,9 @@ class KvPool(ABC):
         values: torch.Tensor,  # [tokens, kv head, head_dim]
     ) -> None:
         """Put one token's key and value into each named slot."""
+        if self.blocks.dtype == torch.int8:
+            kv_int8.write(self.blocks[layer], block_ids, offsets, keys, values)
+            return
         slots = self.blocks[layer].permute(0, 3, 1, 2, 4)  # [block, position, 2, kv head, head_dim]
         slots[block_ids, offsets] = torch.stack((keys, values), dim=1).to(slots.dtype)
 
@@ -87,6 +86,7 @@ class HostPool(KvPool):
 
     def __init__(self, memory: memoryview, layout: KvLayout, num_blocks: int) -> None:
         self.blocks = tensor_over(memory, layout, num_blocks)
+        self.block_size = layout.block_size
 
     def publish(self, layer: int, block_ids: Sequence[BlockId]) -> None:
         """Nothing to do: the bytes are there when the write returns."""
@@ -103,6 +103,7 @@ class DevicePool(KvPool):
     ) -> None:
         self._staging = tensor_over(memory, layout, num_blocks)
         self.blocks = torch.zeros_like(self._staging, device=device)
+        self.block_size = layout.block_size
         self._device = device
         self._lock = Lock()  # one reader at a time on the side stream
         self._reader: torch.cuda.Stream | None = None

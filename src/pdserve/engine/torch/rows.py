@@ -2,7 +2,7 @@
 
 `TorchRows` is the reference, and what computes without compiled kernels; `NativeRows` fuses each of
 them into one pass. Both give a token the same bits in any batch. Norms and rotations are computed
-in fp32, the rotated keys and the values are rounded to the pool's dtype.
+in fp32, the rotated keys and the values are rounded to the model's dtype, and then to the pool's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import NormArgs, PlaceArgs, StepTable
+from pdserve.engine.native.structs import BestArgs, NormArgs, PlaceArgs, StepTable
 from pdserve.engine.torch.batch import StepBatch
 from pdserve.engine.torch.native_attention import step_table
 from pdserve.engine.torch.pool import KvPool
+from pdserve.engine.torch.sampler import first_best
 from pdserve.weights.config import ModelConfig
 
 
@@ -43,6 +44,20 @@ class Rows(ABC):
         of the model's dtype, its heads side by side.
         """
 
+    @abstractmethod
+    def first_best(self, rows: torch.Tensor) -> torch.Tensor:
+        """Index of the greatest value of each of ``rows [n, vocab]`` fp32, the first of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlace:
+    """A step's angles and slots, made once."""
+
+    cos: torch.Tensor  # [padded tokens, 1, head_dim / 2]
+    sin: torch.Tensor  # the same
+    blocks: torch.Tensor  # [tokens], int64: block of each token's KV
+    offsets: torch.Tensor  # [tokens], int64: position in that block
+
 
 class TorchRows(Rows):
     """By torch, op by op, on any device."""
@@ -52,10 +67,12 @@ class TorchRows(Rows):
         self._epsilon = config.rms_norm_eps
         self._cos, self._sin = rope_tables(config, device)
 
-    def prepare(self, batch: StepBatch) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
-        cos = self._cos[batch.positions][:, None]  # [padded tokens, 1, head_dim / 2]
-        sin = self._sin[batch.positions][:, None]
-        return batch, cos, sin
+    def prepare(self, batch: StepBatch) -> TorchPlace:
+        positions = batch.positions()
+        blocks, offsets = batch.slots()
+        return TorchPlace(
+            self._cos[positions][:, None], self._sin[positions][:, None], blocks, offsets
+        )
 
     def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(rows, weight, self._epsilon)
@@ -63,13 +80,16 @@ class TorchRows(Rows):
     def place(
         self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
     ) -> torch.Tensor:
-        assert isinstance(prepared, tuple)
-        batch, cos, sin = prepared
+        assert isinstance(prepared, TorchPlace)
+        cos, sin = prepared.cos, prepared.sin
         queries, keys, values = torch.split(heads, self._counts, dim=1)
-        new = slice(0, batch.num_tokens)
+        new = slice(0, len(prepared.blocks))
         rotated = rotate(keys, cos, sin).to(values.dtype)
-        pool.write(layer, batch.slot_blocks, batch.slot_offsets, rotated[new], values[new])
+        pool.write(layer, prepared.blocks, prepared.offsets, rotated[new], values[new])
         return rotate(queries, cos, sin)
+
+    def first_best(self, rows: torch.Tensor) -> torch.Tensor:
+        return first_best(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,7 @@ class NativeRows(Rows):
         loaded = library.load()
         assert loaded is not None, "a level was chosen without a library"
         self._run_norm, self._run_place = loaded.pdserve_norm, loaded.pdserve_place
+        self._run_best = loaded.pdserve_best
         self.level = library.LEVELS.index(level)
         self._config = config
         self._is_bf16 = dtype == torch.bfloat16
@@ -143,9 +164,25 @@ class NativeRows(Rows):
         args.heads = heads.data_ptr()
         args.kv = pool.layer(layer).data_ptr()
         args.block_size = pool.block_size
+        args.kv_is_int8 = pool.blocks.dtype == torch.int8
         failed = self._run_place(self.level, ctypes.byref(args))
         assert not failed, "the level was checked when it was chosen"
         return heads[:, : self._config.num_heads]
+
+    def first_best(self, rows: torch.Tensor) -> torch.Tensor:
+        assert rows.is_contiguous(), "kernels read rows one after another"
+        assert rows.dtype == torch.float32, "logits are fp32"
+        out = torch.empty(rows.shape[0], dtype=torch.int64)
+        args = BestArgs(
+            rows=rows.data_ptr(),
+            out=out.data_ptr(),
+            num_rows=rows.shape[0],
+            width=rows.shape[1],
+            num_threads=torch.get_num_threads(),
+        )
+        failed = self._run_best(self.level, ctypes.byref(args))
+        assert not failed, "the level was checked when it was chosen"
+        return out
 
 
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pdserve.core.ids import BlockId
-from pdserve.core.layout import KvLayout
+from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
 from pdserve.engine.native.library import choose_level
 from pdserve.engine.torch.attention_registry import choose_attention
-from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch
+from pdserve.engine.torch.batch import Bounds, build_batch
 from pdserve.engine.torch.granule import choose_numerics
 from pdserve.engine.torch.linear_registry import choose_linear
 from pdserve.engine.torch.llama import Llama
@@ -29,7 +29,8 @@ from pdserve.weights.config import ModelConfig
 
 
 class TorchRunner(ModelRunner):
-    """One model on one device. ``dtype`` is that of weights, KV and products."""
+    """One model on one device. ``dtype`` is that of weights, KV and products, where
+    ``weight_dtype`` and ``kv_dtype`` do not say otherwise."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class TorchRunner(ModelRunner):
         num_threads: int,
         numerics: str = "exact",
         weight_dtype: str = "auto",
+        kv_dtype: str = "auto",
     ) -> None:
         """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Raises `ConfigError` for
         arguments that cannot work here, `ModelError` for weights that do not fit ``config``."""
@@ -52,7 +54,7 @@ class TorchRunner(ModelRunner):
         self._device = torch.device(device)
         level = choose_level()
         linear = choose_linear(device, dtype, weight_dtype, level)
-        attention = choose_attention(device, numerics, level)
+        attention = choose_attention(device, numerics, level, kv_dtype)
         with torch.inference_mode():
             packed = pack_weights(config, weights, self._device, DTYPES[dtype], linear)
             self._numerics = choose_numerics(config, packed, numerics, attention.kernels)
@@ -66,7 +68,7 @@ class TorchRunner(ModelRunner):
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 block_size=block_size,
-                dtype=dtype,
+                dtype=pool_dtype(dtype, kv_dtype),
                 numerics=numerics_class(
                     device, dtype, num_threads, numerics, f"{linear.name}-{attention.name}"
                 ),
@@ -85,10 +87,11 @@ class TorchRunner(ModelRunner):
             self._pool = DevicePool(memory, self.info.layout, num_blocks, self._device)
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
-        logits = self.logits(plan, sink)
         specs = [row.sample for row in plan.rows if row.sample is not None]
         with torch.inference_mode():
-            sampled = iter(sample(logits, specs) if specs else ())
+            logits = self._forward(plan, sink)
+            find_best = self._loaded().rows.first_best
+            sampled = iter(sample(logits, specs, find_best) if specs else ())
         return StepResult(
             step_id=plan.step_id,
             tokens=tuple(() if row.sample is None else next(sampled) for row in plan.rows),
@@ -97,8 +100,23 @@ class TorchRunner(ModelRunner):
     def logits(self, plan: StepPlan, sink: LayerSink | None = None) -> torch.Tensor:
         """Run a step up to the raw next-token logits: ``[sampling rows, vocab]`` fp32.
 
-        Rows are in the plan's order. `execute` is this and the sampler.
+        Rows are in the plan's order, in memory of their own. `execute` is this and the sampler.
         """
+        with torch.inference_mode():
+            return self._forward(plan, sink).clone()
+
+    def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
+        self._attached().publish(layer, block_ids)
+
+    def write_kv(self, block_ids: Sequence[BlockId]) -> None:
+        self._attached().absorb(block_ids)
+
+    def close(self) -> None:
+        self._pool = None
+        self._model = None
+
+    def _forward(self, plan: StepPlan, sink: LayerSink | None) -> torch.Tensor:
+        """As `logits`, but good only until the next step."""
         self._use_threads()
         pool, model = self._attached(), self._loaded()
         bounds = Bounds(
@@ -113,28 +131,15 @@ class TorchRunner(ModelRunner):
             if sink is not None:
                 sink.layer_done(plan.step_id, layer)
 
-        with torch.inference_mode():
-            batch = build_batch(plan, bounds, self._numerics, self._device)
-            pool.copy(plan.copies)
-            if batch.num_tokens == 0:
-                return torch.empty(0, self.info.vocab_size, device=self._device)
-            hidden = model.forward(batch, pool, layer_done)
-            return self._sampled_logits(model, batch, hidden)
-
-    def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
-        self._attached().publish(layer, block_ids)
-
-    def write_kv(self, block_ids: Sequence[BlockId]) -> None:
-        self._attached().absorb(block_ids)
-
-    def close(self) -> None:
-        self._pool = None
-        self._model = None
-
-    def _sampled_logits(self, model: Llama, batch: StepBatch, hidden: torch.Tensor) -> torch.Tensor:
-        if batch.num_sampled == 0:
+        batch = build_batch(plan, bounds, self._numerics, self._device)
+        pool.copy(plan.copies)
+        waited_for = sink is not None or self._device.type != "cpu"
+        hidden = None
+        if batch.num_tokens:
+            hidden = model.forward(batch, pool, layer_done if waited_for else None)
+        if hidden is None or batch.num_sampled == 0:
             return torch.empty(0, self.info.vocab_size, device=self._device)
-        return model.logits(hidden[batch.sampled])[: batch.num_sampled]
+        return model.logits(hidden, batch.sampled)[: batch.num_sampled]
 
     def _attached(self) -> KvPool:
         assert self._pool is not None, "attach_pool comes first, and nothing after close"

@@ -13,7 +13,7 @@ equals the last one kept is kept too, so no result hangs on the order in which t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from math import gcd
 
@@ -32,11 +32,16 @@ TOP_P_CANDIDATES = 256
 
 
 def sample(
-    logits: torch.Tensor, specs: Sequence[SampleSpec]
+    logits: torch.Tensor,
+    specs: Sequence[SampleSpec],
+    find_best: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[tuple[SampledToken, ...], ...]:
-    """One token per row and choice of its spec. ``logits [row, vocab]`` fp32 are not changed."""
+    """One token per row and choice of its spec. ``logits [row, vocab]`` fp32 are not changed.
+
+    ``find_best`` computes what `first_best` does, which it replaces.
+    """
     adjusted = adjust_logits(logits, specs)
-    best = first_best(adjusted).tolist()
+    best = (find_best or first_best)(adjusted).tolist()
     chosen = [[token] * len(spec.choices) for token, spec in zip(best, specs, strict=True)]
     drawn = [i for i, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW]
     if drawn:
@@ -44,8 +49,8 @@ def sample(
         for i, row_tokens in zip(drawn, tokens, strict=True):
             chosen[i] = row_tokens
     return tuple(
-        _with_logprobs(row, tokens, spec.params.logprobs)
-        for row, tokens, spec in zip(logits, chosen, specs, strict=True)
+        _with_logprobs(logits, row, tokens, spec.params.logprobs)
+        for row, (tokens, spec) in enumerate(zip(chosen, specs, strict=True))
     )
 
 
@@ -182,12 +187,12 @@ def _where_reached(
 
 
 def _with_logprobs(
-    logits: torch.Tensor, tokens: Sequence[int], num_top: int | None
+    logits: torch.Tensor, row: int, tokens: Sequence[int], num_top: int | None
 ) -> tuple[SampledToken, ...]:
-    """A row's tokens, with log-probabilities of the raw ``logits [vocab]`` if they are wanted."""
+    """A row's tokens, with log-probabilities of its raw ``logits [row, vocab]`` if wanted."""
     if num_top is None:
         return tuple(SampledToken(token) for token in tokens)
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = logits[row].log_softmax(dim=-1)
     top = _most_likely(logprobs, min(num_top, logprobs.shape[0]))
     sampled = []
     for token in tokens:
