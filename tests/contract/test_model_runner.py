@@ -33,6 +33,7 @@ FAKES = {
     "fake, staged": ("fake", {"staged": True}),
     "fake, int8": ("fake", {"dtype": "int8"}),
     "modelled": ("modelled", {}),
+    "modelled, int8": ("modelled", {"dtype": "int8"}),
 }
 TORCH = {
     "torch fp32": {"device": "cpu", "dtype": "fp32"},

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import BlockId
-from pdserve.core.layout import DTYPE_BYTES, KvLayout
+from pdserve.core.layout import KvLayout
 from pdserve.core.request import SamplingParams
 from pdserve.core.step import (
     SampledToken,
@@ -60,21 +60,22 @@ class ModelledRunner(ModelRunner):
         times: StepTimes = INSTANT,
     ) -> None:
         """Raises `ConfigError` for keys too short to hold a hash."""
-        if head_dim * DTYPE_BYTES[dtype] < _SLOT_BYTES:
+        layout = KvLayout(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            numerics="modelled",
+            weights_digest="modelled " + _name_of(times),
+        )
+        if layout.slot_bytes < _SLOT_BYTES:
             raise ConfigError(
                 f"the engine modelled needs {_SLOT_BYTES} bytes a key, and {head_dim} numbers in "
                 f"{dtype} are fewer; choose a model with longer heads"
             )
         self.info = RunnerInfo(
-            layout=KvLayout(
-                num_layers=num_layers,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                block_size=block_size,
-                dtype=dtype,
-                numerics="modelled",
-                weights_digest="modelled " + _name_of(times),
-            ),
+            layout=layout,
             vocab_size=vocab_size,
             max_model_tokens=max_model_tokens,
             device=f"modelled x{times.speed:g}",
@@ -92,7 +93,7 @@ class ModelledRunner(ModelRunner):
             2,
             layout.num_kv_heads,
             layout.block_size,
-            layout.head_dim * DTYPE_BYTES[layout.dtype],
+            layout.slot_bytes,
         )
         flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
         self._memory = memory
