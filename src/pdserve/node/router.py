@@ -57,7 +57,7 @@ from pdserve.node.pools import ROLES_TIMER, Pools
 from pdserve.node.settings import RouterSettings
 from pdserve.node.watch import WATCH_TIMER, Watch
 from pdserve.policy.cluster import RoutePolicy
-from pdserve.policy.registry import make_policy
+from pdserve.policy.shortest_queue import ShortestQueue
 
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
@@ -71,7 +71,7 @@ class RouterNode:
         self.books = ClusterBooks(settings.costs)
         self.pools = Pools(self.books, settings.roles)
         self.dispatch = Dispatch(
-            self.books, self.pools, policy or make_policy(), settings.patience_s
+            self.books, self.pools, policy or ShortestQueue(), settings.patience_s
         )
         self.gate = Gate(settings, self.books, self.dispatch)
         self.moves = Moves(self.books, self.dispatch)

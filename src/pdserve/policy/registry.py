@@ -35,7 +35,7 @@ ROUTE_POLICIES: Mapping[str, type[RoutePolicy]] = {
     "shortest_queue": ShortestQueue,
     "splitwise": Splitwise,
 }
-DEFAULT_POLICY = "shortest_queue"
+DEFAULT_POLICY = "predicted"
 
 BATCH_POLICIES: Mapping[str, type[BatchPolicy]] = {
     "fcfs": FcfsBatching,
@@ -44,7 +44,7 @@ BATCH_POLICIES: Mapping[str, type[BatchPolicy]] = {
 DEFAULT_BATCHING = "fcfs"
 
 
-def make_policy(written: str = DEFAULT_POLICY, **settings: float) -> RoutePolicy:
+def make_policy(written: str, **settings: float) -> RoutePolicy:
     """A routing policy. Raises `ConfigError` naming the policies, or the settings, that exist."""
     policy: RoutePolicy = _make("routing policy", ROUTE_POLICIES, written, settings)
     return policy

@@ -27,7 +27,6 @@ def test_every_policy_is_made_by_its_name_alone(name: str) -> None:
 
 
 def test_the_default_is_one_of_them() -> None:
-    assert make_policy() == make_policy(DEFAULT_POLICY)
     assert make_batching() == FcfsBatching()
 
 
