@@ -1,6 +1,6 @@
 """The loads of ``scheduling.py``: who asks for what, and when.
 
-Each is a function of the arguments and of a round's seed, and each scales with ``--load``. At 1 they
+Each is a function of the arguments and of a round's seed, and scales with ``--load``. At 1 they
 fill eight workers of the benchmark's step times, so that a policy can be wrong.
 """
 
