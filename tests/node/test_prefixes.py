@@ -200,6 +200,22 @@ def test_a_large_change_is_told_in_parts() -> None:
     check_caches_known(cluster.router, cluster.current.values())
 
 
+def test_cached_tokens_are_not_pending() -> None:
+    """Neither in the books nor in what the worker reports while the prompt waits."""
+    cluster, policy = warmed()
+    policy.route = Route(P0, D0, "told so")
+    cluster.submit(make_ask("first", tuple(range(60, 80))))
+    cluster.run(until=lambda: cluster.current[P0].engine is not None)
+    book = cluster.router.books.workers[P0]
+    before = book.pending_tokens
+    cluster.submit(make_ask("r", PROMPT))
+    assert book.pending_tokens == before + 2
+    cluster.run_for(0.1, hold=of_kind("step"))
+    assert book.report is not None
+    assert (book.unreported, book.report.pending_prefill_tokens) == ([], before + 2)
+    ends_well(cluster)
+
+
 # --- fetches ------------------------------------------------------------------------------------
 
 
@@ -208,7 +224,7 @@ def test_a_job_waits_for_its_prefix() -> None:
     cluster.submit(make_ask("r", (*PROMPT, 1, 1)))
     assert (sent(cluster, P0, SendPrefix), sent(cluster, P1, StartJob)) == (1, 0)
     book = cluster.router.books.workers[P1]
-    assert book.pending_tokens == len(PROMPT) + 2
+    assert book.pending_tokens == 4
     cluster.run(until=lambda: sent(cluster, P1, StartJob) == 1)
     assert details(cluster, "prefix_fetched") == [
         {"source": "prefill-0", "outcome": "sent", "blocks": 3}
@@ -354,7 +370,7 @@ def test_jobs_are_numbered_in_the_order_in_which_they_are_sent() -> None:
     book = cluster.router.books.workers[P1]
     assert book.report is not None
     assert (book.report.last_route_seq, book.route_seq) == (1, 1)
-    assert book.pending_tokens == len(PROMPT)
+    assert book.pending_tokens == 2
     ends_well(cluster)
     assert book.route_seq == 2
 

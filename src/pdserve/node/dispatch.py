@@ -182,11 +182,12 @@ class Dispatch:
         )
         for worker in route.draws:
             self._pools.draw(worker, out)
+        num_new = ask.num_tokens - ask.cached_tokens.get(route.prefill, 0)
         steps = prefill.view().steps
         ready_s = out.now
         if steps is not None:
-            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens, ask.num_tokens)
-            prefill_s = steps.prefill_s(ask.num_tokens, ask.cached_tokens.get(route.prefill, 0))
+            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens, num_new)
+            prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
             self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promise(job.attempt, ask.num_blocks)
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
@@ -203,8 +204,8 @@ class Dispatch:
             decode=route.decode,
             local=job.is_local,
             taken_tokens=len(taken),
-            cached_tokens=ask.cached_tokens.get(route.prefill, 0),
+            cached_tokens=ask.num_tokens - num_new,
             **reasons(route),
         )
-        self.fetches.start(life, attempt, route.fetch_from, out)
+        self.fetches.start(life, attempt, num_new, route.fetch_from, out)
         self.prefixes.expect(life, group[0], route.prefill, out.now)

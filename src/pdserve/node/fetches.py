@@ -19,6 +19,7 @@ from pdserve.core.effects import CancelTimer
 from pdserve.core.events import LifeName
 from pdserve.core.ids import AttemptId, BlockHash, Epoch, RequestId, WorkerId
 from pdserve.core.messages import AbortAttempt, PrefixSent, SendPrefix, StartJob
+from pdserve.core.request import Job
 from pdserve.node.books import ClusterBooks
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
@@ -32,13 +33,15 @@ MAX_FETCHES = 4
 
 @dataclass(slots=True)
 class Fetch:
-    """One prefix on its way. ``waiting``: the attempts that are held back for it."""
+    """One prefix on its way. ``waiting``: the attempts that are held back for it, each with the
+    tokens that are to be computed if it does not come."""
 
     fetch_id: AttemptId
     source: WorkerId
     to: WorkerId
     hashes: Sequence[BlockHash]
-    waiting: dict[AttemptId, tuple[Life, Attempt]] = field(default_factory=dict)
+    num_tokens: int = 0
+    waiting: dict[AttemptId, tuple[Life, Attempt, int]] = field(default_factory=dict)
 
     def covers(self, to: WorkerId, hashes: Sequence[BlockHash]) -> bool:
         """True if it brings all of these blocks to that worker."""
@@ -65,15 +68,20 @@ class Fetches:
         """Jobs that are held back."""
         return len(self._held)
 
-    def start(self, life: Life, attempt: Attempt, source: WorkerId | None, out: Outbox) -> None:
-        """Send a job to its prefill worker, at once or when the prefix has come from ``source``."""
+    def start(
+        self, life: Life, attempt: Attempt, num_new: int, source: WorkerId | None, out: Outbox
+    ) -> None:
+        """Send a job to its prefill worker, at once or when the prefix has come from ``source``.
+
+        ``num_new``: tokens that the worker has not cached."""
         fetch = None if source is None else self._fetch(life, attempt, source, out)
         if fetch is None:
-            self._send(life, attempt, out)
+            self._send(life, attempt, num_new, out)
             return
         job = attempt.job
-        self._books.workers[job.prefill_worker].hold_job(job.attempt, len(job.token_ids))
-        fetch.waiting[job.attempt] = (life, attempt)
+        book = self._books.workers[fetch.to]
+        book.hold_job(job.attempt, _left(job, fetch, num_new))
+        fetch.waiting[job.attempt] = (life, attempt, num_new)
         self._held[job.attempt] = fetch
 
     def forget(self, attempt: Attempt) -> None:
@@ -125,13 +133,13 @@ class Fetches:
         self._num_fetches += 1
         fetch_id = AttemptId(RequestId(f"fetch {self._num_fetches}"), Epoch(0))
         fetch = self._open[fetch_id] = Fetch(fetch_id, source, to, hashes)
-        num_tokens = len(hashes) * self._prefixes.block_size(to)
+        fetch.num_tokens = len(hashes) * self._books.workers[to].block_size
         out.send(
             source,
             SendPrefix(
                 attempt=fetch_id,
                 to=to,
-                token_ids=job.token_ids[:num_tokens],
+                token_ids=job.token_ids[: fetch.num_tokens],
                 cache_salt=job.cache_salt,
             ),
         )
@@ -142,7 +150,7 @@ class Fetches:
         """Nothing more is to be expected of it: start what was held back."""
         del self._open[fetch.fetch_id]
         out.add(CancelTimer(_timer(fetch)))
-        for life, attempt in list(fetch.waiting.values()):
+        for life, attempt, num_new in list(fetch.waiting.values()):
             self.forget(attempt)
             out.log(
                 LifeName.PREFIX_FETCHED,
@@ -151,18 +159,26 @@ class Fetches:
                 outcome=outcome,
                 blocks=num_blocks,
             )
-            self._send(life, attempt, out)
+            if num_blocks:
+                num_new = _left(attempt.job, fetch, num_new)
+            self._send(life, attempt, num_new, out)
 
-    def _send(self, life: Life, attempt: Attempt, out: Outbox) -> None:
+    def _send(self, life: Life, attempt: Attempt, num_new: int, out: Outbox) -> None:
         """The choices that are wanted still."""
         job = attempt.job
         book = self._books.workers[job.prefill_worker]
         attempt.job = replace(
             job,
             choices=life.live_choices(job.epoch),
-            route_seq=book.debit_job(len(job.token_ids)),
+            route_seq=book.debit_job(num_new),
         )
         out.send(job.prefill_worker, StartJob(attempt.job))
+
+
+def _left(job: Job, fetch: Fetch, num_new: int) -> int:
+    """Tokens that are to be computed once the prefix has come; it may be longer than this prompt,
+    whose last token is computed in any case."""
+    return max(1, min(num_new, len(job.token_ids) - fetch.num_tokens))
 
 
 def _timer(fetch: Fetch) -> str:

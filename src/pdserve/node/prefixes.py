@@ -98,13 +98,15 @@ class Prefixes:
         for kind_id, kind in self._kinds.items():
             block_size = kind.layout.block_size
             hashes = self._hashes(life, choice, kind_id)[: (num_tokens - 1) // block_size]
-            for worker, num_blocks in self._index.matches(hashes).items():
-                if worker in kind.workers:
-                    found[worker] = num_blocks * block_size
+            matches = self._index.matches(hashes)
+            if len(self._kinds) > 1:  # blocks of one kind can lie with another, by hand-off
+                matches = {w: depth for w, depth in matches.items() if w in kind.workers}
             for coming in self._coming.values():
-                num_blocks = _num_common(coming, hashes)
-                if num_blocks * block_size > found.get(coming.worker, 0):
-                    found[coming.worker] = num_blocks * block_size
+                at_least = matches.get(coming.worker, 0)
+                depth = _num_common(coming, hashes, at_least)
+                if depth > at_least:
+                    matches[coming.worker] = depth
+            found.update((worker, depth * block_size) for worker, depth in matches.items())
         return found
 
     def expect(self, life: Life, choice: int, worker: WorkerId, now: float) -> None:
@@ -133,10 +135,6 @@ class Prefixes:
         hashes = self._hashes(life, choice, kind_id)[:useful]
         there = self._index.num_held(source, hashes)
         return hashes[:there] if there > self._index.num_held(to, hashes) else ()
-
-    def block_size(self, worker: WorkerId) -> int:
-        """Tokens of a block there."""
-        return self._books.workers[worker].block_size
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -187,11 +185,10 @@ def _extend(
         hashes.append(parent)
 
 
-def _num_common(coming: _Coming, hashes: Sequence[BlockHash]) -> int:
-    """Blocks from the front that both chains have. Where chained hashes are equal, all before them
-    are."""
-    theirs = coming.hashes
-    if not hashes or theirs[0] != hashes[0]:
+def _num_common(coming: _Coming, hashes: Sequence[BlockHash], at_least: int) -> int:
+    """Blocks from the front that both chains have; 0 unless they are more than ``at_least``. Where
+    chained hashes are equal, all before them are."""
+    theirs, most = coming.hashes, min(coming.num_blocks, len(hashes))
+    if most <= at_least or theirs[at_least] != hashes[at_least]:
         return 0
-    most = min(coming.num_blocks, len(hashes))
-    return bisect_left(range(most), True, key=lambda index: theirs[index] != hashes[index])
+    return bisect_left(range(most), True, at_least, key=lambda i: theirs[i] != hashes[i])
