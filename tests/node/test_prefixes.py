@@ -9,7 +9,7 @@ from virtual_cluster.cluster import Condition
 
 from pdserve.core.commands import DrainOne
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import CacheChanged, SendPrefix, StartJob
+from pdserve.core.messages import CacheChanged, PrefixSent, SendPrefix, StartJob
 from pdserve.node.fetches import FETCH_TIMEOUT_S, MAX_FETCHES
 from pdserve.node.lives import Life
 from pdserve.node.prefixes import COMING_S, MAX_COMING
@@ -18,7 +18,8 @@ from pdserve.policy.cluster import ClusterView, Route, RouteAsk
 
 PROMPT = tuple(range(2, 16))
 """Three full blocks of four and a half."""
-P0, P1, D0 = WorkerId("prefill-0"), WorkerId("prefill-1"), WorkerId("decode-0")
+P0, P1, P2 = (WorkerId(f"prefill-{number}") for number in range(3))
+D0 = WorkerId("decode-0")
 
 
 class Directed:
@@ -84,6 +85,7 @@ def ends_well(cluster: VirtualCluster, seconds: float = 2.0) -> None:
     assert all(process.node.is_empty for process in cluster.current.values())
     check_books_restored(cluster.router)
     check_caches_known(cluster.router, cluster.current.values())
+    assert not [timer for timer in cluster.router_timers if timer.startswith("fetch")]
 
 
 # --- what the router knows ----------------------------------------------------------------------
@@ -118,6 +120,18 @@ def test_a_dead_worker_has_nothing_and_its_successor_neither() -> None:
     cluster.kill(cluster.current[P0])
     cluster.run_for(1)
     assert known(cluster, make_ask("again", PROMPT)) == {D0: 12}
+
+
+def test_what_was_under_way_to_a_dead_worker_is_not() -> None:
+    cluster, policy = warmed()
+    policy.route = Route(P1, D0, "told so")
+    cluster.submit(make_ask("r", (1, *PROMPT)))
+    assert known(cluster, make_ask("again", (1, *PROMPT))) == {P1: 12}
+    cluster.kill(cluster.current[P1])
+    policy.route = Route(P0, D0, "told so")
+    cluster.run(until=lambda: P1 not in cluster.router.books.workers)
+    assert known(cluster, make_ask("again", (1, *PROMPT))) == {P0: 12}
+    ends_well(cluster)
 
 
 def test_what_is_evicted_is_not_there() -> None:
@@ -226,6 +240,7 @@ def test_a_job_waits_for_its_prefix() -> None:
     book = cluster.router.books.workers[P1]
     assert book.pending_tokens == 4
     cluster.run(until=lambda: sent(cluster, P1, StartJob) == 1)
+    assert (book.unreported, book.held) == ([(1, 4)], {})
     assert details(cluster, "prefix_fetched") == [
         {"source": "prefill-0", "outcome": "sent", "blocks": 3}
     ]
@@ -258,6 +273,51 @@ def test_a_fetch_that_brings_nothing_new_is_not_made() -> None:
     assert len(cluster.router.dispatch.fetches) == 0
     ends_well(cluster)
     assert details(cluster, "prefix_fetched") == []
+
+
+def test_no_block_is_fetched_that_would_not_be_used() -> None:
+    """The last token is computed in any case: its block cannot come from a cache."""
+    cluster, _ = warmed()
+    cluster.submit(make_ask("r", PROMPT[:12]))
+    [message] = [m for m in cluster.current[P0].to_worker if isinstance(m, SendPrefix)]
+    assert message.token_ids == PROMPT[:8]
+    ends_well(cluster)
+
+
+def test_each_worker_has_a_fetch_of_its_own() -> None:
+    cluster, policy = directed(3, 1, 0)
+    cluster.submit(make_ask("warm", PROMPT))
+    cluster.run_for(1)
+    for worker in (P1, P2):
+        policy.route = Route(worker, D0, "told so", fetch_from=P0)
+        cluster.submit(make_ask(f"for {worker}", PROMPT))
+    assert sent(cluster, P0, SendPrefix) == 2
+    ends_well(cluster)
+    assert known(cluster, make_ask("again", PROMPT)) == {P0: 12, P1: 12, P2: 12, D0: 12}
+
+
+def test_blocks_of_another_class_are_not_asked_for() -> None:
+    """The decode worker has blocks of a class that is not its own, and cannot name them."""
+    numerics = ("class a", "class b", "class b", "class a")
+    cluster, policy = directed(3, 1, 0, numerics=numerics)
+    policy.route = Route(P1, D0, "told so")
+    cluster.submit(make_ask("warm", PROMPT))
+    cluster.run_for(COMING_S + 1)
+    assert cluster.current[D0].node.batch.tables.pool.num_cached == 3
+    policy.route = Route(P2, D0, "told so", fetch_from=D0)
+    cluster.submit(make_ask("r", PROMPT))
+    assert len(cluster.router.dispatch.fetches) == 0
+    ends_well(cluster)
+
+
+def test_only_the_holder_can_say_what_came_of_it() -> None:
+    cluster, _ = warmed()
+    cluster.submit(make_ask("r", PROMPT))
+    [fetch] = cluster.router.dispatch.fetches._open
+    cluster.current[P1].to_gateway.append(PrefixSent(attempt=fetch, num_blocks=3))
+    cluster.run(hold=of_kind("to_worker"))
+    assert cluster.router.dispatch.fetches.num_held == 1
+    ends_well(cluster)
 
 
 def test_only_so_many_fetches_share_a_link() -> None:
@@ -312,6 +372,7 @@ def test_the_prefix_takes_too_long() -> None:
     assert cluster.router.dispatch.fetches.num_held == 1
     cluster.run_for(0.2, hold=of_kind("transfer"))
     assert [each["outcome"] for each in details(cluster, "prefix_fetched")] == ["late"]
+    assert all(handoff.stopping for handoff in cluster.current[P0].node.outbound._open.values())
     ends_well(cluster)
 
 
@@ -354,7 +415,8 @@ def test_a_drain_waits_for_what_is_held_back() -> None:
     cluster.submit(make_ask("r", PROMPT))
     cluster.command(DrainOne(command=1, worker=P1))
     policy.route = Route(P0, D0, "told so")
-    cluster.run_for(1, hold=of_kind("transfer"))
+    cluster.run_for(1, hold=of_kind("deliver"))
+    assert cluster.current[P1].node.is_empty
     assert cluster.answer(1) is None
     ends_well(cluster)
     assert cluster.answer(1) is not None
