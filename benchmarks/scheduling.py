@@ -5,8 +5,9 @@ which waits for as long as a model's steps would take (``--engine modelled``), s
 machine carries many workers. The servers take turns, round by round, on the same requests, and the
 fair baseline has as many workers, all mixed, with chunked prefill.
 
-A *system* is written ``policy/layout[/roles]``: ``predicted/4+4``, ``predicted/4+4/auto``,
-``aggregated/0+0+8`` (prefill + decode + mixed workers). Loads:
+A *system* is written ``policy/layout[/option=value]...``: ``predicted/4+4``,
+``predicted/4+4/roles=auto``, ``aggregated/0+0+8/mixed-chunk-tokens=128`` (prefill + decode + mixed
+workers). Loads:
 
 - ``conversation``: prompts of some 300 tokens, answers of some 80;
 - ``code``: prompts of some 1,200 tokens, answers of some 14;
@@ -20,29 +21,28 @@ the SLO, attainment their share. What would make a figure the machine's instead 
 stands beside it: the gateway's share of a core, and how late the client sent.
 
     python benchmarks/scheduling.py [--loads shift] [--rounds 3] [--out scheduling.json]
-        [--plot scheduling.svg] [--systems predicted/4+4/auto aggregated/0+0+8]
+        [--plot scheduling.svg] [--systems predicted/4+4/roles=auto aggregated/0+0+8]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from scheduling_loads import LOADS, MAX_TOKENS, load_of
 from server import Server, serving
 
 from pdserve.bench.options import TargetOptions
@@ -50,143 +50,21 @@ from pdserve.bench.plan import Load
 from pdserve.bench.run import Result, run_load
 from pdserve.bench.target import Target
 from pdserve.weights.random_model import write_random_model
-from pdserve.workload import shaping
-from pdserve.workload.arrivals import gamma
-from pdserve.workload.lengths import length_distribution
 from pdserve.workload.outcome import Ending, Outcome
-from pdserve.workload.request import Segment, TraceRequest, own_segment
 from pdserve.workload.slo import Slo, parse_slo
 from pdserve.workload.summary import judge, spread, summarise
-from pdserve.workload.synthetic import synthetic
-from pdserve.workload.traces import read_trace
 
 STEP_TIMES = "start=10ms,prompt=0.4ms,pair=10ns,decode=20ms,sequence=2ms,context=2us,transfer=20us"
 """Of a small and slow device: prompts at some 2,400 tokens/s, and 13 sequences of 500 tokens in a
 step of 59 ms. Chosen so that eight workers are full at a rate of tokens that one gateway passes on
 beside eight processes on two cores."""
-MAX_TOKENS = 8192
 SYSTEMS = (
     "random/4+4", "round_robin/4+4", "shortest_queue/4+4", "power_of_two/4+4", "prefix_aware/4+4",
-    "splitwise/4+4", "predicted/4+4", "predicted/4+4/auto", "predicted/0+0+8", "aggregated/0+0+8",
+    "splitwise/4+4", "predicted/4+4", "predicted/4+4/roles=auto",
+    "predicted/0+0+8", "aggregated/0+0+8", "aggregated/0+0+8/mixed-chunk-tokens=128",
 )  # fmt: skip
 WARMUP_S = 4.0
 """Arrivals of the first seconds are sent and not judged: the fits learn from them, too."""
-
-
-# --- loads ---------------------------------------------------------------------------------------
-
-
-def drawn(
-    rate: float, prompts: str, answers: str, start_s: float, end_s: float, seed: int
-) -> Iterator[TraceRequest]:
-    """A Poisson process of requests with these lengths between two moments."""
-    requests = synthetic(
-        (start_s + at_s for at_s in gamma(rate, 1.0, seed)),
-        length_distribution(prompts),
-        length_distribution(answers),
-        seed,
-    )
-    for request in itertools.takewhile(lambda request: request.at_s < end_s, requests):
-        yield _bounded(request)
-
-
-def _bounded(request: TraceRequest) -> TraceRequest:
-    """No prompt and no answer beyond a quarter of the longest sequence."""
-    most = MAX_TOKENS // 4
-    segments = request.segments
-    if request.prompt_tokens > most and len(segments) == 1:
-        segments = (replace(segments[0], num_tokens=most),)
-    return replace(request, segments=segments, output_tokens=min(request.output_tokens, most))
-
-
-def conversation(arguments: argparse.Namespace, seed: int) -> Iterable[TraceRequest]:
-    rate = 12.0 * arguments.load
-    return drawn(rate, "lognormal:300:0.8", "lognormal:80:0.6", 0.0, arguments.duration, seed)
-
-
-def code(arguments: argparse.Namespace, seed: int) -> Iterable[TraceRequest]:
-    rate = 10.0 * arguments.load
-    return drawn(rate, "lognormal:1200:0.5", "lognormal:14:0.6", 0.0, arguments.duration, seed)
-
-
-def shift(arguments: argparse.Namespace, seed: int) -> Iterable[TraceRequest]:
-    third = arguments.duration / 3
-    phases = (
-        (10.0, "lognormal:1200:0.5", "lognormal:14:0.6"),
-        (10.0, "lognormal:150:0.5", "lognormal:130:0.5"),
-        (10.0, "lognormal:1200:0.5", "lognormal:14:0.6"),
-    )
-    for number, (rate, prompts, answers) in enumerate(phases):
-        start_s = number * third
-        rate *= arguments.load
-        yield from drawn(rate, prompts, answers, start_s, start_s + third, 3 * seed + number)
-
-
-def sessions(arguments: argparse.Namespace, seed: int) -> Iterable[TraceRequest]:
-    """Each session: a common prefix (of 4, 768 tokens), then turns that grow."""
-    rng = random.Random(f"{seed}/sessions")
-    starts = gamma(2.2 * arguments.load, 1.0, seed)
-    turns = []
-    for session in itertools.count():
-        at_s = next(starts)
-        if at_s >= arguments.duration:
-            break
-        history = [Segment(f"prefix:{rng.randrange(4)}", 768)]
-        for turn in range(rng.randint(1, 6)):
-            history.append(Segment(f"session:{session}:{turn}", rng.randint(60, 300)))
-            answer = rng.randint(30, 90)
-            turns.append((at_s, session, turn, tuple(history), answer))
-            history.append(Segment(f"answer:{session}:{turn}", answer))
-            at_s += rng.uniform(3.0, 6.0)
-    heapq.heapify(turns)
-    for at_s, _, _, segments, answer in (heapq.heappop(turns) for _ in range(len(turns))):
-        if at_s < arguments.duration:
-            yield TraceRequest(index=0, at_s=at_s, segments=segments, output_tokens=answer)
-
-
-def trace(arguments: argparse.Namespace, seed: int) -> Iterable[TraceRequest]:
-    if arguments.trace is None:
-        raise SystemExit("the load trace needs --trace FILE")
-    whole = shaping.scale(read_trace(arguments.trace), arguments.trace_scale * arguments.load)
-    start_s = seed * arguments.duration
-    return map(_bounded, shaping.window(whole, start_s, start_s + arguments.duration))
-
-
-LOADS: dict[str, Callable[[argparse.Namespace, int], Iterable[TraceRequest]]] = {
-    "conversation": conversation,
-    "code": code,
-    "shift": shift,
-    "sessions": sessions,
-    "trace": trace,
-}
-
-
-def load_of(name: str, arguments: argparse.Namespace, seed: int) -> Load:
-    ordered = sorted(LOADS[name](arguments, seed), key=lambda request: request.at_s)
-    # Names of segments are a round's own, so that no server has seen them.
-    requests = [
-        replace(
-            request,
-            index=number,
-            segments=tuple(
-                own_segment(number, part.num_tokens)
-                if part.name.startswith("own:")
-                else replace(part, name=f"{seed}/{part.name}")
-                for part in request.segments
-            ),
-        )
-        for number, request in enumerate(ordered)
-    ]
-    return Load(
-        requests=requests,
-        warmup=[],
-        num_requests=len(requests),
-        duration_s=arguments.duration,
-        concurrency=None,
-        is_paced=True,
-        arrivals=name,
-        reuse=None,
-    )
 
 
 # --- systems -------------------------------------------------------------------------------------
@@ -194,9 +72,12 @@ def load_of(name: str, arguments: argparse.Namespace, seed: int) -> Load:
 
 def flags_of(system: str) -> list[str]:
     """Of ``pdserve serve``."""
-    policy, layout, *roles = system.split("/")
+    policy, layout, *options = system.split("/")
     counts = [int(number) for number in layout.split("+")]
-    flags = ["--policy", policy, "--roles", *(roles or ["fixed"])]
+    flags = ["--policy", policy]
+    for option in options:
+        name, _, value = option.partition("=")
+        flags += [f"--{name}", value]
     for name, count in zip(("prefill", "decode", "mixed"), counts, strict=False):
         flags += [f"--{name}", str(count)]
     return flags

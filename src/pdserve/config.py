@@ -152,6 +152,9 @@ class ServeConfig:
         f"how workers batch: {' or '.join(BATCH_POLICIES)} (default: what belongs to --policy)",
     )
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    mixed_chunk_tokens: int = _option(
+        512, _whole, "most prompt tokens in a forward pass that also decodes"
+    )
     one_shot_tokens: int = _option(
         512, _whole, "KV of a shorter prompt moves at once after its last layer, not layer by layer"
     )
@@ -174,6 +177,10 @@ class ServeConfig:
         self._check_workers()
         self._check_memory()
         self._check_words()
+        if self.mixed_chunk_tokens < self.block_size:
+            raise ConfigError(
+                f"--mixed-chunk-tokens must be at least one block, {self.block_size} tokens"
+            )
         if self.one_shot_tokens < 0:
             raise ConfigError("--one-shot-tokens must not be negative; 0 always moves by layer")
         for name in ("queue_timeout", "drain_timeout"):

@@ -54,6 +54,7 @@ def scenarios(faults: str) -> st.SearchStrategy[Scenario]:
         percent=st.sampled_from([10, 3, 25]),
         poison=st.booleans(),
         late_peer_lost=st.booleans(),
+        fetching=st.booleans(),
     )
 
 

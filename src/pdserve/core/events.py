@@ -19,6 +19,7 @@ class LifeName(StrEnum):
 
     SUBMITTED = "submitted"
     ROUTED = "routed"
+    PREFIX_FETCHED = "prefix_fetched"
     PREFILL_QUEUED = "prefill_queued"
     PREFILL_STARTED = "prefill_started"
     HANDOFF_OPENED = "handoff_opened"

@@ -201,7 +201,8 @@ class LoadReport:
     re-applies only later ones. ``step_age_s`` is the age of the running step (0 when idle) and
     ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
     allocated at once (unused, or cached and unreferenced: ``cached_blocks`` of them);
-    ``quarantined_blocks`` wait for a writer's word. ``num_running`` counts prompts too;
+    ``quarantined_blocks`` wait for a writer's word. ``pending_prefill_tokens`` leaves out what was
+    cached when its prompt came. ``num_running`` counts prompts too;
     ``num_decoding`` sequences decode here, or will once their prompt, which is being computed, is
     done; ``context_tokens`` is their length, all together. ``steps`` and
     ``transfers`` are what ended since the last report, at most a few dozen of each.

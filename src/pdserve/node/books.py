@@ -31,9 +31,10 @@ NO_LIMIT = 1 << 62
 @dataclass(slots=True)
 class WorkerBook:
     """One live worker process. ``unreported``: (route_seq, prompt tokens) of jobs that no report
-    includes yet. ``promised``: blocks by attempt, not yet granted. ``role`` and ``drains`` are
-    what the pools say (`node.pools`). ``stale`` is the cluster's: workers whose view is not what
-    their book says. Whatever is set in a book makes its view stale."""
+    includes yet. ``held``: prompt tokens of jobs that will be sent. ``promised``: blocks by
+    attempt, not yet granted. ``role`` and ``drains`` are what the pools say (`node.pools`).
+    ``stale`` is the cluster's: workers whose view is not what their book says. Whatever is set in a
+    book makes its view stale."""
 
     stale: dict[WorkerId, None]
     up: WorkerUp
@@ -45,6 +46,7 @@ class WorkerBook:
     route_seq: int = 0
     killed: bool = False
     unreported: list[tuple[int, int]] = field(default_factory=list)
+    held: dict[AttemptId, int] = field(default_factory=dict)
     promised: dict[AttemptId, int] = field(default_factory=dict)
     granted_blocks: int = 0
     num_granted: int = 0
@@ -84,7 +86,8 @@ class WorkerBook:
     @property
     def pending_tokens(self) -> int:
         reported = 0 if self.report is None else self.report.pending_prefill_tokens
-        return reported + sum(tokens for _, tokens in self.unreported)
+        held = sum(self.held.values()) if self.held else 0
+        return reported + held + sum(tokens for _, tokens in self.unreported)
 
     @property
     def num_decoding(self) -> int:
@@ -120,6 +123,7 @@ class WorkerBook:
             and report.is_empty
             and report.last_route_seq >= self.route_seq
             and not self.promised
+            and not self.held
         )
 
     def set_role(self, role: Role) -> None:
@@ -143,6 +147,16 @@ class WorkerBook:
         self.unreported.append((self.route_seq, num_tokens))
         self._changed()
         return self.route_seq
+
+    def hold_job(self, attempt: AttemptId, num_tokens: int) -> None:
+        """A job will be sent later."""
+        self.held[attempt] = num_tokens
+        self._changed()
+
+    def let_job_go(self, attempt: AttemptId) -> None:
+        """It is sent now, or never."""
+        del self.held[attempt]
+        self._changed()
 
     def promise(self, attempt: AttemptId, num_blocks: int) -> None:
         """Blocks are promised to an attempt that is to decode here."""

@@ -1,24 +1,26 @@
 """Starting and ending attempts: the part of the router that talks to workers.
 
-`begin` sends a job and debits the books; `end` and `abort` undo that. An attempt that ends before
-its choices are finished leaves them waiting for a route, at the head of the queue. Whose turn it is
-the waiting room says. Nobody who found no room is asked about again until something has happened
-that may have made some.
+`begin` sends a job, or has a prefix fetched for it first (`node.fetches`), and debits the books;
+`end` and `abort` undo that. An attempt that ends before its choices are finished leaves them
+waiting for a route, at the head of the queue. Whose turn it is the waiting room says. Nobody who
+found no room is asked about again until something has happened that may have made some.
 """
 
 from __future__ import annotations
 
 from pdserve.core.events import LifeName
-from pdserve.core.ids import Epoch, RequestId
-from pdserve.core.messages import AbortAttempt, StartJob
+from pdserve.core.ids import Epoch, RequestId, WorkerId
+from pdserve.core.messages import AbortAttempt, CacheChanged, Message, PrefixSent
 from pdserve.core.request import Job
 from pdserve.node.answer_lengths import AnswerLengths
-from pdserve.node.books import ClusterBooks
+from pdserve.node.books import ClusterBooks, WorkerBook
+from pdserve.node.fetches import Fetches
 from pdserve.node.flights import Flights
 from pdserve.node.ledger import Decision, reasons
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
 from pdserve.node.pools import Pools
+from pdserve.node.prefixes import Prefixes
 from pdserve.node.waiting import WaitingRoom
 from pdserve.policy.cluster import Route, RouteAsk, RoutePolicy
 from pdserve.policy.forecast import backlog_s
@@ -36,6 +38,8 @@ class Dispatch:
         self.waiting = WaitingRoom(patience_s)
         self.answers = AnswerLengths()
         self.flights = Flights(self.lives, self.answers)
+        self.prefixes = Prefixes(books)
+        self.fetches = Fetches(books, self.prefixes)
         self._books = books
         self._pools = pools
         self._num_asked = 0
@@ -91,6 +95,22 @@ class Dispatch:
             self._begin(life, group, route, ask, out)
         return True
 
+    def heard(self, message: Message, book: WorkerBook, out: Outbox) -> None:
+        """A worker speaks of its prefix cache. What one of a newer version says is not for us."""
+        if isinstance(message, CacheChanged):
+            self.prefixes.changed(book.up.worker, message)
+        elif isinstance(message, PrefixSent):
+            self.fetches.sent(book.up.worker, message, out)
+
+    def worker_lost(self, worker: WorkerId, out: Outbox) -> None:
+        """The books have forgotten it, and the attempts that it owned have ended."""
+        self.prefixes.worker_lost(worker)
+        self.fetches.worker_lost(worker, out)
+
+    def timer_fired(self, timer: str, out: Outbox) -> bool:
+        """True if the timer belongs to an attempt's beginning."""
+        return self.fetches.timer_fired(timer, out)
+
     def abort(
         self, life: Life, epoch: Epoch, out: Outbox, choices: tuple[int, ...] | None = None
     ) -> None:
@@ -107,6 +127,7 @@ class Dispatch:
         if attempt.moving_to is not None:
             self._books.forget(attempt.job.attempt, attempt.moving_to)
         self.flights.end(attempt.job.decode_worker, attempt.job.attempt)
+        self.fetches.forget(attempt)
         self.stir()
 
     def forget(self, life: Life) -> None:
@@ -131,6 +152,7 @@ class Dispatch:
             numerics=life.numerics,
             avoid_decode=tuple(life.avoid),
             in_place=failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
+            cached_tokens=self.prefixes.cached_tokens(life, group[0], now),
             max_output_tokens=request.params.max_tokens - len(life.choices[group[0]].taken),
             output_tokens=self.answers.expect_more(request, life.choices[group[0]]),
             service=request.service,
@@ -157,18 +179,18 @@ class Dispatch:
             decode_worker=route.decode,
             cache_salt=request.cache_salt,
             trace_context=request.trace_context,
-            route_seq=prefill.debit_job(ask.num_tokens),
         )
         for worker in route.draws:
             self._pools.draw(worker, out)
+        num_new = ask.num_tokens - ask.cached_tokens.get(route.prefill, 0)
         steps = prefill.view().steps
         ready_s = out.now
         if steps is not None:
-            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens)
-            prefill_s = steps.prefill_s(ask.num_tokens, ask.cached_tokens.get(route.prefill, 0))
+            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens, num_new)
+            prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
             self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promise(job.attempt, ask.num_blocks)
-        life.attempts[epoch] = Attempt(job, owner=route.prefill)
+        attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.decision = Decision.of(route) if epoch == 1 else None
         self.flights.begin(route.decode, job.attempt, ready_s)
         life.last_prefill = route.prefill
@@ -182,6 +204,8 @@ class Dispatch:
             decode=route.decode,
             local=job.is_local,
             taken_tokens=len(taken),
+            cached_tokens=ask.num_tokens - num_new,
             **reasons(route),
         )
-        out.send(route.prefill, StartJob(job))
+        self.fetches.start(life, attempt, num_new, route.fetch_from, out)
+        self.prefixes.expect(life, group[0], route.prefill, out.now)

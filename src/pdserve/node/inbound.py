@@ -99,10 +99,16 @@ class InboundHandoffs:
         self._handoffs[header.attempt] = Inbound(header, peer, peer_epoch)
 
     def grant_waiting(self, out: Outbox) -> None:
-        """Tickets for those who wait, first come first served, as far as blocks go."""
-        for handoff in self._handoffs.values():
-            if handoff.state is InboundState.QUEUED and not self._grant(handoff, out):
+        """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
+        is only to be had here too does not wait: nobody shall for its sake."""
+        for handoff in list(self._handoffs.values()):
+            if handoff.state is not InboundState.QUEUED or self._grant(handoff, out):
+                continue
+            attempt = handoff.header.attempt
+            if handoff.header.choices:
                 break
+            del self._handoffs[attempt]
+            out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
 
     def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         handoff = self._from_peer(attempt, peer, epoch)

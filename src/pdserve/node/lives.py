@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pdserve.core.events import Scalar
-from pdserve.core.ids import AttemptId, Epoch, WorkerId
+from pdserve.core.ids import AttemptId, BlockHash, Epoch, WorkerId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import FinishReason, Job, Request
 from pdserve.node.ledger import Decision
@@ -52,7 +52,8 @@ class Attempt:
 @dataclass(slots=True)
 class Life:
     """One request. ``avoid`` holds the decode workers to which a hand-off failed. ``decision``: of
-    the one attempt that it needed."""
+    the one attempt that it needed. ``hashes``: of its blocks, by kind of worker, of the prompt
+    (None) and of what choices have beyond it (`node.prefixes`)."""
 
     request: Request
     submitted_at_s: float
@@ -64,6 +65,7 @@ class Life:
     numerics: str | None = None
     first_token_at_s: float | None = None
     decision: Decision | None = None
+    hashes: dict[tuple[BlockHash, int | None], list[BlockHash]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Request, now: float) -> Life:

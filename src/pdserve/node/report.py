@@ -77,7 +77,9 @@ class BatchLoad:
     def figures(self) -> LoadFigures:
         pool = self._batch.tables.pool
         waiting, admitted, decoding = self._batch.queues()
-        pending = (len(s.token_ids) - s.num_computed for s in chain(waiting, admitted))
+        pending = (
+            len(s.token_ids) - max(s.num_computed, s.num_found) for s in chain(waiting, admitted)
+        )
         return LoadFigures(
             pending_prefill_tokens=sum(pending),
             num_waiting=len(waiting) + self._inbound.num_queued,

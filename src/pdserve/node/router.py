@@ -202,6 +202,7 @@ class RouterNode:
                     if attempt.owner != worker:
                         out.send(attempt.owner, AbortAttempt(attempt.job.attempt))
                     self._resume(life, attempt_epoch, None, f"{worker} is gone: {detail}", out)
+        self.dispatch.worker_lost(worker, out)
         self._expect_workers(out)
 
     def _received(self, book: WorkerBook, message: Message, out: Outbox) -> None:
@@ -226,7 +227,7 @@ class RouterNode:
             case AttemptFailed():
                 self._attempt_failed(message, book.up.worker, out)
             case _:
-                pass  # a worker of a newer version; what it says is not for us
+                self.dispatch.heard(message, book, out)
 
     def _take(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         taken: dict[RequestId, list[TokenDelta]] = {}
@@ -367,7 +368,7 @@ class RouterNode:
             self._expects_workers = False
             for life in self._stranded():
                 self._fail(life, Refusal.UNAVAILABLE, "no worker is left that can hold it", out)
-        else:
+        elif not self.dispatch.timer_fired(timer, out):
             self._queue_time_up(RequestId(timer.removeprefix("queue ")), out)
 
     def _queue_time_up(self, request_id: RequestId, out: Outbox) -> None:

@@ -32,8 +32,9 @@ class Sequence:
     ``hashes[i]`` is the chained hash of full block i; as many are kept as are known. ``arrival``
     orders sequences of a worker by age. ``hands_off``: leaves for a decode worker after prefill.
     ``extends_hashes`` is False if its KV mixes numerics classes: what it adds is not indexed.
-    ``num_preemptions`` and ``num_passed`` are its setbacks (`node.turns`); it is admitted with
-    blocks for ``reserved_tokens`` if these are more than it has.
+    ``num_found``: tokens that were cached when it came. ``num_preemptions`` and ``num_passed`` are
+    its setbacks (`node.turns`); it is admitted with blocks for ``reserved_tokens`` if these are
+    more than it has.
     """
 
     attempt: AttemptId
@@ -46,6 +47,7 @@ class Sequence:
     hands_off: bool = False
     extends_hashes: bool = True
     num_computed: int = 0
+    num_found: int = 0
     num_cached_blocks: int = 0
     num_published: int = 0
     block_ids: list[BlockId] = field(default_factory=list)

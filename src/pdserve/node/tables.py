@@ -34,6 +34,10 @@ class BlockTables:
         shared = sum(self.pool.ref_count(block) > 0 for block in self._cached_prefix(sequence))
         return self._num_blocks(sequence) - shared
 
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that need not be computed, as things are now."""
+        return len(self._cached_prefix(sequence)) * self._block_size
+
     def freed_by(self, sequence: Sequence) -> int:
         """Blocks that nobody would hold any more if the sequence let go of its own."""
         return sum(self.pool.ref_count(block) == 1 for block in sequence.block_ids)

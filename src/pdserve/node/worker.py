@@ -58,6 +58,7 @@ class WorkerNode(WorkerMachine):
 
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         sequence = self.batch.submit(job, hands_off=hands_off)
+        sequence.num_found = self.batch.tables.cached_tokens(sequence)
         if sequence.hands_off:
             self._jobs[job.attempt] = job
 

@@ -84,6 +84,8 @@ class Metrics:
                 self._routed(event)
             case LifeName.RESUMED:
                 self._requests.resumes(_text(event, "reason")).inc()
+            case LifeName.PREFIX_FETCHED:
+                self._requests.fetches(_text(event, "outcome")).inc()
             case LifeName.HANDOFF_GRANTED:
                 self._requests.handoff_reused_blocks.inc(_number(event, "reused_blocks") or 0.0)
             case LifeName.FINISHED | LifeName.FAILED:
@@ -170,6 +172,7 @@ class Metrics:
             return
         local = values.get("local", values.get("prefill") == values.get("decode"))
         self._requests.routes("local" if local else "split").inc()
+        self._requests.route_cached_tokens.inc(_number(event, "cached_tokens") or 0.0)
 
     def _progressed(self, record: _Record, event: LifeEvent) -> None:
         """Events of the workers. Phases are those of the first attempt that reaches them."""

@@ -89,6 +89,7 @@ class Deployment:
             num_blocks=self.num_blocks,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
+            mixed_chunk_tokens=config.mixed_chunk_tokens,
             one_shot_tokens=config.one_shot_tokens,
             batching=config.batch_policy,
             step_times=self._step_times(worker),

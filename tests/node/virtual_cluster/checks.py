@@ -144,6 +144,28 @@ def check_router(router: RouterNode) -> None:
     for worker, book in router.books.workers.items():
         for promised in book.promised:
             assert worker in attempts.get(promised, ()), f"a promise to {promised} is left"
+    _check_fetches(router, set(attempts))
+
+
+def _check_fetches(router: RouterNode, attempts: set[AttemptId]) -> None:
+    """A job that is held back waits for one fetch that is under way, and its book knows."""
+    fetches = router.dispatch.fetches
+    waiting = {attempt: fetch for fetch in fetches._open.values() for attempt in fetch.waiting}
+    assert waiting == fetches._held
+    assert waiting.keys() <= attempts, "a job is held back of an attempt that is over"
+    workers = router.books.workers
+    held = {attempt: worker for worker, book in workers.items() for attempt in book.held}
+    assert held == {attempt: fetch.to for attempt, fetch in waiting.items()}
+    for fetch in fetches._open.values():
+        assert {fetch.source, fetch.to} <= workers.keys(), f"{fetch.fetch_id} is of a dead worker"
+
+
+def check_caches_known(router: RouterNode, processes: Iterable[Process]) -> None:
+    """With everything said that is to be said, the router knows every worker's prefix cache."""
+    index = router.dispatch.prefixes._index
+    for process in processes:
+        cached = set(process.node.batch.tables.pool._block_of)
+        assert index._blocks.get(process.worker, set()) == cached, process
 
 
 def check_books_restored(router: RouterNode) -> None:
@@ -152,7 +174,9 @@ def check_books_restored(router: RouterNode) -> None:
     assert router.num_queued == 0
     assert len(router.dispatch.flights) == 0
     assert router.dispatch.waiting.prompt_tokens_ahead(DEFAULT_SERVICE) == 0
+    assert len(router.dispatch.fetches) == 0
     for book in router.books.workers.values():
+        assert book.held == {}
         assert book.promised == {}, f"promised on {book.up.worker}: {book.promised}"
         assert book.unreported == []
         assert (book.granted_blocks, book.num_granted) == (0, 0)

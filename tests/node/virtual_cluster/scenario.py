@@ -53,13 +53,15 @@ CLASSES = (
 class Scenario:
     """``faults`` names a row of `FAULTS`; ``percent`` of what happens is one of them or a new
     request. ``late_peer_lost``: a peer's end is noticed on its link only, in any order with the
-    gateway's word. ``restless``: running requests are moved whenever they can be."""
+    gateway's word. ``restless``: running requests are moved whenever they can be; ``fetching``:
+    prefixes are fetched whenever somebody has more of them."""
 
     spec: ClusterSpec
     faults: str
     percent: int
     poison: bool = False
     restless: bool = False
+    fetching: bool = False
     late_peer_lost: bool = False
 
     @classmethod
@@ -97,4 +99,5 @@ class Scenario:
             poison=random.random() < 0.3,
             late_peer_lost=random.random() < 0.5,
             restless=random.random() < 0.5,
+            fetching=random.random() < 0.5,
         )

@@ -9,7 +9,7 @@ left behind.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from pdserve.core.commands import ChangeRole, DrainOne
@@ -17,9 +17,9 @@ from pdserve.core.effects import Refusal
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import DrainWorker, SendPrefix
 from pdserve.core.request import Role, RoutePreference
-from pdserve.policy.cluster import ClusterView, WorkerView
+from pdserve.policy.cluster import ClusterView, Route, RouteAsk, RoutePolicy, WorkerView
 from pdserve.policy.rebalance import Movable, Move
-from virtual_cluster.checks import check_books_restored
+from virtual_cluster.checks import check_books_restored, check_caches_known
 from virtual_cluster.client import Answer
 from virtual_cluster.cluster import BACKGROUND_TIMERS, VirtualCluster
 from virtual_cluster.oracle import make_ask
@@ -61,6 +61,20 @@ class Restless:
         return None
 
 
+class Fetching:
+    """Has prefixes fetched for most routes, from whoever has any of them, whatever it costs."""
+
+    def __init__(self, policy: RoutePolicy) -> None:
+        self._policy = policy
+
+    def choose(self, view: ClusterView, ask: RouteAsk) -> Route | None:
+        route = self._policy.choose(view, ask)
+        holders = list(ask.cached_tokens)
+        if route is None or not holders or ask.number % 5 == 0:
+            return route
+        return replace(route, fetch_from=holders[ask.number % len(holders)])
+
+
 @dataclass
 class History:
     """A cluster under a schedule. ``engine_hits``: steps of one row that broke, by request."""
@@ -81,6 +95,9 @@ class History:
         self.cluster.late_peer_lost = self.scenario.late_peer_lost
         if self.scenario.restless:
             self.cluster.router.moves._policy = Restless()
+        if self.scenario.fetching:
+            dispatch = self.cluster.router.dispatch
+            dispatch._policy = Fetching(dispatch._policy)
         self.cluster.run()
 
     # --- one thing after the other ----------------------------------------------------------------
@@ -349,9 +366,8 @@ class History:
 
     def _is_at_rest(self) -> bool:
         cluster = self.cluster
-        return cluster.router.num_requests == 0 and all(
-            p.alive and p.node.is_empty for p in cluster.current.values()
-        )
+        router_rests = cluster.router.num_requests == 0 and not len(cluster.router.dispatch.fetches)
+        return router_rests and all(p.alive and p.node.is_empty for p in cluster.current.values())
 
     def _left(self) -> str:
         router = self.cluster.router
@@ -377,6 +393,7 @@ class History:
         left = [name for name in cluster.router_timers if name not in BACKGROUND_TIMERS]
         assert not [name for name in left if name != "no worker"], left
         check_books_restored(cluster.router)
+        check_caches_known(cluster.router, cluster.current.values())
 
     def _check_reason(self, request_id: RequestId, answer: Answer) -> None:
         failure = answer.failure
