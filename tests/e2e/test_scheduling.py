@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import Epoch, RequestId, WorkerId
 from pdserve.core.request import Request, Role, SamplingParams
 from pdserve.cost.step_times import StepTimes, parse_step_times
+from pdserve.engine.base import ModelRunner
 from pdserve.node.settings import RoleControl, RouterSettings
 from pdserve.serve.inproc import InprocCluster
+from pdserve.serve.runners import build_runner
 from pdserve.serve.start import WorkerStart
 
 FAST = parse_step_times("start=1ms,prompt=10us,decode=2ms,sequence=50us,transfer=5us")
 ROLES = (Role.PREFILL, Role.DECODE, Role.MIXED)
+UNLIKE = {Role.PREFILL: 2.0, Role.DECODE: 1.0, Role.MIXED: 0.5}
+"""Speeds of modelled workers by home role: unlike machines, as in Splitwise-HA."""
 
 
 def cluster(
@@ -41,6 +45,7 @@ def cluster(
     engine: str = "modelled",
     policy: str = "predicted",
     times: StepTimes = FAST,
+    speeds: Mapping[Role, float] | None = None,
     roles: RoleControl = RoleControl.FIXED,
 ) -> InprocCluster:
     """All workers in this process, with pools that hold a few of the requests of this file."""
@@ -77,7 +82,15 @@ def cluster(
     card = ModelCard(
         name="tiny", max_model_tokens=1024, vocab_size=384, eos_token_ids=(2,), created=0
     )
-    return InprocCluster(card, workers, template, policy=policy, router=RouterSettings(roles=roles))
+
+    def build(start: WorkerStart) -> ModelRunner:
+        if start.step_times is not None:
+            speed = (speeds or {}).get(start.role, 1.0)
+            start = replace(start, step_times=start.step_times.at_speed(speed))
+        return build_runner(start)
+
+    settings = RouterSettings(roles=roles)
+    return InprocCluster(card, workers, template, build, policy=policy, router=settings)
 
 
 def requests(number: int, longest_prompt: int, longest_answer: int) -> list[Request]:
@@ -185,7 +198,7 @@ def test_sixty_role_changes_and_kills_change_no_token(tiny_model_path: Path) -> 
             expected.update(await answers_of(running, asked, 24))
 
     async def switched() -> None:
-        async with cluster(tiny_model_path, prefill=3, decode=3, mixed=2) as running:
+        async with cluster(tiny_model_path, prefill=3, decode=3, mixed=2, speeds=UNLIKE) as running:
             changes = Changes(running, num_tokens // 60, kills=(9, 24, 25, 41))
             assert await answers_of(running, asked, 24, changes.token_heard) == expected
             assert changes.made >= 60
