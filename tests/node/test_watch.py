@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from virtual_cluster import make_ask
+from virtual_cluster import ClusterSpec, VirtualCluster, make_ask
 from virtual_cluster.orders import PROMPT, of, pair, reach, submitted
 
 from pdserve.core.effects import Received, Send, StepDone, WorkerLost
@@ -32,6 +32,22 @@ def test_a_worker_whose_step_hangs_is_killed(stage: str) -> None:
     assert "a step has taken 2." in kill.detail
     cluster.run_for(3)
     assert cluster.client.answers["r"].is_complete
+
+
+def test_a_worker_that_stops_reporting_gets_no_work_until_it_is_heard_again() -> None:
+    cluster = VirtualCluster(ClusterSpec(workers=(0, 0, 2), policy="round_robin"))
+    cluster.run()
+    stopped = cluster.current[WorkerId("mixed-0")]
+    stopped.stopped = True
+    cluster.run_for(2.1)
+    for number in range(4):
+        cluster.submit(make_ask(f"r{number}", PROMPT, max_tokens=2))
+    prefill = [dict(event.detail)["prefill"] for event in cluster.life if event.name == "routed"]
+    assert prefill == ["mixed-1"] * 4
+    assert cluster.killed == []
+    stopped.stopped = False
+    cluster.run_for(0.6)
+    assert cluster.router.books.workers[WorkerId("mixed-0")].accepts
 
 
 def test_a_step_that_is_known_to_take_long_is_waited_for() -> None:

@@ -30,11 +30,12 @@ NO_LIMIT = 1 << 62
 
 @dataclass(slots=True)
 class WorkerBook:
-    """One live worker process. ``unreported``: (route_seq, prompt tokens) of jobs that no report
-    includes yet. ``held``: prompt tokens of jobs that will be sent. ``promised``: blocks by
-    attempt, not yet granted. ``role`` and ``drains`` are what the pools say (`node.pools`).
-    ``stale`` is the cluster's: workers whose view is not what their book says. Whatever is set in a
-    book makes its view stale."""
+    """One live worker process. ``unreported``: (route_seq, prompt tokens) of jobs that no
+    report includes yet. ``held``: prompt tokens of jobs that will be sent. ``promised``: blocks
+    by attempt, not yet granted. ``role`` and ``drains`` are what the pools say (`node.pools`),
+    ``silent`` what the watch does: such a worker gets no work. ``stale`` is the cluster's:
+    workers whose view is not what their book says. Whatever is set in a book makes its view
+    stale."""
 
     stale: dict[WorkerId, None]
     up: WorkerUp
@@ -42,6 +43,7 @@ class WorkerBook:
     role: Role
     learned: WorkerSteps
     drains: bool = False
+    silent: bool = False
     report: LoadReport | None = None
     route_seq: int = 0
     killed: bool = False
@@ -64,7 +66,7 @@ class WorkerBook:
     @property
     def accepts(self) -> bool:
         draining = self.drains or (self.report is not None and self.report.draining)
-        return not self.killed and not draining
+        return not self.killed and not self.silent and not draining
 
     @property
     def block_size(self) -> int:
@@ -177,6 +179,8 @@ class WorkerBook:
     def take_report(self, report: LoadReport, now: float) -> None:
         self.report = report
         self.heard_at_s = now
+        if self.silent:
+            self.silent = False
         self.granted_blocks = self.num_granted = 0
         self.unreported = [job for job in self.unreported if job[0] > report.last_route_seq]
         self.learned.take(report.steps)

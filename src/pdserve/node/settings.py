@@ -91,18 +91,20 @@ class RouterSettings:
     """Settings of the router. Durations are seconds.
 
     ``queue_timeout_s``: a request that no worker has begun by then is refused (429);
-    ``max_queued_requests``: so is one that finds this many waiting. ``report_timeout_s``: a worker
-    silent for this long is killed; ``step_timeout_s``: so is one whose step is older than this and
-    than ten times what it expected. ``max_attempts`` bounds the resumes that one choice may need
-    because of failures (not of preemption). ``admission`` names the policy that refuses early
-    (``policy.admission``); ``patience_s`` is for how long a request lets others pass (``waiting``).
-    ``costs``: what is known of steps and links at birth.
+    ``max_queued_requests``: so is one that finds this many waiting. A worker that is silent for
+    ``silent_after_s`` gets no work, and after ``report_timeout_s`` it is killed;
+    ``step_timeout_s``: so is one whose step is older than this and than ten times what it expected.
+    ``max_attempts`` bounds the resumes that one choice may need because of failures (not of
+    preemption). ``admission`` names the policy that refuses early (``policy.admission``);
+    ``patience_s`` is for how long a request lets others pass (``waiting``). ``costs``: what is
+    known of steps and links at birth.
     """
 
     queue_timeout_s: float = 30.0
     patience_s: float = 10.0
     admission: str = "none"
     max_queued_requests: int = 1024
+    silent_after_s: float = 1.5
     report_timeout_s: float = 3.0
     step_timeout_s: float = 30.0
     max_attempts: int = 8

@@ -1,7 +1,8 @@
 """The router's watch over its workers: who is silent, and whose step takes far too long.
 
-Every half second each live worker is looked at. One that hangs is killed once; its death then comes
-back as `WorkerLost`, like any other.
+Every half second each live worker is looked at. One that has missed a few heartbeats gets no new
+work until it is heard again. One that hangs is killed once; its death then comes back as
+`WorkerLost`, like any other.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Watch:
         for worker, book in sorted(self._books.workers.items()):
             if late_s > WATCH_INTERVAL_S:  # this process slept: their reports wait in its sockets
                 book.heard_at_s = out.now
+            silent = out.now - book.heard_at_s > self._settings.silent_after_s
+            if silent is not book.silent:
+                book.silent = silent
             detail = self._wrong_with(book, out.now)
             if detail is not None and not book.killed:
                 book.killed = True
