@@ -129,3 +129,29 @@ def test_nobody_moves_while_another_one_does() -> None:
         cluster.submit(make_ask(f"s{number}", PROMPT, max_tokens=20))
     check_over(cluster)
     assert names(cluster).count("moving") == 1
+
+
+def behind(cluster: VirtualCluster) -> None:
+    """The old worker's last tokens are slow, and the new worker's overtake them."""
+    here, there = cluster.current[HERE], cluster.current[THERE]
+    cluster.run(until=lambda: "moving" in names(cluster))
+    cluster.run(
+        hold=lambda event: event.kind == "to_gateway" and event.process is here,
+        until=lambda: there.node.batch.num_steps > 3,
+    )
+
+
+def test_tokens_that_overtake_the_old_workers_wait_for_them() -> None:
+    cluster = moving_cluster()
+    behind(cluster)
+    check_over(cluster)
+    assert "resumed" not in names(cluster)
+
+
+def test_tokens_that_will_never_come_are_drawn_again() -> None:
+    """The old worker dies with the tokens that the new one's wait for."""
+    cluster = moving_cluster()
+    behind(cluster)
+    cluster.below = lambda number: 0  # nothing of what it has said is read any more
+    cluster.kill(cluster.current[HERE])
+    check_over(cluster)

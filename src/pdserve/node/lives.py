@@ -14,14 +14,16 @@ from pdserve.node.ledger import Decision
 @dataclass(slots=True)
 class Choice:
     """``taken``: output tokens that the client has or will have: the truth. ``epoch``: the attempt
-    whose tokens are taken next, or None while the choice waits for a route. ``failures`` counts its
-    failed attempts, preemptions apart; ``failed_handoffs`` and ``engine_failures`` those in which
-    that went wrong."""
+    whose tokens are taken next, or None while the choice waits for a route. ``early``: tokens of it
+    that came before the ones before them, by index: after a move these come over another link.
+    ``failures`` counts its failed attempts, preemptions apart; ``failed_handoffs`` and
+    ``engine_failures`` those in which that went wrong."""
 
     index: int
     taken: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     epoch: Epoch | None = None
+    early: dict[int, TokenDelta] = field(default_factory=dict)
     failures: int = 0
     failed_handoffs: int = 0
     engine_failures: int = 0
@@ -37,6 +39,12 @@ class Attempt:
     started: bool = False
     accepted: bool = False
     moving_to: WorkerId | None = None
+
+    def is_undecided_without(self, worker: WorkerId) -> bool:
+        """True if the worker, now dead, was to get the attempt and has not accepted as far as is
+        known here: it may have said so to its owner only, who then owes nothing any more."""
+        has_job = self.job.decode_worker == worker and not self.accepted
+        return has_job or self.moving_to == worker
 
     def is_not_for(self, worker: WorkerId) -> bool:
         """True if what the worker says of it changes nothing: another one has it, or may keep it
@@ -111,17 +119,31 @@ class Life:
         groups = [fresh] if fresh else []
         return groups + [(c.index,) for c in waiting if c.taken]
 
-    def take(self, delta: TokenDelta) -> bool:
-        """True if the token is the next one of its choice's current attempt."""
+    def take(self, delta: TokenDelta) -> tuple[TokenDelta, ...]:
+        """Tokens that can be taken now: this one, if it is the next one of its choice's current
+        attempt, and those after it that came early."""
         if not 0 <= delta.choice < len(self.choices):
-            return False
+            return ()
         choice = self.choices[delta.choice]
-        wanted = (choice.epoch, len(choice.taken))
-        if choice.finish is not None or (delta.epoch, delta.index) != wanted:
-            return False
-        choice.taken.append(delta.token_id)
-        choice.finish = delta.finish
-        return True
+        if choice.finish is not None or delta.epoch != choice.epoch:
+            return ()
+        if delta.index >= len(choice.taken):
+            choice.early[delta.index] = delta
+        found = []
+        while choice.finish is None and len(choice.taken) in choice.early:
+            found.append(choice.early.pop(len(choice.taken)))
+            choice.taken.append(found[-1].token_id)
+            choice.finish = found[-1].finish
+        return tuple(found)
+
+    def wait_again(self, index: int) -> None:
+        """The choice needs another attempt."""
+        self.choices[index].epoch = None
+        self.choices[index].early.clear()
+
+    def has_gap(self, epoch: Epoch) -> bool:
+        """True if tokens of the attempt came early: some that another worker drew are to come."""
+        return any(choice.early for choice in self.choices if choice.epoch == epoch)
 
     def live_choices(self, epoch: Epoch) -> tuple[int, ...]:
         """Choices that the attempt still works on."""

@@ -191,12 +191,8 @@ class RouterNode:
             out.send(other, WorkerGone(worker, epoch))
         for life in list(self.dispatch.lives.values()):
             for attempt_epoch, attempt in list(life.attempts.items()):
-                # Not accepted as far as is known here; the decode worker may have said so to the
-                # prefill worker only, which then owes nothing any more.
-                undecided = attempt.moving_to == worker or (
-                    attempt.job.decode_worker == worker and not attempt.accepted
-                )
                 still_open = attempt_epoch in life.attempts
+                undecided = attempt.is_undecided_without(worker) or life.has_gap(attempt_epoch)
                 if still_open and (attempt.owner == worker or undecided):
                     life.count_failure(attempt_epoch, None, None)
                     if attempt.owner != worker:
@@ -233,8 +229,8 @@ class RouterNode:
         taken: dict[RequestId, list[TokenDelta]] = {}
         for delta in deltas:
             life = self.dispatch.lives.get(delta.request_id)
-            if life is not None and life.take(delta):
-                taken.setdefault(delta.request_id, []).append(delta)
+            if life is not None and (now_taken := life.take(delta)):
+                taken.setdefault(delta.request_id, []).extend(now_taken)
         for request_id, mine in taken.items():
             life = self.dispatch.lives[request_id]
             if life.first_token_at_s is None:
@@ -310,7 +306,7 @@ class RouterNode:
         """These choices of the attempt need another one."""
         for index in life.live_choices(epoch):
             if choices is None or index in choices:
-                life.choices[index].epoch = None
+                life.wait_again(index)
         if not life.live_choices(epoch):
             self.dispatch.end(life, epoch)
         if life.most_failures > self.settings.max_attempts:
