@@ -1,4 +1,5 @@
-"""The command line: ``pdserve serve | pull | bench | replay | top`` (and ``worker``, for serve).
+"""The command line: ``pdserve serve | pull | bench | replay | top | role | drain | undrain |
+restart | explain`` (and ``worker``, for serve).
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
 prints one JSON document on stdout and nothing else. Each command imports what it needs when it
@@ -60,13 +61,43 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--json", action="store_true", help="print one JSON document")
     replay.set_defaults(run=_run_replay)
     top = commands.add_parser("top", help="watch a running server")
-    top.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens")
-    top.add_argument("--api-key", default=os.environ.get("PDSERVE_API_KEY"))
+    _add_server(top)
     top.add_argument("--interval", type=float, default=1.0, help="seconds between looks")
     top.add_argument("--once", action="store_true", help="look once and end")
     top.add_argument("--json", action="store_true", help="print one JSON document; implies --once")
     top.set_defaults(run=_run_top)
+    explain = commands.add_parser("explain", help="why a request went where it went")
+    explain.add_argument("request", help="its id, as the answer or X-Request-Id has it")
+    explain.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_server(explain)
+    explain.set_defaults(run=_run_explain)
+    _add_operations(commands)
     return parser
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default="http://127.0.0.1:8000", help="where it listens")
+    command.add_argument("--api-key", default=os.environ.get("PDSERVE_API_KEY"))
+
+
+def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    role = commands.add_parser("role", help="move a worker to another pool")
+    role.add_argument("worker", help="its id, as /cluster and top show it")
+    role.add_argument("role", choices=("prefill", "decode", "mixed"))
+    drain = commands.add_parser(
+        "drain", help="send a worker nothing new; ends when it holds no request, lease or KV"
+    )
+    drain.add_argument("worker", help="its id")
+    undrain = commands.add_parser("undrain", help="let a drained worker take work again")
+    undrain.add_argument("worker", help="its id")
+    restart = commands.add_parser(
+        "restart", help="drain workers one after the other and replace their processes"
+    )
+    restart.add_argument("worker", nargs="*", help="their ids (default: all)")
+    for command in (role, drain, undrain, restart):
+        _add_server(command)
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.set_defaults(run=_run_operation, operation=command.prog.rsplit(" ", 1)[-1])
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -187,8 +218,32 @@ def _run_replay(parsed: argparse.Namespace) -> int:
     return 0 if equal else 1
 
 
+def _run_explain(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.client import Client
+    from pdserve.serve.explain import explain
+
+    document = Client(parsed.url, parsed.api_key).timeline(parsed.request)
+    if parsed.json:
+        print(json.dumps(document))
+    else:
+        explain(document)
+    return 0
+
+
+def _run_operation(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.client import Client
+    from pdserve.serve.operations import operate
+
+    client = Client(parsed.url, parsed.api_key)
+    done = operate(client, parsed, say=lambda text: None if parsed.json else print(text))
+    if parsed.json:
+        print(json.dumps({"workers": done}))
+    return 0
+
+
 def _run_top(parsed: argparse.Namespace) -> int:
-    from pdserve.serve.top import Client, once, watch
+    from pdserve.serve.client import Client
+    from pdserve.serve.top import once, watch
 
     client = Client(parsed.url, parsed.api_key)
     if parsed.json:

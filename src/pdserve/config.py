@@ -25,6 +25,18 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import DTYPE_BYTES, INT8, KV_DTYPES
 from pdserve.core.request import Role
+from pdserve.cost.step_times import StepTimes, check_speeds, parse_speeds, parse_step_times
+from pdserve.node.settings import RoleControl
+from pdserve.policy.admission import ADMISSION_POLICIES
+from pdserve.policy.registry import (
+    BATCH_POLICIES,
+    DEFAULT_POLICY,
+    ROUTE_POLICIES,
+    default_batching,
+    make_batching,
+    make_policy,
+)
+from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 MAX_WORKERS = 64
@@ -97,7 +109,20 @@ class ServeConfig:
     )
     decode: int = _option(1, _whole, "decode workers")
     mixed: int = _option(0, _whole, "mixed workers")
+    roles: str = _option(
+        "fixed", _text, "who moves workers between the pools: fixed, auto or advise (only says it)"
+    )
     engine: str = _option("torch", _text, "compute engine of the workers")
+    step_times: StepTimes | None = field(
+        default=None,
+        metadata={
+            "parse": parse_step_times,
+            "help": "of engine modelled: a profile, or prompt=0.2ms,decode=10ms,...",
+        },
+    )
+    speeds: Mapping[str, float] | None = _option(
+        None, parse_speeds, "of engine modelled, by role or worker: prefill=2,decode-1=0.5"
+    )
     device: str = _option(
         "cpu", _text, "device as torch names it; several, comma-separated, are dealt out in turn"
     )
@@ -116,9 +141,32 @@ class ServeConfig:
         None, parse_size, "KV pool per worker, such as 512MiB (default: up to 1GiB)"
     )
     max_model_len: int | None = _option(None, _whole, "longest prompt and answer, in tokens")
+    policy: str = _option(
+        DEFAULT_POLICY,
+        _text,
+        f"how requests are routed: {', '.join(ROUTE_POLICIES)}; settings go after a colon",
+    )
+    batching: str | None = _option(
+        None,
+        _text,
+        f"how workers batch: {' or '.join(BATCH_POLICIES)} (default: what belongs to --policy)",
+    )
     max_step_tokens: int = _option(2048, _whole, "most tokens in one forward pass")
+    mixed_chunk_tokens: int = _option(
+        512, _whole, "most prompt tokens in a forward pass that also decodes"
+    )
     one_shot_tokens: int = _option(
         512, _whole, "KV of a shorter prompt moves at once after its last layer, not layer by layer"
+    )
+    classes: ServiceClasses = field(
+        default=ONE_CLASS,
+        metadata={
+            "parse": parse_classes,
+            "help": "classes of service: NAME:ttft=MS,tpot=MS,weight=N; ... (docs/overload.md)",
+        },
+    )
+    admission: str = _option(
+        "auto", _text, "who is refused early: auto, none, early or predicted (docs/overload.md)"
     )
     queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
     drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
@@ -129,6 +177,10 @@ class ServeConfig:
         self._check_workers()
         self._check_memory()
         self._check_words()
+        if self.mixed_chunk_tokens < self.block_size:
+            raise ConfigError(
+                f"--mixed-chunk-tokens must be at least one block, {self.block_size} tokens"
+            )
         if self.one_shot_tokens < 0:
             raise ConfigError("--one-shot-tokens must not be negative; 0 always moves by layer")
         for name in ("queue_timeout", "drain_timeout"):
@@ -184,7 +236,9 @@ class ServeConfig:
             "decode_weight_dtype": (None, *WEIGHT_DTYPES),
             "kv_dtype": KV_DTYPES,
             "numerics": ("exact", "fast"),
+            "admission": ("auto", *ADMISSION_POLICIES),
             "log_format": ("text", "json"),
+            "roles": tuple(RoleControl),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -199,13 +253,30 @@ class ServeConfig:
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
                 "process per worker; use shm"
             )
+        if self.engine != "modelled" and (self.step_times, self.speeds) != (None, None):
+            raise ConfigError("--step-times and --speeds are for --engine modelled")
+        check_speeds(self.speeds or {}, dict(self.worker_slots))
+        make_policy(self.policy)
+        make_batching(self.batch_policy)
         if not all(self.devices):
             raise ConfigError(f"--device is {self.device!r}; name a device between the commas")
+
+    @property
+    def admission_policy(self) -> str:
+        """Name of the policy: with ``auto``, nobody is refused early without bounds to keep."""
+        if self.admission != "auto":
+            return self.admission
+        return "predicted" if self.classes.are_bounded else "none"
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Devices to deal out to the workers in turn."""
         return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def batch_policy(self) -> str:
+        """How native workers batch."""
+        return self.batching or default_batching(self.policy)
 
     def weight_dtype_of(self, role: Role) -> str:
         """Of the weights in a worker's products, by its home role."""
@@ -262,6 +333,8 @@ def resolve(
     def take(name: str, raw: object, source: str, shown: str) -> None:
         try:
             values[name] = OPTIONS[name].metadata["parse"](raw)
+        except ConfigError as error:
+            raise ConfigError(f"{shown}: {error}") from None
         except ValueError as error:
             raise ConfigError(f"{shown} is {raw!r}; it must be {error}") from None
         sources[name] = source

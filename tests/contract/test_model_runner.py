@@ -28,7 +28,13 @@ GREEDY = SamplingParams(max_tokens=9, seed=3, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=9, seed=3, temperature=1.0)
 PROMPT = tuple(random.Random(1).randrange(256) for _ in range(70))
 
-FAKES = {"fake": {}, "fake, staged": {"staged": True}, "fake, int8": {"dtype": "int8"}}
+FAKES = {
+    "fake": ("fake", {}),
+    "fake, staged": ("fake", {"staged": True}),
+    "fake, int8": ("fake", {"dtype": "int8"}),
+    "modelled": ("modelled", {}),
+    "modelled, int8": ("modelled", {"dtype": "int8"}),
+}
 TORCH = {
     "torch fp32": {"device": "cpu", "dtype": "fp32"},
     "torch bf16": {"device": "cpu", "dtype": "bf16"},
@@ -109,7 +115,8 @@ def make_worker(
 
     def make() -> Worker:
         if request.param in FAKES:
-            runner = create_runner("fake", block_size=BLOCK_SIZE, **FAKES[request.param])
+            name, options = FAKES[request.param]
+            runner = create_runner(name, block_size=BLOCK_SIZE, **options)
         else:
             folder = ModelFolder.open(tiny_model_path)
             options = TORCH[request.param]

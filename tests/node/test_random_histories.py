@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtual_cluster import ClusterSpec
-from virtual_cluster.scenario import FAULTS, TOPOLOGIES, Scenario
+from virtual_cluster.scenario import BATCHINGS, FAULTS, POLICIES, TOPOLOGIES, Scenario
 from virtual_cluster.schedule import NUMBERS, History, numbers_of, shortest_failure
 
 from pdserve.node.settings import RouterSettings
@@ -22,6 +22,8 @@ routers = st.builds(
     max_attempts=st.just(10_000),
     queue_timeout_s=st.sampled_from([30.0, 8.0, 0.5]),
     max_queued_requests=st.sampled_from([1024, 2]),
+    patience_s=st.sampled_from([10.0, 0.1, 0.0]),
+    admission=st.sampled_from(["none", "predicted", "early"]),
 )
 specs = st.builds(
     ClusterSpec,
@@ -32,6 +34,8 @@ specs = st.builds(
     max_step_tokens=st.sampled_from([64, 16, 8]),
     mixed_chunk_tokens=st.sampled_from([32, 8, 4]),
     max_running=st.sampled_from([16, 4, 2]),
+    policy=st.sampled_from(POLICIES),
+    batching=st.sampled_from(BATCHINGS),
     one_shot_tokens=st.sampled_from([0, 8, 100]),
     lease_s=st.sampled_from([4.0, 1.0, 0.05]),
     ticket_timeout_s=st.sampled_from([4.0, 1.0, 0.05]),
@@ -50,6 +54,7 @@ def scenarios(faults: str) -> st.SearchStrategy[Scenario]:
         percent=st.sampled_from([10, 3, 25]),
         poison=st.booleans(),
         late_peer_lost=st.booleans(),
+        fetching=st.booleans(),
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from virtual_cluster import make_ask
+from virtual_cluster import ClusterSpec, VirtualCluster, make_ask
 from virtual_cluster.orders import PROMPT, of, pair, reach, submitted
 
 from pdserve.core.effects import Received, Send, StepDone, WorkerLost
 from pdserve.core.ids import GATEWAY, Epoch, StepId, WorkerId
 from pdserve.core.messages import LoadReport, TokenDelta, Tokens
-from pdserve.core.step import StepResult
+from pdserve.core.step import StepResult, StepShape
 from pdserve.node.outbox import Outbox
 from pdserve.node.report import BatchLoad, LoadReporter
 from pdserve.node.settings import RouterSettings
@@ -32,6 +32,22 @@ def test_a_worker_whose_step_hangs_is_killed(stage: str) -> None:
     assert "a step has taken 2." in kill.detail
     cluster.run_for(3)
     assert cluster.client.answers["r"].is_complete
+
+
+def test_a_worker_that_stops_reporting_gets_no_work_until_it_is_heard_again() -> None:
+    cluster = VirtualCluster(ClusterSpec(workers=(0, 0, 2), policy="round_robin"))
+    cluster.run()
+    stopped = cluster.current[WorkerId("mixed-0")]
+    stopped.stopped = True
+    cluster.run_for(2.1)
+    for number in range(4):
+        cluster.submit(make_ask(f"r{number}", PROMPT, max_tokens=2))
+    prefill = [dict(event.detail)["prefill"] for event in cluster.life if event.name == "routed"]
+    assert prefill == ["mixed-1"] * 4
+    assert cluster.killed == []
+    stopped.stopped = False
+    cluster.run_for(0.6)
+    assert cluster.router.books.workers[WorkerId("mixed-0")].accepts
 
 
 def test_a_step_that_is_known_to_take_long_is_waited_for() -> None:
@@ -55,8 +71,9 @@ def test_a_step_that_is_known_to_take_long_is_waited_for() -> None:
 def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
     """128 tokens took two seconds, so 256 may take four; what was slow is forgotten slowly."""
     node = pair().prefill.node
-    reporter = LoadReporter(node.settings, BatchLoad(node.batch, node.inbound))
-    reporter.step_started(128, 0.0)
+    load = BatchLoad(node.batch, node.inbound)
+    reporter = LoadReporter(node.settings, load, node.standing, lambda: True)
+    reporter.step_started(StepShape(128), 0.0)
     reporter.step_done(2.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0 * 0.99)
@@ -66,7 +83,7 @@ def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
 def expected_s(reporter: LoadReporter, num_tokens: int) -> float:
     """What is reported of a step of so many tokens, which then takes no time at all."""
     out = Outbox(WorkerId("prefill-0"), 0.0)
-    reporter.step_started(num_tokens, 0.0)
+    reporter.step_started(StepShape(num_tokens), 0.0)
     reporter.beat(out)
     reporter.step_done(0.0)
     (report,) = [

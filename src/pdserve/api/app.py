@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 import pdserve
 from pdserve.api import documentation, errors
+from pdserve.api.callers import KeyRing
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import Gateway
 from pdserve.api.middleware import BearerMiddleware, EdgeMiddleware
@@ -17,6 +18,7 @@ from pdserve.api.operations import operations_router
 from pdserve.api.request_ids import RequestDirectory
 from pdserve.api.settings import ApiSettings
 from pdserve.api.tokenization import DetokenizeBody, TokenizeBody, tokenization_router
+from pdserve.api.workers import DrainBody, RoleBody, workers_router
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -46,11 +48,15 @@ def create_app(
         models_router,
         tokenization_router,
         operations_router,
+        workers_router,
     ):
         app.include_router(make_router(edge))
-    documentation.publish(app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody))
+    documentation.publish(
+        app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, RoleBody, DrainBody)
+    )
     errors.install(app)
-    if settings.api_key is not None:
-        app.add_middleware(BearerMiddleware, api_key=settings.api_key)
+    keys = KeyRing(settings.api_key, settings.class_of_key)
+    if keys:
+        app.add_middleware(BearerMiddleware, keys=keys)
     app.add_middleware(EdgeMiddleware)  # the last one added is the outermost
     return app

@@ -71,6 +71,11 @@ def generating_route(body: type[BaseModel], response: type[BaseModel]) -> dict[s
             "Whether two workers or one are to serve the request.",
             {"type": "string", "enum": ["auto", "split", "local"]},
         ),
+        _header(
+            "X-Pdserve-Class",
+            "The class of service, one of those that the server was started with.",
+            {"type": "string", "default": "default"},
+        ),
     ]
     return arguments
 

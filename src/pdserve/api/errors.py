@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from pdserve.core.errors import (
     AuthError,
+    ConflictError,
     ContextLengthError,
     GenerationError,
     NotFoundError,
@@ -118,6 +119,8 @@ def _client_failure(error: RequestError) -> HttpFailure:
     if isinstance(error, NotFoundError):
         code = "model_not_found" if param == "model" else "not_found"
         return HttpFailure(status=404, message=message, type=_INVALID, param=param, code=code)
+    if isinstance(error, ConflictError):
+        return HttpFailure(status=409, message=message, type=_INVALID, param=param, code="conflict")
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
     return HttpFailure(status=400, message=message, type=_INVALID, param=param, code=code)
 

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pdserve.api.gateway import Gateway, ModelCard
+from pdserve.core.commands import ChangeRole, Command
+from pdserve.core.errors import ConflictError, NotFoundError
 from pdserve.core.events import LifeEvent, LifeName, Scalar, detail
 from pdserve.core.ids import GATEWAY, Epoch, RequestId
 from pdserve.core.messages import TokenDelta
@@ -36,7 +38,7 @@ class FakeGateway(Gateway):
     ``fail_before`` is raised instead of the first token; ``fail_after`` = (k, error) raises after k
     tokens of a request. With ``permits`` only so many tokens are given out in all until `allow` is
     called. ``ready`` is what `is_ready` says. What happened is in ``submitted``, ``finished``,
-    ``failed``, ``aborted`` and ``stopped`` (choices ended by `stop_choice`).
+    ``failed``, ``aborted``, ``stopped`` (choices ended by `stop_choice`) and ``commands``.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class FakeGateway(Gateway):
         self.failed: list[RequestId] = []
         self.aborted: list[RequestId] = []
         self.stopped: list[tuple[RequestId, int]] = []
+        self.commands: list[Command] = []
         self._permits = None if permits is None else asyncio.Semaphore(permits)
         self._events: dict[RequestId, list[LifeEvent]] = {}
         self._news = asyncio.Event()
@@ -103,6 +106,14 @@ class FakeGateway(Gateway):
 
     def cluster(self) -> Mapping[str, Any]:
         return {"workers": [{"id": "fake-0", "role": "mixed", "home_role": "mixed"}]}
+
+    async def command(self, asked: Command) -> str:
+        if asked.worker != "fake-0":
+            raise NotFoundError(f"no worker {asked.worker} is up", "worker")
+        if isinstance(asked, ChangeRole) and asked.expected_epoch not in (None, 0):
+            raise ConflictError(f"the role epoch of {asked.worker} is 0", "epoch")
+        self.commands.append(asked)
+        return "done"
 
     def timeline(self, request_id: RequestId) -> tuple[LifeEvent, ...] | None:
         events = self._events.get(request_id)

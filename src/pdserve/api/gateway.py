@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pdserve.core.commands import Command
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import RequestId
 from pdserve.core.messages import TokenDelta
@@ -47,6 +48,15 @@ class Gateway(Protocol):
 
     def cluster(self) -> Mapping[str, Any]:
         """JSON document of ``/cluster``."""
+        ...
+
+    async def command(self, asked: Command) -> str:
+        """Have the router do this, and wait until it is done: what has come of it, in words.
+
+        The command's number is the gateway's to give. Raises `NotFoundError` for an unknown worker
+        and `ConflictError` if the worker's state does not allow it. A drain goes on if nobody waits
+        for it any more.
+        """
         ...
 
     def timeline(self, request_id: RequestId) -> tuple[LifeEvent, ...] | None:

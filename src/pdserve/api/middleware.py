@@ -8,14 +8,13 @@ is buffered, and the server's word that a client has gone reaches the routes unt
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pdserve.api.callers import CALLER, OPERATED, Caller, KeyRing
 from pdserve.api.errors import failure_of
 from pdserve.api.request_ids import check_request_id, new_request_id
 from pdserve.core.errors import AuthError, RequestError
@@ -72,24 +71,31 @@ class EdgeMiddleware:
 
 
 class BearerMiddleware:
-    """Lets through what carries ``Authorization: Bearer <key>``, and the open paths."""
+    """Lets through what carries ``Authorization: Bearer <key>``, and the open paths. Puts the
+    caller on the scope."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
-        self._digest = hashlib.sha256(api_key.encode()).digest()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            self._check(Headers(scope=scope).get("Authorization"))
+            caller = self._caller(Headers(scope=scope).get("Authorization"))
+            operates = scope["path"].startswith(OPERATED) and scope["method"] not in ("GET", "HEAD")
+            if operates and caller.class_name is not None:
+                raise AuthError(
+                    "this API key is bound to a class of service; workers are moved about with the "
+                    "key of --api-key"
+                )
+            scope[CALLER] = caller
         await self._app(scope, receive, send)
 
-    def _check(self, header: str | None) -> None:
+    def _caller(self, header: str | None) -> Caller:
         if header is None:
             raise AuthError(
                 "this server needs an API key: send the header 'Authorization: Bearer <key>'"
             )
         scheme, _, key = header.partition(" ")
-        # Digests of equal length: the time of the comparison tells nothing about the key.
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._digest):
-            raise AuthError("the API key is not the one that this server was started with")
+        if scheme.lower() != "bearer":
+            raise AuthError("the header 'Authorization' must be 'Bearer <key>'")
+        return self._keys.caller(key.strip().encode("latin-1"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,10 +15,16 @@ class ApiSettings:
     ``max_choices`` bounds the choices of one HTTP request: ``n`` times the number of its prompts.
     ``max_logprobs`` bounds ``logprobs`` and ``top_logprobs``. ``default_max_tokens`` is what a
     completion without ``max_tokens`` gets (a chat gets the rest of the context).
-    ``num_remembered_ids`` bounds the names by which timelines can be asked for.
+    ``num_remembered_ids`` bounds the names by which timelines can be asked for. ``classes`` are the
+    classes of service by name, ``default`` among them; ``class_of_key`` names the class to which a
+    key is bound.
     """
 
     api_key: str | None = field(default=None, repr=False)
+    classes: Mapping[str, ServiceClass] = field(
+        default_factory=lambda: {DEFAULT_SERVICE.name: DEFAULT_SERVICE}
+    )
+    class_of_key: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: int = 16 * 2**20
     max_choices: int = 1024
     max_logprobs: int = 20

@@ -5,13 +5,21 @@ performs effects with a real engine, transport and clock; a simulator turns them
 The order of effects is the order in which the driver performs them.
 
 What a worker says to an engine that batches for itself, and hears from it, is in
-``core.engine_work``.
+``core.engine_work``; what operators ask of the router, and hear, is in ``core.commands``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdserve.core.commands import (
+    Answer,
+    ChangeRole,
+    DrainOne,
+    RoleChanged,
+    RolesJudged,
+    UndrainOne,
+)
 from pdserve.core.engine_work import (
     EngineAbort,
     EngineAborted,
@@ -206,7 +214,7 @@ class OpenTransfer:
 
     ``block_ids`` are the sequence's blocks here, ``cached_blocks`` of which (from the front) are
     finished already: prefix hits. ``one_shot``: send nothing before the last layer of the last
-    chunk.
+    chunk. ``is_finished``: all of them are, and no step follows.
     """
 
     attempt: AttemptId
@@ -214,6 +222,7 @@ class OpenTransfer:
     block_ids: tuple[BlockId, ...]
     cached_blocks: int
     one_shot: bool
+    is_finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +318,9 @@ Input = (
     | WorkerUp
     | WorkerLost
     | BeginDrain
+    | ChangeRole
+    | DrainOne
+    | UndrainOne
 )
 Effect = (
     Send
@@ -327,4 +339,7 @@ Effect = (
     | Deliver
     | Fail
     | KillWorker
+    | Answer
+    | RoleChanged
+    | RolesJudged
 )

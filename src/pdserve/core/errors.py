@@ -9,7 +9,8 @@
     ├── RequestError           the client's fault; ``param`` names the field          -> 400
     │   ├── ContextLengthError prompt and answer do not fit the model                 -> 400
     │   ├── AuthError          missing or wrong API key                               -> 401
-    │   └── NotFoundError      unknown model or request id                            -> 404
+    │   ├── NotFoundError      unknown model, request id or worker                    -> 404
+    │   └── ConflictError      what is asked for does not go with how things stand    -> 409
     ├── OverloadedError        no room now; ``retry_after_s``                         -> 429
     ├── UnavailableError       nobody left to serve, or draining                      -> 503
     ├── GenerationError        the answer broke off after it began      -> 500 or an error event
@@ -56,6 +57,10 @@ class AuthError(RequestError):
 
 
 class NotFoundError(RequestError):
+    pass
+
+
+class ConflictError(RequestError):
     pass
 
 

@@ -19,6 +19,7 @@ class LifeName(StrEnum):
 
     SUBMITTED = "submitted"
     ROUTED = "routed"
+    PREFIX_FETCHED = "prefix_fetched"
     PREFILL_QUEUED = "prefill_queued"
     PREFILL_STARTED = "prefill_started"
     HANDOFF_OPENED = "handoff_opened"
@@ -29,6 +30,8 @@ class LifeName(StrEnum):
     DECODE_QUEUED = "decode_queued"
     DECODE_STARTED = "decode_started"
     PREEMPTED = "preempted"
+    MOVING = "moving"
+    MOVE_FAILED = "move_failed"
     RESUMED = "resumed"
     FINISHED = "finished"
     FAILED = "failed"

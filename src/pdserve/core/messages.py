@@ -28,8 +28,8 @@ from enum import StrEnum
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import AttemptId, BlockHash, BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.layout import KvLayout
-from pdserve.core.request import FinishReason, Job, SamplingParams
-from pdserve.core.step import TokenLogprobs
+from pdserve.core.request import FinishReason, Job, Role, SamplingParams
+from pdserve.core.step import StepSample, TokenLogprobs, TransferSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,48 @@ class DrainWorker:
     """Take no new work; say so in the next report. Running work finishes."""
 
 
+@dataclass(frozen=True, slots=True)
+class UndrainWorker:
+    """Take new work again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Be of this role from the next step on. ``role_epoch`` only grows: an older one is late news
+    and changes nothing. The next report confirms it."""
+
+    role: Role
+    role_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveAttempt:
+    """Hand the one running choice of this attempt over to another decode worker, KV and all.
+
+    It is a hand-off like any other, of KV that is finished. If it fails before its trailer is sent,
+    the choice goes on here (`MoveFailed`); after that, nobody can tell, and it is resumed.
+    """
+
+    attempt: AttemptId
+    to: WorkerId
+    cache_salt: str
+    trace_context: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendPrefix:
+    """Send what is cached of the full blocks of ``token_ids`` to a worker that lacks it.
+
+    It travels as a hand-off without choices: the receiver indexes the blocks once they are
+    verified, and nothing decodes. ``attempt`` names the transfer, not a request's attempt.
+    """
+
+    attempt: AttemptId
+    to: WorkerId
+    token_ids: tuple[int, ...]
+    cache_salt: str
+
+
 # --- worker -> router -------------------------------------------------------------------------
 
 
@@ -120,6 +162,30 @@ class TicketGranted:
     num_blocks: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveFailed:
+    """The choice that was to move stays where it is and goes on decoding."""
+
+    attempt: AttemptId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSent:
+    """A `SendPrefix` has ended; ``num_blocks`` of it lie at the receiver now (0: it failed)."""
+
+    attempt: AttemptId
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChanged:
+    """Blocks that entered and left the worker's prefix index since the last such message."""
+
+    stored: tuple[BlockHash, ...]
+    evicted: tuple[BlockHash, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Life:
     """Life events of a worker, oldest first."""
@@ -135,7 +201,13 @@ class LoadReport:
     re-applies only later ones. ``step_age_s`` is the age of the running step (0 when idle) and
     ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
     allocated at once (unused, or cached and unreferenced: ``cached_blocks`` of them);
-    ``quarantined_blocks`` wait for a writer's word.
+    ``quarantined_blocks`` wait for a writer's word. ``pending_prefill_tokens`` leaves out what was
+    cached when its prompt came. ``num_running`` counts prompts too;
+    ``num_decoding`` sequences decode here, or will once their prompt, which is being computed, is
+    done; ``context_tokens`` is their length, all together. ``steps`` and
+    ``transfers`` are what ended since the last report, at most a few dozen of each.
+    ``role_epoch`` is that of the last `SetRole` (0: none came). ``is_empty``: no request, lease
+    or unsent KV is left.
     """
 
     seq: int
@@ -156,6 +228,13 @@ class LoadReport:
     step_age_s: float
     step_expected_s: float
     draining: bool
+    num_decoding: int = 0
+    context_tokens: int = 0
+    role: Role = Role.MIXED
+    role_epoch: int = 0
+    is_empty: bool = False
+    steps: tuple[StepSample, ...] = ()
+    transfers: tuple[TransferSample, ...] = ()
 
 
 # --- worker <-> worker: the hand-off ----------------------------------------------------------
@@ -289,9 +368,16 @@ Message = (
     | AbortAttempt
     | WorkerGone
     | DrainWorker
+    | UndrainWorker
+    | SetRole
+    | MoveAttempt
+    | SendPrefix
     | Tokens
     | AttemptFailed
     | TicketGranted
+    | MoveFailed
+    | PrefixSent
+    | CacheChanged
     | Life
     | LoadReport
     | Header

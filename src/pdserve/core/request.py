@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 
@@ -22,6 +23,28 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceClass:
+    """What a kind of request is promised. Bounds are seconds; infinite: none is promised.
+
+    ``weight`` is the class's share of the server while classes compete: one of weight 2 gets twice
+    the tokens of one of weight 1.
+    """
+
+    name: str = "default"
+    ttft_s: float = inf
+    tpot_s: float = inf
+    weight: float = 1.0
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if it is promised anything."""
+        return self.ttft_s < inf or self.tpot_s < inf
+
+
+DEFAULT_SERVICE = ServiceClass()
 
 
 class FinishReason(StrEnum):
@@ -77,7 +100,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt with its parameters, as the gateway submits it to the router."""
+    """One prompt with its parameters, as the gateway submits it to the router.
+
+    ``tenant`` names whose request it is (of API keys: a digest), for fairness between them.
+    """
 
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]
@@ -86,6 +112,8 @@ class Request:
     cache_salt: str = ""
     route: RoutePreference = RoutePreference.AUTO
     trace_context: str = ""
+    service: ServiceClass = DEFAULT_SERVICE
+    tenant: str = ""
 
     @property
     def max_tokens_total(self) -> int:

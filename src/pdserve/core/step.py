@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdserve.core.ids import AttemptId, BlockId, StepId
+from pdserve.core.ids import AttemptId, BlockId, StepId, WorkerId
 from pdserve.core.request import SamplingParams
 
 
@@ -61,6 +61,55 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def shape(self) -> StepShape:
+        """What the step's duration depends on."""
+        prompt_tokens = prompt_pairs = num_decoding = context_tokens = 0
+        for row in self.rows:
+            if len(row.token_ids) == 1 and row.start > 0:
+                num_decoding += 1
+                context_tokens += row.end
+            else:
+                prompt_tokens += len(row.token_ids)
+                prompt_pairs += row.end * row.end - row.start * row.start
+        return StepShape(prompt_tokens, prompt_pairs, num_decoding, context_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The size of a step, as step-time models see it (``cost.step``).
+
+    ``prompt_tokens``: tokens of prompts computed in it. ``prompt_pairs``: sum over their chunks of
+    end² - start², which for whole prompts is the sum of their squared lengths, however they are
+    chunked. ``num_decoding``: sequences that decode one token. ``context_tokens``: the sum of
+    their lengths. A prompt's last token alone counts as decoding: it costs the same.
+    """
+
+    prompt_tokens: int = 0
+    prompt_pairs: int = 0
+    num_decoding: int = 0
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """How long a step took, in seconds on the worker's clock."""
+
+    shape: StepShape
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSample:
+    """How a hand-off went: ``num_bytes`` were sent to ``peer``, and ``exposed_s`` passed from when
+    both the prefill was done and the ticket was there (waiting for room is not the link's doing)
+    until the peer had accepted. ``hidden_s``: for how long bytes could be sent before that."""
+
+    peer: WorkerId
+    num_bytes: int
+    exposed_s: float
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

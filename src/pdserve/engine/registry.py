@@ -14,6 +14,7 @@ from pdserve.engine.base import ModelRunner
 RUNNERS = {
     "torch": "pdserve.engine.torch.runner:TorchRunner",
     "fake": "pdserve.engine.fake:FakeRunner",
+    "modelled": "pdserve.engine.modelled:ModelledRunner",
 }
 """Name -> ``module:class``. The class says which arguments it takes."""
 

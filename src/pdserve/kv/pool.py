@@ -11,6 +11,9 @@ A block that was promised to a writer on another worker and is no longer wanted 
 *quarantine* instead: the writer may still write into it, so nobody else may have it until the
 writer has said that it will not (`BlockPool.release_quarantine`).
 
+The router is to know which prefixes are here: `BlockPool.take_changes` says what has entered and
+left the index since it was last asked.
+
 Every block is in exactly one of these four states. The pool holds numbers only, never memory, and
 its answers are a pure function of the calls made so far, so that a replay makes the same ones. All
 operations take constant time per block. Misuse (double free, acquiring a free block) is a bug of
@@ -47,6 +50,7 @@ class BlockPool:
         self._block_of: dict[BlockHash, BlockId] = {}
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest first
         self._quarantined: dict[BlockId, None] = {}
+        self._changes: dict[BlockHash, bool] | None = None  # True: entered the index, False: left
 
     @property
     def num_free(self) -> int:
@@ -149,6 +153,7 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+            self._note(block_hash, entered=True)
 
     def quarantine(self, blocks: Sequence[BlockId]) -> None:
         """Take blocks out of circulation because a writer may still write into them.
@@ -174,9 +179,24 @@ class BlockPool:
         """Forget every prefix. Cached blocks become free; referenced ones stay, unindexed."""
         while self._cached:
             self._free.append(self._evict())
-        for block in self._block_of.values():
+        for block_hash, block in self._block_of.items():
             self._hash_of[block] = None
+            self._note(block_hash, entered=False)
         self._block_of.clear()
+
+    def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
+        """Hashes that have entered the prefix index since the last call, and those that have left.
+
+        None is in both: what came and went in between is in neither. So there are never more than
+        the index held then and holds now, and whoever adds the former to what the last call left
+        and takes the latter away has the index. The first call returns all of it; before that
+        nothing is remembered.
+        """
+        changes, self._changes = self._changes, {}
+        if changes is None:
+            return tuple(self._block_of), ()
+        stored = tuple(block_hash for block_hash, entered in changes.items() if entered)
+        return stored, tuple(block_hash for block_hash, entered in changes.items() if not entered)
 
     def check(self) -> None:
         """Assert every invariant. Time is linear in the pool: for tests and debugging."""
@@ -208,7 +228,13 @@ class BlockPool:
         assert block_hash is not None
         del self._block_of[block_hash]
         self._hash_of[block] = None
+        self._note(block_hash, entered=False)
         return block
+
+    def _note(self, block_hash: BlockHash, *, entered: bool) -> None:
+        """The index has changed; a change back leaves nothing to tell."""
+        if self._changes is not None and self._changes.setdefault(block_hash, entered) != entered:
+            del self._changes[block_hash]
 
     def _assert_in_pool(self, block: BlockId) -> None:
         assert 0 <= block < self.num_blocks, f"block {block} of a pool of {self.num_blocks}"

@@ -6,8 +6,9 @@ hand-off until the hand-off machine releases it. Sequences that arrive by hand-o
 (`adopt`).
 
 When a running sequence cannot get its next block, the youngest running one gives up its blocks: on
-a decode-role worker it goes back to the router, elsewhere it waits here to be recomputed. What a
-step computes is the batch policy's decision.
+a decode-role worker it goes back to the router, elsewhere it is *resuming*: it waits here to be
+recomputed. On a mixed worker a batch policy may also preempt decodes for a prompt. `node.turns`
+bounds how often that happens to a sequence. What a step computes is the batch policy's decision.
 
 When a step breaks, its rows are suspects: each is run again in a step of its own, so that only the
 one that breaks the engine is lost.
@@ -15,53 +16,31 @@ one that breaks the engine is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from itertools import chain, islice
 
 from pdserve.core.ids import AttemptId, StepId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import Job, Role
 from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
 from pdserve.kv.hashing import root_hash
-from pdserve.node.sequence import Sequence, SequenceKey, finish_reason
+from pdserve.node.planned import Planned, StepOutcome
+from pdserve.node.sequence import Sequence, SequenceKey, sample_spec, token_deltas
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 from pdserve.node.tables import BlockTables
-from pdserve.policy.batch import BatchPolicy, BatchView, PromptView
-
-
-@dataclass(slots=True)
-class StepOutcome:
-    """What a finished step means to the worker node. Lists are in row order.
-
-    ``held``: prefills that are done and wait for their hand-off, with each choice's next token.
-    ``decoding``: sequences that began to decode here. ``suspects``: sequences of a step that broke,
-    which will be run again one by one. ``failed``: sequences that broke a step all alone.
-    """
-
-    deltas: list[TokenDelta] = field(default_factory=list)
-    prefilled: list[Sequence] = field(default_factory=list)
-    held: list[tuple[Sequence, tuple[TokenDelta, ...]]] = field(default_factory=list)
-    decoding: list[Sequence] = field(default_factory=list)
-    suspects: list[Sequence] = field(default_factory=list)
-    failed: list[Sequence] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Planned:
-    """A step to run, the sequences that it starts, and the ones that had to give up blocks."""
-
-    plan: StepPlan | None = None
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    handed_back: list[Sequence] = field(default_factory=list)
-    started_decoding: list[Sequence] = field(default_factory=list)
+from pdserve.node.turns import first_old, in_turn, pass_by, reserve_answer
+from pdserve.policy.batch import BatchPolicy, BatchView, DecodeView, PromptView
 
 
 class BatchMachine:
     """Queues of one worker. One step is under way at a time."""
 
-    def __init__(self, settings: WorkerSettings, policy: BatchPolicy) -> None:
+    def __init__(
+        self, settings: WorkerSettings, policy: BatchPolicy, standing: Standing | None = None
+    ) -> None:
         self.settings = settings
+        self.standing = standing or Standing(settings.role)
         self.tables = BlockTables(settings)
         self.num_preemptions = 0
         self.num_steps = 0
@@ -69,6 +48,7 @@ class BatchMachine:
         self._policy = policy
         self._arrivals = 0
         self._waiting: dict[SequenceKey, Sequence] = {}
+        self._resuming: dict[SequenceKey, Sequence] = {}
         self._admitted: dict[SequenceKey, Sequence] = {}
         self._decoding: dict[SequenceKey, Sequence] = {}
         self._held: dict[SequenceKey, Sequence] = {}
@@ -106,7 +86,7 @@ class BatchMachine:
         """Forget the attempt's sequences (those of ``choices``), and release their blocks, at the
         latest when the running step is done. Held sequences are the hand-off machine's: not here.
         """
-        for queue in (self._waiting, self._admitted, self._decoding):
+        for queue in (self._waiting, self._resuming, self._admitted, self._decoding):
             for sequence in [s for s in queue.values() if s.attempt == attempt]:
                 left = () if choices is None else _without(sequence.choices, choices)
                 if left == sequence.choices:
@@ -125,6 +105,19 @@ class BatchMachine:
         for queue in (self._waiting, self._admitted, self._held):
             if queue.get(sequence.key) is sequence:
                 del queue[sequence.key]
+
+    def decoding_alone(self, attempt: AttemptId) -> Sequence | None:
+        """The attempt's only sequence here, if it decodes."""
+        own = [sequence for sequence in self.sequences() if sequence.attempt == attempt]
+        return own[0] if len(own) == 1 and own[0].key in self._decoding else None
+
+    def hold(self, sequence: Sequence) -> None:
+        """A running sequence is to be handed off: it runs no step until it is to `go_on`."""
+        self._held[sequence.key] = self._decoding.pop(sequence.key)
+
+    def go_on(self, sequence: Sequence) -> None:
+        """The hand-off of a held sequence came to nothing."""
+        self._decoding[sequence.key] = self._held.pop(sequence.key)
 
     def let_go(self, sequence: Sequence) -> None:
         """Release the blocks of a sequence that is in no queue (after the running step)."""
@@ -163,24 +156,38 @@ class BatchMachine:
 
     def _rows(self, planned: Planned) -> list[StepRow]:
         """Every running sequence's next token, and the prompt chunks that the policy grants."""
+        batch = self._policy.plan(self._view())
+        waited = list(self._resuming.values())
+        for key in batch.preempts:
+            self._preempt(self._decoding[key], planned)
         rows: list[StepRow] = []
         for sequence in list(self._decoding.values())[: self.settings.max_running]:
             rows.append(self._row(sequence, 1))
             if not sequence.decode_started:
                 sequence.decode_started = True
                 planned.started_decoding.append(sequence)
-        for grant in self._policy.plan(self._view()).grants:
-            sequence = self._admitted.get(grant.key) or self._waiting[grant.key]
-            if sequence.key in self._waiting:
-                if not self.tables.admit(sequence):
-                    break
-                self._admitted[sequence.key] = self._waiting.pop(sequence.key)
-                if not sequence.started:
-                    sequence.started = True
-                    planned.admitted.append(sequence)
+        num_new = len(self._waiting)
+        for grant in batch.grants:
+            if grant.key not in self._admitted and not self._admit(grant.key, planned):
+                break
+            sequence = self._admitted[grant.key]
             remaining = len(sequence.token_ids) - sequence.num_computed
             rows.append(self._row(sequence, min(grant.num_tokens, remaining)))
+        if len(self._waiting) < num_new:
+            pass_by(s for s in waited if s.key in self._resuming)
         return rows
+
+    def _admit(self, key: SequenceKey, planned: Planned) -> bool:
+        """Give a waiting sequence its blocks, if they can be had."""
+        queue = self._waiting if key in self._waiting else self._resuming
+        sequence = queue[key]
+        if not self.tables.admit(sequence):
+            return False
+        self._admitted[key] = queue.pop(key)
+        if not sequence.started:
+            sequence.started = True
+            planned.admitted.append(sequence)
+        return True
 
     def step_done(self, result: StepResult) -> StepOutcome:
         """Account for the step that has just ended."""
@@ -207,17 +214,13 @@ class BatchMachine:
     # --- figures ------------------------------------------------------------------------------
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def num_running(self) -> int:
         return len(self._admitted) + len(self._decoding)
 
-    @property
-    def pending_prefill_tokens(self) -> int:
-        queues = (self._waiting, self._admitted)
-        return sum(len(s.token_ids) - s.num_computed for queue in queues for s in queue.values())
+    def queues(self) -> tuple[Collection[Sequence], ...]:
+        """Sequences that wait, whose prompt is being computed, and that decode."""
+        waits = [*self._waiting.values(), *self._resuming.values()]
+        return waits, self._admitted.values(), self._decoding.values()
 
     @property
     def growth_headroom(self) -> int:
@@ -225,14 +228,23 @@ class BatchMachine:
         return max(0, self.tables.pool.num_free - len(self._decoding))
 
     @property
+    def spare_blocks(self) -> int:
+        """Blocks that hand-offs may have: what an old sequence waits for is kept for it."""
+        old = first_old(self._waiting, self._resuming, self.settings)
+        return self.growth_headroom - (0 if old is None else self.tables.missing_blocks(old))
+
+    def let_past(self) -> None:
+        """A hand-off is given blocks, before those who wait here."""
+        pass_by([*self._resuming.values(), *islice(self._waiting.values(), 1)])
+
+    @property
     def is_empty(self) -> bool:
-        queues = (self._waiting, self._admitted, self._decoding, self._held)
-        return not any(queues) and self.running_step is None
+        return next(self.sequences(), None) is None and self.running_step is None
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence in a queue, each once."""
-        for queue in (self._waiting, self._admitted, self._decoding, self._held):
-            yield from queue.values()
+        yield from chain(self._waiting.values(), self._resuming.values(), self._admitted.values())
+        yield from chain(self._decoding.values(), self._held.values())
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -241,46 +253,62 @@ class BatchMachine:
         return self._arrivals
 
     def _view(self) -> BatchView:
+        is_mixed = self.standing.role is Role.MIXED
+        new_first = self._policy.new_first and is_mixed
+        turns = in_turn(self._waiting, self._resuming, self.settings, new_first=new_first)
         return BatchView(
             num_decoding=min(len(self._decoding), self.settings.max_running),
-            prompts=map(self._prompt_view, [*self._admitted.values(), *self._waiting.values()]),
+            prompts=map(self._prompt_view, chain(list(self._admitted.values()), turns)),
             num_admitted=len(self._admitted),
             free_blocks=self.growth_headroom,
             block_size=self.settings.layout.block_size,
             max_step_tokens=self.settings.max_step_tokens,
             mixed_chunk_tokens=self.settings.mixed_chunk_tokens,
             max_running=self.settings.max_running,
+            preemptible=self._preemptible() if is_mixed else (),
         )
 
     def _prompt_view(self, sequence: Sequence) -> PromptView:
-        waits = sequence.key in self._waiting
+        waits = sequence.key not in self._admitted
         return PromptView(
             key=sequence.key,
             num_computed=sequence.num_computed,
             num_tokens=len(sequence.token_ids),
             blocks_missing=self.tables.missing_blocks(sequence) if waits else 0,
+            is_new=sequence.key in self._waiting,
         )
+
+    def _preemptible(self) -> Iterator[DecodeView]:
+        for sequence in sorted(self._decoding.values(), key=lambda s: -s.arrival):
+            if not sequence.reserved_tokens:
+                yield DecodeView(key=sequence.key, blocks_freed=self.tables.freed_by(sequence))
 
     def _make_room(self, planned: Planned) -> None:
         """A slot for the next token of each running sequence, oldest first."""
         for sequence in sorted(self._decoding.values(), key=lambda s: s.arrival):
             while sequence.key in self._decoding and not self.tables.grow(sequence):
-                youngest = max(self._decoding.values(), key=lambda s: s.arrival)
-                self.num_preemptions += 1
-                del self._decoding[youngest.key]
-                self.tables.release(youngest)
-                if self.settings.role is Role.DECODE:
-                    planned.handed_back.append(youngest)
-                else:
-                    planned.preempted.append(youngest)
-                    self._requeue(youngest)
+                able = (s for s in self._decoding.values() if not s.reserved_tokens)
+                self._preempt(max(able, key=lambda s: s.arrival), planned)
+
+    def _preempt(self, sequence: Sequence, planned: Planned) -> None:
+        """Take a running sequence's blocks: it is done elsewhere, or here and later."""
+        self.num_preemptions += 1
+        sequence.num_preemptions += 1
+        del self._decoding[sequence.key]
+        self.tables.release(sequence)
+        if self.standing.role is Role.DECODE:
+            planned.handed_back.append(sequence)
+        else:
+            planned.preempted.append(sequence)
+            self._requeue(sequence)
 
     def _requeue(self, sequence: Sequence) -> None:
-        """To the front of the queue, to be recomputed here; all of it is then of our own class."""
+        """To be recomputed here; all of it is then of our own class."""
         sequence.num_computed = sequence.num_cached_blocks = sequence.num_published = 0
         if not sequence.extends_hashes:
             sequence.extends_hashes, sequence.hashes = True, []
-        self._waiting = {sequence.key: sequence, **self._waiting}
+        reserve_answer(sequence, self.settings)
+        self._resuming[sequence.key] = sequence
 
     def _row(self, sequence: Sequence, num_tokens: int) -> StepRow:
         start = sequence.num_computed
@@ -292,7 +320,7 @@ class BatchMachine:
             token_ids=tuple(sequence.token_ids[start:end]),
             start=start,
             block_ids=tuple(sequence.block_ids),
-            sample=_sample_spec(sequence) if end == len(sequence.token_ids) else None,
+            sample=sample_spec(sequence) if end == len(sequence.token_ids) else None,
             pushes=sequence.hands_off,
         )
 
@@ -309,19 +337,7 @@ class BatchMachine:
             del self._admitted[sequence.key]
             outcome.prefilled.append(sequence)
         room_tokens = self.settings.longest_tokens - len(sequence.token_ids) - 1
-        deltas = tuple(
-            TokenDelta(
-                request_id=sequence.attempt.request_id,
-                epoch=sequence.attempt.epoch,
-                choice=choice,
-                index=spec.index,
-                token_id=token.token_id,
-                finish=finish_reason(sequence.params, spec.index, token, room_tokens),
-                logprobs=token.logprobs,
-            )
-            for choice, token in zip(spec.choices, sampled, strict=True)
-            if choice in sequence.choices
-        )
+        deltas = token_deltas(sequence, spec, sampled, room_tokens)
         if sequence.hands_off:
             self._held[sequence.key] = sequence
             outcome.held.append((sequence, deltas))
@@ -381,14 +397,3 @@ class BatchMachine:
 
 def _without(choices: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(choice for choice in choices if choice not in gone)
-
-
-def _sample_spec(sequence: Sequence) -> SampleSpec:
-    needs_history = sequence.params.needs_history
-    return SampleSpec(
-        params=sequence.params,
-        choices=sequence.choices,
-        index=sequence.next_index,
-        history=tuple(sequence.token_ids) if needs_history else None,
-        num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
-    )

@@ -24,7 +24,10 @@ DIGEST_ALGORITHM = "xxh3_128"
 
 
 class Cargo(ABC):
-    """The bytes of one hand-off."""
+    """The bytes of one hand-off. ``is_finished``: they were there before it began, and no step
+    follows."""
+
+    is_finished = False
 
     @abstractmethod
     def header(self) -> Header: ...
@@ -50,8 +53,15 @@ class BlockCargo(Cargo):
     """KV blocks of a sequence, written into the peer's pool."""
 
     def __init__(
-        self, settings: WorkerSettings, batch: BatchMachine, job: Job, sequence: Sequence
+        self,
+        settings: WorkerSettings,
+        batch: BatchMachine,
+        job: Job,
+        sequence: Sequence,
+        *,
+        finished: bool = False,
     ) -> None:
+        self.is_finished = finished
         self.sequence = sequence
         self._settings = settings
         self._batch = batch
@@ -73,13 +83,16 @@ class BlockCargo(Cargo):
         )
 
     def open(self, out: Outbox) -> None:
+        job, sequence = self._job, self.sequence
+        num_blocks = self._settings.layout.num_blocks_for(len(job.token_ids))
         out.add(
             OpenTransfer(
-                attempt=self._job.attempt,
-                peer=self._job.decode_worker,
-                block_ids=tuple(self.sequence.block_ids),
-                cached_blocks=self.sequence.num_cached_blocks,
-                one_shot=len(self._job.token_ids) < self._settings.one_shot_tokens,
+                attempt=job.attempt,
+                peer=job.decode_worker,
+                block_ids=tuple(sequence.block_ids[:num_blocks]),
+                cached_blocks=num_blocks if self.is_finished else sequence.num_cached_blocks,
+                one_shot=len(job.token_ids) < self._settings.one_shot_tokens,
+                is_finished=self.is_finished,
             )
         )
 

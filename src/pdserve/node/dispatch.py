@@ -1,19 +1,29 @@
 """Starting and ending attempts: the part of the router that talks to workers.
 
-`begin` sends a job and debits the books; `end` and `abort` undo that. An attempt that ends before
-its choices are finished leaves them waiting for a route, at the head of the queue.
+`begin` sends a job, or has a prefix fetched for it first (`node.fetches`), and debits the books;
+`end` and `abort` undo that. An attempt that ends before its choices are finished leaves them
+waiting for a route, at the head of the queue. Whose turn it is the waiting room says. Nobody who
+found no room is asked about again until something has happened that may have made some.
 """
 
 from __future__ import annotations
 
 from pdserve.core.events import LifeName
-from pdserve.core.ids import Epoch, RequestId
-from pdserve.core.messages import AbortAttempt, StartJob
+from pdserve.core.ids import Epoch, RequestId, WorkerId
+from pdserve.core.messages import AbortAttempt, CacheChanged, Message, PrefixSent
 from pdserve.core.request import Job
-from pdserve.node.books import ClusterBooks
+from pdserve.node.answer_lengths import AnswerLengths
+from pdserve.node.books import ClusterBooks, WorkerBook
+from pdserve.node.fetches import Fetches
+from pdserve.node.flights import Flights
+from pdserve.node.ledger import Decision, reasons
 from pdserve.node.lives import Attempt, Life
 from pdserve.node.outbox import Outbox
-from pdserve.policy.route import Route, RouteAsk, RoutePolicy
+from pdserve.node.pools import Pools
+from pdserve.node.prefixes import Prefixes
+from pdserve.node.waiting import WaitingRoom
+from pdserve.policy.cluster import Route, RouteAsk, RoutePolicy
+from pdserve.policy.forecast import backlog_s
 
 HANDOFF_FAILURES_BEFORE_STAYING = 2
 
@@ -21,44 +31,85 @@ HANDOFF_FAILURES_BEFORE_STAYING = 2
 class Dispatch:
     """The queue of requests that wait for a route, and all attempts under way."""
 
-    def __init__(self, books: ClusterBooks, policy: RoutePolicy) -> None:
+    def __init__(
+        self, books: ClusterBooks, pools: Pools, policy: RoutePolicy, patience_s: float
+    ) -> None:
         self.lives: dict[RequestId, Life] = {}
-        self._new: dict[RequestId, None] = {}
-        self._resumes: dict[RequestId, None] = {}
+        self.waiting = WaitingRoom(patience_s)
+        self.answers = AnswerLengths()
+        self.flights = Flights(self.lives, self.answers)
+        self.prefixes = Prefixes(books)
+        self.fetches = Fetches(books, self.prefixes)
         self._books = books
+        self._pools = pools
+        self._num_asked = 0
         self._policy = policy
+        self._stirred = False
 
     @property
     def queue(self) -> list[RequestId]:
-        """Requests that wait for a route, next one first: resumes before those that are new, each
-        kind in the order in which they came to wait."""
-        return [*self._resumes, *self._new]
+        """Requests that wait for a route: resumes before those that are new, each kind in the order
+        in which they came to wait."""
+        return self.waiting.by_arrival
 
     @property
     def num_queued(self) -> int:
-        return len(self._resumes) + len(self._new)
+        return len(self.waiting)
 
-    def wait(self, life: Life) -> None:
+    def wait(self, life: Life, now: float) -> None:
         """A new request."""
-        self._new[life.request.request_id] = None
+        self.waiting.add(life.request, self.answers.expect(life.request), now)
+        self.stir()
 
     def wait_again(self, life: Life) -> None:
         """Choices of the request need another attempt."""
-        self._new.pop(life.request.request_id, None)
-        self._resumes[life.request.request_id] = None
+        self.waiting.add_resume(life.request.request_id)
+        self.stir()
+
+    def stir(self) -> None:
+        """There may be room where there was none."""
+        self._stirred = True
 
     def route_waiting(self, out: Outbox) -> None:
-        """Send what the policy finds room for, first come first served."""
-        for request_id in self.queue if self.num_queued else ():
-            life = self.lives[request_id]
-            for group in life.unrouted():
-                ask = self._ask(life, group)
-                view = self._books.view(out.now, life.request.max_tokens_total)
-                route = self._policy.choose(view, ask)
-                if route is None:
-                    return
-                self._begin(life, group, route, ask, out)
-            self._leave_queue(request_id)
+        """Send what the policy finds room for, in the order of the waiting room."""
+        while self._stirred and len(self.waiting):
+            self._stirred = self._send_one(out)
+
+    def _send_one(self, out: Outbox) -> bool:
+        """False if there is room for none of those whose turn it is."""
+        for request_id in self.waiting.candidates(out.now):
+            if self._send(self.lives[request_id], out):
+                self.waiting.served(request_id)
+                return True
+            self.waiting.found_no_room(request_id, out.now)
+        return False
+
+    def _send(self, life: Life, out: Outbox) -> bool:
+        """Start attempts for all of its choices that have none; False if some still wait."""
+        for group in life.unrouted():
+            ask = self.ask(life, group, out.now)
+            view = self._books.view(out.now, life.request.max_tokens_total)
+            route = self._policy.choose(view, ask)
+            if route is None:
+                return False
+            self._begin(life, group, route, ask, out)
+        return True
+
+    def heard(self, message: Message, book: WorkerBook, out: Outbox) -> None:
+        """A worker speaks of its prefix cache. What one of a newer version says is not for us."""
+        if isinstance(message, CacheChanged):
+            self.prefixes.changed(book.up.worker, message)
+        elif isinstance(message, PrefixSent):
+            self.fetches.sent(book.up.worker, message, out)
+
+    def worker_lost(self, worker: WorkerId, out: Outbox) -> None:
+        """The books have forgotten it, and the attempts that it owned have ended."""
+        self.prefixes.worker_lost(worker)
+        self.fetches.worker_lost(worker, out)
+
+    def timer_fired(self, timer: str, out: Outbox) -> bool:
+        """True if the timer belongs to an attempt's beginning."""
+        return self.fetches.timer_fired(timer, out)
 
     def abort(
         self, life: Life, epoch: Epoch, out: Outbox, choices: tuple[int, ...] | None = None
@@ -73,30 +124,40 @@ class Dispatch:
         """The attempt works on nothing any more."""
         attempt = life.attempts.pop(epoch)
         self._books.forget(attempt.job.attempt, attempt.job.decode_worker)
+        if attempt.moving_to is not None:
+            self._books.forget(attempt.job.attempt, attempt.moving_to)
+        self.flights.end(attempt.job.decode_worker, attempt.job.attempt)
+        self.fetches.forget(attempt)
+        self.stir()
 
     def forget(self, life: Life) -> None:
         """The request is over."""
         for epoch in list(life.attempts):
             self.end(life, epoch)
-        self._leave_queue(life.request.request_id)
+        self.waiting.drop(life.request.request_id)
         del self.lives[life.request.request_id]
 
-    def _leave_queue(self, request_id: RequestId) -> None:
-        self._new.pop(request_id, None)
-        self._resumes.pop(request_id, None)
-
-    def _ask(self, life: Life, group: tuple[int, ...]) -> RouteAsk:
+    def ask(self, life: Life, group: tuple[int, ...], now: float) -> RouteAsk:
+        """What is to be known for routing these choices, which share their tokens."""
         request = life.request
+        self._num_asked += 1
         num_tokens = len(request.prompt_token_ids) + len(life.choices[group[0]].taken)
         failed_handoffs = max(life.choices[index].failed_handoffs for index in group)
         return RouteAsk(
             num_tokens=num_tokens,
             num_blocks=self._books.blocks_for(num_tokens, len(group)),
+            num_choices=len(group),
             preference=request.route,
             last_prefill=life.last_prefill,
             numerics=life.numerics,
             avoid_decode=tuple(life.avoid),
             in_place=failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
+            cached_tokens=self.prefixes.cached_tokens(life, group[0], now),
+            max_output_tokens=request.params.max_tokens - len(life.choices[group[0]].taken),
+            output_tokens=self.answers.expect_more(request, life.choices[group[0]]),
+            service=request.service,
+            number=self._num_asked,
+            waited_s=now - life.submitted_at_s,
         )
 
     def _begin(
@@ -118,10 +179,20 @@ class Dispatch:
             decode_worker=route.decode,
             cache_salt=request.cache_salt,
             trace_context=request.trace_context,
-            route_seq=prefill.debit_job(ask.num_tokens),
         )
-        decode.promised[job.attempt] = ask.num_blocks
-        life.attempts[epoch] = Attempt(job, owner=route.prefill)
+        for worker in route.draws:
+            self._pools.draw(worker, out)
+        num_new = ask.num_tokens - ask.cached_tokens.get(route.prefill, 0)
+        steps = prefill.view().steps
+        ready_s = out.now
+        if steps is not None:
+            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens, num_new)
+            prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
+            self._pools.demand.routed(out.now, prefill_s, request.service)
+        decode.promise(job.attempt, ask.num_blocks)
+        attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
+        life.decision = Decision.of(route) if epoch == 1 else None
+        self.flights.begin(route.decode, job.attempt, ready_s)
         life.last_prefill = route.prefill
         life.numerics = prefill.view().numerics
         for index in group:
@@ -132,7 +203,9 @@ class Dispatch:
             prefill=route.prefill,
             decode=route.decode,
             local=job.is_local,
-            reason=route.reason,
             taken_tokens=len(taken),
+            cached_tokens=ask.num_tokens - num_new,
+            **reasons(route),
         )
-        out.send(route.prefill, StartJob(job))
+        self.fetches.start(life, attempt, num_new, route.fetch_from, out)
+        self.prefixes.expect(life, group[0], route.prefill, out.now)

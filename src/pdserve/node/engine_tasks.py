@@ -30,6 +30,7 @@ from pdserve.core.engine_work import (
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import Job
+from pdserve.core.step import StepShape
 from pdserve.node.outbox import Outbox
 from pdserve.node.settings import WorkerSettings
 
@@ -51,6 +52,7 @@ class EngineTask:
 
     attempt: AttemptId
     num_tokens: int
+    num_prompt_tokens: int
     state: TaskState
     next_index: dict[int, int]
     job: Job | None = None
@@ -108,6 +110,7 @@ class EngineTasks:
         self._tasks[job.attempt] = EngineTask(
             attempt=job.attempt,
             num_tokens=len(job.token_ids),
+            num_prompt_tokens=job.num_prompt_tokens,
             state=TaskState.QUEUED,
             next_index=dict.fromkeys(job.choices, job.next_index),
             job=job if hands_off else None,
@@ -137,6 +140,7 @@ class EngineTasks:
         self._tasks[work.attempt] = EngineTask(
             attempt=work.attempt,
             num_tokens=len(work.token_ids),
+            num_prompt_tokens=work.num_prompt_tokens,
             state=TaskState.ADOPTING,
             next_index=dict.fromkeys(work.choices, index),
             redrawn=drawn if self._redraws else {},
@@ -262,6 +266,51 @@ class EngineTasks:
         self.end(task.attempt, out, choices)
 
     # --- figures ------------------------------------------------------------------------------
+
+    def shape_of(self, output: EngineOutput) -> StepShape:
+        """What the engine computed in the iteration that gave this, before `stepped` hears of it.
+
+        Empty if that cannot be told: of a prompt that it began earlier, or has not done, it may
+        have computed any part.
+        """
+        cached = {start.attempt: start.cached_tokens for start in output.started}
+        drew = {AttemptId(delta.request_id, delta.epoch) for delta in output.deltas}
+        prompt_tokens = prompt_pairs = num_decoding = context_tokens = 0
+        for task in self:
+            begins, draws = task.attempt in cached, task.attempt in drew
+            unsaid = task.state is TaskState.QUEUED and draws and not begins
+            if task.state is TaskState.STARTED or unsaid or (begins and not draws):
+                return StepShape()
+            if begins:
+                num_cached = cached[task.attempt]
+                prompt_tokens += task.num_tokens - num_cached
+                prompt_pairs += task.num_tokens**2 - num_cached**2
+        for delta in output.deltas:
+            drawn = self.get(AttemptId(delta.request_id, delta.epoch))
+            if drawn is not None and drawn.state is TaskState.RUNNING:
+                num_decoding += 1
+                context_tokens += drawn.num_prompt_tokens + delta.index
+        return StepShape(prompt_tokens, prompt_pairs, num_decoding, context_tokens)
+
+    @property
+    def num_staying(self) -> int:
+        """Choices that decode here, or will when their prompt is done."""
+        return sum(len(task.next_index) for task in self._staying())
+
+    @property
+    def context_tokens(self) -> int:
+        """Length of these choices, all together."""
+        return sum(
+            task.num_prompt_tokens + index
+            for task in self._staying()
+            for index in task.next_index.values()
+        )
+
+    def _staying(self) -> Iterator[EngineTask]:
+        for task in self:
+            prompts = task.state is TaskState.STARTED and task.job is None
+            if prompts or task.state is TaskState.RUNNING:
+                yield task
 
     def get(self, attempt: AttemptId) -> EngineTask | None:
         """The task, unless it is ending."""

@@ -24,11 +24,16 @@ from pdserve.core.messages import (
     AttemptFailed,
     FailureKind,
     Message,
+    MoveAttempt,
+    MoveFailed,
     OpaquePayload,
     PayloadTaken,
+    PrefixSent,
+    SendPrefix,
     Tokens,
 )
 from pdserve.core.request import Job
+from pdserve.core.step import StepSample, StepShape
 from pdserve.node.engine_tasks import EngineOutcome, EngineTask, EngineTasks, TaskState
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
@@ -36,6 +41,7 @@ from pdserve.node.payload_inbound import PayloadArrivals
 from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
 from pdserve.node.report import LoadCounters, LoadFigures
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 
 
 class EngineLoadSource:
@@ -51,6 +57,7 @@ class EngineLoadSource:
             pending_prefill_tokens=self._tasks.pending_prefill_tokens,
             num_waiting=self._tasks.num_waiting + self._inbound.num_queued,
             num_running=self._tasks.num_running,
+            num_decoding=self._tasks.num_staying,
             free_blocks=self._inbound.free_blocks,
             cached_blocks=self._tasks.load.cached_tokens // self._block_size,
             quarantined_blocks=0,
@@ -64,7 +71,11 @@ class EngineLoadSource:
             num_steps=load.num_steps,
             prefix_queries_tokens=load.prefix_queries_tokens,
             prefix_hits_tokens=load.prefix_hits_tokens,
+            context_tokens=self._tasks.context_tokens,
         )
+
+    def tell_cache(self, out: Outbox) -> None:
+        """What its cache holds only the engine knows."""
 
 
 class ForeignWorkerNode(WorkerMachine):
@@ -75,7 +86,7 @@ class ForeignWorkerNode(WorkerMachine):
         self.sender = PayloadSender(settings)
         self.inbound = PayloadArrivals(settings, self.tasks)
         load = EngineLoadSource(self.tasks, self.inbound, settings.layout.block_size)
-        super().__init__(settings, self.inbound, load)
+        super().__init__(settings, self.inbound, load, Standing(settings.role))
         self._engine_spoke = False
         self._engine_owes = False
 
@@ -87,6 +98,14 @@ class ForeignWorkerNode(WorkerMachine):
 
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         self.tasks.submit(job, hands_off=hands_off, out=out)
+
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        """An engine that batches for itself gives a request away at its first token, or not."""
+        if isinstance(asked, MoveAttempt):
+            detail = "its engine batches for itself"
+            out.tell_router(MoveFailed(attempt=asked.attempt, detail=detail))
+        else:
+            out.tell_router(PrefixSent(attempt=asked.attempt, num_blocks=0))
 
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self.tasks.end(attempt, out, choices)
@@ -111,6 +130,9 @@ class ForeignWorkerNode(WorkerMachine):
             case EngineStepped(output, load, elapsed_s):
                 self._set_load(load)
                 self._reporter.step_done(elapsed_s)
+                shape = self.tasks.shape_of(output)
+                if shape != StepShape():
+                    self._reporter.step_measured(StepSample(shape, elapsed_s))
                 self._stepped(self.tasks.stepped(output, out), out)
             case EngineExported(load=load):
                 self._set_load(load)
@@ -198,7 +220,7 @@ class ForeignWorkerNode(WorkerMachine):
         """The age of the running step: since when the engine has owed a sign and given none."""
         owes = self.tasks.owes_a_sign or self.sender.is_exporting
         if owes and (self._engine_spoke or not self._engine_owes):
-            self._reporter.step_started(0, out.now)
+            self._reporter.step_started(StepShape(), out.now)
         elif self._engine_owes and not owes:
             self._reporter.step_done(0.0)
         self._engine_owes = owes

@@ -99,10 +99,16 @@ class InboundHandoffs:
         self._handoffs[header.attempt] = Inbound(header, peer, peer_epoch)
 
     def grant_waiting(self, out: Outbox) -> None:
-        """Tickets for those who wait, first come first served, as far as blocks go."""
-        for handoff in self._handoffs.values():
-            if handoff.state is InboundState.QUEUED and not self._grant(handoff, out):
+        """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
+        is only to be had here too does not wait: nobody shall for its sake."""
+        for handoff in list(self._handoffs.values()):
+            if handoff.state is not InboundState.QUEUED or self._grant(handoff, out):
+                continue
+            attempt = handoff.header.attempt
+            if handoff.header.choices:
                 break
+            del self._handoffs[attempt]
+            out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
 
     def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
         handoff = self._from_peer(attempt, peer, epoch)
@@ -229,14 +235,16 @@ class InboundHandoffs:
 
     def _num_needed(self, header: Header) -> int:
         """Blocks for all tokens and for each further choice's copy of the last one."""
-        return self._layout.num_blocks_for(len(header.token_ids)) + len(header.choices) - 1
+        further = max(0, len(header.choices) - 1)
+        return self._layout.num_blocks_for(len(header.token_ids)) + further
 
     def _grant(self, handoff: Inbound, out: Outbox) -> bool:
         header = handoff.header
         pinned = self._pool.match(header.block_hashes)
         taken = self._num_needed(header) - sum(self._pool.ref_count(block) > 0 for block in pinned)
-        if taken > self._batch.growth_headroom:
+        if taken > self._batch.spare_blocks:
             return False
+        self._batch.let_past()
         self._pool.acquire(pinned)
         num_blocks = self._layout.num_blocks_for(len(header.token_ids))
         handoff.pinned = pinned
@@ -251,7 +259,8 @@ class InboundHandoffs:
                 lease_s=self._settings.lease_s,
             ),
         )
-        out.tell_router(TicketGranted(attempt=header.attempt, num_blocks=taken))
+        if header.choices:
+            out.tell_router(TicketGranted(attempt=header.attempt, num_blocks=taken))
         out.set_timer(_lease_timer(header.attempt), self._settings.lease_s)
         return True
 
@@ -287,11 +296,12 @@ class InboundHandoffs:
         )
         # The first tokens again, on this link and before the next ones: should the prefill worker's
         # copy be late or lost, the router still takes them in order.
-        out.tell_router(Tokens(trailer.tokens))
-        out.tell_router(Accepted(header.attempt))
         out.send(handoff.peer, Accepted(header.attempt))
         self._batch.adopt(parent, trailer.tokens)
-        out.log(LifeName.DECODE_QUEUED, header.attempt)
+        if header.choices:
+            out.tell_router(Tokens(trailer.tokens))
+            out.tell_router(Accepted(header.attempt))
+            out.log(LifeName.DECODE_QUEUED, header.attempt)
 
     def _reject(self, handoff: Inbound, detail: str, out: Outbox) -> None:
         attempt = handoff.header.attempt

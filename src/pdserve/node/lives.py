@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pdserve.core.ids import AttemptId, Epoch, WorkerId
+from pdserve.core.events import Scalar
+from pdserve.core.ids import AttemptId, BlockHash, Epoch, WorkerId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import FinishReason, Job, Request
+from pdserve.node.ledger import Decision
 
 
 @dataclass(slots=True)
 class Choice:
     """``taken``: output tokens that the client has or will have: the truth. ``epoch``: the attempt
-    whose tokens are taken next, or None while the choice waits for a route. ``failures`` counts its
-    failed attempts, preemptions apart; ``failed_handoffs`` and ``engine_failures`` those in which
-    that went wrong."""
+    whose tokens are taken next, or None while the choice waits for a route. ``early``: tokens of it
+    that came before the ones before them, by index: after a move these come over another link.
+    ``failures`` counts its failed attempts, preemptions apart; ``failed_handoffs`` and
+    ``engine_failures`` those in which that went wrong."""
 
     index: int
     taken: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
     epoch: Epoch | None = None
+    early: dict[int, TokenDelta] = field(default_factory=dict)
     failures: int = 0
     failed_handoffs: int = 0
     engine_failures: int = 0
@@ -28,17 +32,36 @@ class Choice:
 @dataclass(slots=True)
 class Attempt:
     """``owner`` is the one worker that answers for it: the prefill worker until the decode worker
-    has said `Accepted`."""
+    has said `Accepted`. ``moving_to``: the decode worker that is to take it over from its owner."""
 
     job: Job
     owner: WorkerId
     started: bool = False
     accepted: bool = False
+    moving_to: WorkerId | None = None
+
+    def is_undecided_without(self, worker: WorkerId) -> bool:
+        """True if the worker, now dead, was to get the attempt and has not accepted as far as is
+        known here: it may have said so to its owner only, who then owes nothing any more."""
+        has_job = self.job.decode_worker == worker and not self.accepted
+        return has_job or self.moving_to == worker
+
+    def is_not_for(self, worker: WorkerId) -> bool:
+        """True if what the worker says of it changes nothing: another one has it, or may keep it
+        if a move to this one fails."""
+        return self.moving_to == worker or (self.accepted and self.owner != worker)
+
+    def decodes_on(self, worker: WorkerId) -> bool:
+        """True if the worker writes its tokens, and nobody else is to."""
+        has_it = self.accepted or (self.job.is_local and self.started)
+        return has_it and self.owner == worker and self.moving_to is None
 
 
 @dataclass(slots=True)
 class Life:
-    """One request. ``avoid`` holds the decode workers to which a hand-off failed."""
+    """One request. ``avoid`` holds the decode workers to which a hand-off failed. ``decision``: of
+    the one attempt that it needed. ``hashes``: of its blocks, by kind of worker, of the prompt
+    (None) and of what choices have beyond it (`node.prefixes`)."""
 
     request: Request
     submitted_at_s: float
@@ -49,6 +72,8 @@ class Life:
     last_prefill: WorkerId | None = None
     numerics: str | None = None
     first_token_at_s: float | None = None
+    decision: Decision | None = None
+    hashes: dict[tuple[BlockHash, int | None], list[BlockHash]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Request, now: float) -> Life:
@@ -72,6 +97,21 @@ class Life:
     def num_output_tokens(self) -> int:
         return sum(len(choice.taken) for choice in self.choices)
 
+    def tpot_s(self, now: float) -> float | None:
+        """Seconds for each token after the first, of the longest choice, if it ends now."""
+        num_after_first = max(len(choice.taken) for choice in self.choices) - 1
+        if self.first_token_at_s is None or num_after_first < 1:
+            return None
+        return (now - self.first_token_at_s) / num_after_first
+
+    def outcome(self, now: float) -> dict[str, Scalar]:
+        """What the decision has come to, if the request ends now."""
+        if self.decision is None or self.first_token_at_s is None:
+            return {}
+        longest = max(len(choice.taken) for choice in self.choices)
+        ttft_s = self.first_token_at_s - self.submitted_at_s
+        return self.decision.outcome(ttft_s, self.tpot_s(now), longest)
+
     def unrouted(self) -> list[tuple[int, ...]]:
         """Groups of choices that wait for a route: those without tokens together, others alone."""
         waiting = [c for c in self.choices if c.finish is None and c.epoch is None]
@@ -79,17 +119,31 @@ class Life:
         groups = [fresh] if fresh else []
         return groups + [(c.index,) for c in waiting if c.taken]
 
-    def take(self, delta: TokenDelta) -> bool:
-        """True if the token is the next one of its choice's current attempt."""
+    def take(self, delta: TokenDelta) -> tuple[TokenDelta, ...]:
+        """Tokens that can be taken now: this one, if it is the next one of its choice's current
+        attempt, and those after it that came early."""
         if not 0 <= delta.choice < len(self.choices):
-            return False
+            return ()
         choice = self.choices[delta.choice]
-        wanted = (choice.epoch, len(choice.taken))
-        if choice.finish is not None or (delta.epoch, delta.index) != wanted:
-            return False
-        choice.taken.append(delta.token_id)
-        choice.finish = delta.finish
-        return True
+        if choice.finish is not None or delta.epoch != choice.epoch:
+            return ()
+        if delta.index >= len(choice.taken):
+            choice.early[delta.index] = delta
+        found = []
+        while choice.finish is None and len(choice.taken) in choice.early:
+            found.append(choice.early.pop(len(choice.taken)))
+            choice.taken.append(found[-1].token_id)
+            choice.finish = found[-1].finish
+        return tuple(found)
+
+    def wait_again(self, index: int) -> None:
+        """The choice needs another attempt."""
+        self.choices[index].epoch = None
+        self.choices[index].early.clear()
+
+    def has_gap(self, epoch: Epoch) -> bool:
+        """True if tokens of the attempt came early: some that another worker drew are to come."""
+        return any(choice.early for choice in self.choices if choice.epoch == epoch)
 
     def live_choices(self, epoch: Epoch) -> tuple[int, ...]:
         """Choices that the attempt still works on."""

@@ -34,12 +34,16 @@ from pdserve.core.messages import (
     Header,
     LeaseRenew,
     Message,
+    MoveAttempt,
     Revoke,
     RevokeAck,
+    SendPrefix,
+    SetRole,
     StartJob,
     Ticket,
     TicketRefused,
     Trailer,
+    UndrainWorker,
     WorkerGone,
 )
 from pdserve.core.request import Job
@@ -47,6 +51,7 @@ from pdserve.node.outbound import OutboundHandoffs
 from pdserve.node.outbox import Outbox
 from pdserve.node.report import LoadReporter, LoadSource
 from pdserve.node.settings import WorkerSettings
+from pdserve.node.standing import Standing
 
 
 class Arrivals(Protocol):
@@ -81,17 +86,20 @@ class Arrivals(Protocol):
 class WorkerMachine(ABC):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
 
-    def __init__(self, settings: WorkerSettings, arrivals: Arrivals, load: LoadSource) -> None:
+    def __init__(
+        self, settings: WorkerSettings, arrivals: Arrivals, load: LoadSource, standing: Standing
+    ) -> None:
         self.settings = settings
+        self.standing = standing
         self.outbound = OutboundHandoffs(settings)
         self._arrivals = arrivals
-        self._reporter = LoadReporter(settings, load)
+        self._reporter = LoadReporter(settings, load, standing, lambda: self.is_empty)
         self._gone: dict[WorkerId, Epoch] = {}
 
     @property
     def draining(self) -> bool:
         """True once the router has asked to take no new work."""
-        return self._reporter.draining
+        return self.standing.draining
 
     def handle(self, event: Input, now: float) -> list[Effect]:
         out = Outbox(self.settings.worker, now)
@@ -117,6 +125,11 @@ class WorkerMachine(ABC):
 
     # --- what is below ------------------------------------------------------------------------
 
+    @property
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """True if no request, lease or unsent KV is left."""
+
     @abstractmethod
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         """Compute the attempt; ``hands_off``: up to its first tokens."""
@@ -124,6 +137,10 @@ class WorkerMachine(ABC):
     @abstractmethod
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         """Forget what is computed here of these choices (None: of the attempt)."""
+
+    @abstractmethod
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        """Hand over KV that is finished."""
 
     @abstractmethod
     def _engine_says(self, event: Input, out: Outbox) -> None:
@@ -161,8 +178,16 @@ class WorkerMachine(ABC):
                 self.outbound.peer_lost(worker, f"{worker} is gone", out)
                 self._arrivals.peer_gone(worker, epoch, out)
             case DrainWorker():
-                self._reporter.draining = True
+                self.standing.draining = True
                 self._reporter.beat(out)  # at once: until it is heard, jobs come only to be refused
+            case UndrainWorker():
+                self.standing.draining = False
+                self._reporter.beat(out)
+            case SetRole():
+                if self.standing.take_role(message):
+                    self._reporter.changed = True
+            case MoveAttempt() | SendPrefix():
+                self._depart(message, out)
             case _:
                 pass  # a router of a newer version; what it asks is not for us
 
@@ -203,7 +228,9 @@ class WorkerMachine(ABC):
             case Trailer():
                 self._arrivals.trailer(message, peer, epoch, out)
             case Accepted(attempt):
-                self.outbound.accepted(attempt, peer, out)
+                sample = self.outbound.accepted(attempt, peer, out)
+                if sample is not None:
+                    self._reporter.transfer_measured(sample)
             case HandoffRejected(attempt=attempt, detail=detail):
                 self._turned_down(attempt, FailureKind.HANDOFF, detail, peer, out)
             case HandoffAbort(attempt=attempt):

@@ -6,9 +6,9 @@ leaves for the client. When all bytes are written the `Trailer` follows, and `Ac
 anything goes wrong before that, the transfer is stopped first (*stopping*), and only when no write
 can follow are the blocks released and the peer told.
 
-What is moved, and how, is the business of a `Cargo`. The sequence's blocks stay referenced until
-then. What a failed hand-off has computed is in the
-prefix cache, so the resume that the router starts finds it there.
+What is moved, and how, is the business of a `Cargo`; what for, that of an `Errand`. The sequence's
+blocks stay referenced until then. What a failed hand-off has computed is in the prefix cache, so
+the resume that the router starts finds it there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdserve.core.effects import CancelTimer, TransferSent
-from pdserve.core.events import LifeName
+from pdserve.core.events import LifeName, Scalar
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import (
-    AttemptFailed,
     ChunkDigest,
     FailureKind,
     HandoffAbort,
@@ -31,7 +30,9 @@ from pdserve.core.messages import (
     Trailer,
 )
 from pdserve.core.request import Job
+from pdserve.core.step import TransferSample
 from pdserve.node.cargo import BlockCargo, Cargo
+from pdserve.node.errands import Errand, JobErrand
 from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
@@ -40,14 +41,18 @@ from pdserve.node.settings import WorkerSettings
 @dataclass(slots=True)
 class Outbound:
     """One hand-off. ``deltas``: the next token of each choice, once prefill is done. ``chunks``:
-    digests, once all is written. ``keeps_sequence``: it goes on here after the transfer stops."""
+    digests, once all is written. ``granted_at_s`` and ``prefilled_at_s``: when there was a ticket,
+    and when the prefill was done. ``keeps_sequence``: it goes on here after the transfer stops."""
 
     job: Job
     cargo: Cargo
+    errand: Errand
     ticket: Ticket | None = None
     deltas: tuple[TokenDelta, ...] | None = None
     chunks: tuple[ChunkDigest, ...] | None = None
     num_bytes: int = 0
+    granted_at_s: float = 0.0
+    prefilled_at_s: float = 0.0
     first_tokens_sent: bool = False
     trailer_sent: bool = False
     stopping: bool = False
@@ -80,27 +85,25 @@ class OutboundHandoffs:
 
     # --- forward ------------------------------------------------------------------------------
 
-    def open(self, job: Job, cargo: Cargo, out: Outbox) -> None:
-        """The attempt runs in the next step."""
-        self._open[job.attempt] = Outbound(job, cargo)
+    def open(self, job: Job, cargo: Cargo, out: Outbox, errand: Errand | None = None) -> None:
+        """The attempt runs in the next step, or its KV is finished, whatever the errand is."""
+        handoff = Outbound(job, cargo, errand or JobErrand(job.attempt))
+        self._open[job.attempt] = handoff
         out.send(job.decode_worker, cargo.header())
         cargo.open(out)
-        out.log(LifeName.HANDOFF_OPENED, job.attempt, peer=job.decode_worker)
+        _log(handoff, LifeName.HANDOFF_OPENED, out, peer=job.decode_worker)
 
     def granted(self, ticket: Ticket, peer: WorkerId, peer_epoch: Epoch, out: Outbox) -> None:
         handoff = self._from_peer(ticket.attempt, peer)
         if handoff is None or handoff.stopping or handoff.ticket is not None:
             return
         handoff.ticket = ticket
+        handoff.granted_at_s = out.now
         out.add(CancelTimer(_ticket_timer(ticket.attempt)))
         handoff.cargo.bind(ticket, peer_epoch, out)
         out.set_timer(_lease_timer(ticket.attempt), ticket.lease_s / 3)
-        out.log(
-            LifeName.HANDOFF_GRANTED,
-            ticket.attempt,
-            blocks=len(ticket.block_ids),
-            reused_blocks=ticket.first_block,
-        )
+        blocks, reused = len(ticket.block_ids), ticket.first_block
+        _log(handoff, LifeName.HANDOFF_GRANTED, out, blocks=blocks, reused_blocks=reused)
         self._advance(handoff, out)
 
     def prefilled(self, attempt: AttemptId, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
@@ -109,7 +112,9 @@ class OutboundHandoffs:
         if handoff is None or handoff.stopping:
             return
         handoff.deltas = deltas
-        if all(delta.finish is not None for delta in deltas):
+        handoff.prefilled_at_s = out.now
+        is_over = all(delta.finish is not None for delta in deltas)
+        if is_over and handoff.errand.is_attempt:
             if deltas:
                 out.tell_router(Tokens(deltas))
             self._stop(handoff, "every choice ended with its first token", out)
@@ -126,12 +131,15 @@ class OutboundHandoffs:
         handoff.num_bytes = event.num_bytes
         self._advance(handoff, out)
 
-    def accepted(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
+    def accepted(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> TransferSample | None:
+        """The hand-off is over: how it went, or None if there was none."""
         handoff = self._from_peer(attempt, peer)
         if handoff is None or not handoff.trailer_sent or handoff.stopping:
-            return
-        out.log(LifeName.HANDOFF_CLOSED, attempt, ok=True, bytes=handoff.num_bytes)
+            return None
+        _log(handoff, LifeName.HANDOFF_CLOSED, out, ok=True, bytes=handoff.num_bytes)
+        handoff.errand.accepted(len(handoff.cargo.header().block_hashes), out)
         self._forget(handoff, out)
+        return self._sample(handoff, out.now)
 
     def _advance(self, handoff: Outbound, out: Outbox) -> None:
         """Send what is due: token 0 with the ticket, the trailer with the last byte."""
@@ -140,7 +148,7 @@ class OutboundHandoffs:
         attempt = handoff.job.attempt
         if not handoff.first_tokens_sent:
             handoff.first_tokens_sent = True
-            out.tell_router(Tokens(handoff.deltas))
+            handoff.errand.drawn(handoff.deltas, out)
         if handoff.chunks is not None and not handoff.trailer_sent:
             handoff.trailer_sent = True
             out.add(CancelTimer(_lease_timer(attempt)))
@@ -163,7 +171,8 @@ class OutboundHandoffs:
         handoff = self._open.get(attempt) if peer is None else self._from_peer(attempt, peer)
         if handoff is None or handoff.stopping:
             return
-        out.tell_router(AttemptFailed(attempt=attempt, kind=kind, detail=detail))
+        undecided = handoff.trailer_sent
+        handoff.keeps_sequence = handoff.errand.failed(kind, detail, out, undecided=undecided)
         handoff.tells_peer = tells_peer
         self._stop(handoff, detail, out)
 
@@ -179,6 +188,8 @@ class OutboundHandoffs:
         Choices that D adopts all the same are dropped when the router hears `Accepted`.
         """
         handoff = self._open.get(attempt)
+        if handoff is not None and handoff.cargo.is_finished:
+            handoff.keeps_sequence = False  # it is in no queue, so nobody else will let it go
         if handoff is None or handoff.keeps_sequence:
             return False
         left = [c for c in handoff.job.choices if choices is not None and c not in choices]
@@ -209,7 +220,7 @@ class OutboundHandoffs:
         handoff = self._open.get(attempt)
         if handoff is None or not handoff.stopping:
             return
-        out.log(LifeName.HANDOFF_CLOSED, attempt, ok=False, detail=handoff.detail)
+        _log(handoff, LifeName.HANDOFF_CLOSED, out, ok=False, detail=handoff.detail)
         if handoff.revoked:
             out.send(handoff.job.decode_worker, RevokeAck(attempt))
         elif handoff.tells_peer:
@@ -237,6 +248,18 @@ class OutboundHandoffs:
         handoff = self._open.get(attempt)
         return handoff if handoff is not None and handoff.job.decode_worker == peer else None
 
+    def _sample(self, handoff: Outbound, now: float) -> TransferSample:
+        """In one shot, and of an engine that gives its payload at the end, nothing is hidden."""
+        could_send_at_s = max(handoff.prefilled_at_s, handoff.granted_at_s)
+        one_shot = len(handoff.job.token_ids) < self._settings.one_shot_tokens
+        at_end = one_shot or self._settings.foreign is not None
+        return TransferSample(
+            peer=handoff.job.decode_worker,
+            num_bytes=handoff.num_bytes,
+            exposed_s=now - could_send_at_s,
+            hidden_s=0.0 if at_end else could_send_at_s - handoff.granted_at_s,
+        )
+
     def _stop(self, handoff: Outbound, detail: str, out: Outbox) -> None:
         """No write may follow. The sequence runs no further step, unless it is kept."""
         handoff.stopping = True
@@ -248,8 +271,15 @@ class OutboundHandoffs:
 
     def _forget(self, handoff: Outbound, out: Outbox) -> None:
         del self._open[handoff.job.attempt]
-        if not handoff.keeps_sequence:
+        if handoff.keeps_sequence:
+            handoff.errand.kept(out)
+        else:
             handoff.cargo.let_go(out)
+
+
+def _log(handoff: Outbound, name: LifeName, out: Outbox, **values: Scalar) -> None:
+    if handoff.errand.is_attempt:
+        out.log(name, handoff.job.attempt, **values)
 
 
 def _lease_timer(attempt: AttemptId) -> str:

@@ -12,6 +12,7 @@ sides of a hand-off.
 
 from __future__ import annotations
 
+from pdserve.core.commands import ChangeRole, DrainOne, UndrainOne
 from pdserve.core.effects import (
     BeginDrain,
     CancelTimer,
@@ -20,7 +21,6 @@ from pdserve.core.effects import (
     Effect,
     Fail,
     Input,
-    KillWorker,
     Log,
     Received,
     Refusal,
@@ -39,6 +39,7 @@ from pdserve.core.messages import (
     FailureKind,
     LoadReport,
     Message,
+    MoveFailed,
     TicketGranted,
     TokenDelta,
     Tokens,
@@ -48,16 +49,18 @@ from pdserve.core.messages import Life as LifeMessage
 from pdserve.core.request import FinishReason, Request
 from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.dispatch import Dispatch
+from pdserve.node.gate import Gate
 from pdserve.node.lives import Life
+from pdserve.node.moves import Moves
 from pdserve.node.outbox import Outbox
+from pdserve.node.pools import ROLES_TIMER, Pools
 from pdserve.node.settings import RouterSettings
-from pdserve.policy.route import FewestPendingTokens, RoutePolicy
+from pdserve.node.watch import WATCH_TIMER, Watch
+from pdserve.policy.cluster import RoutePolicy
+from pdserve.policy.shortest_queue import ShortestQueue
 
-WATCH_TIMER = "watch"
-WATCH_INTERVAL_S = 0.5
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
-MAX_RETRY_AFTER_S = 60.0
 
 
 class RouterNode:
@@ -65,13 +68,15 @@ class RouterNode:
 
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
-        self.books = ClusterBooks()
-        self.dispatch = Dispatch(self.books, policy or FewestPendingTokens())
-        self.draining = False
+        self.books = ClusterBooks(settings.costs)
+        self.pools = Pools(self.books, settings.roles)
+        self.dispatch = Dispatch(
+            self.books, self.pools, policy or ShortestQueue(), settings.patience_s
+        )
+        self.gate = Gate(settings, self.books, self.dispatch)
+        self.moves = Moves(self.books, self.dispatch)
+        self.watch = Watch(self.books, settings)
         self._expects_workers = False
-        self._watched_at_s = 0.0
-        self._finished_at_s = 0.0
-        self._finish_interval_s = 1.0
 
     @property
     def num_requests(self) -> int:
@@ -87,8 +92,9 @@ class RouterNode:
         out = Outbox(GATEWAY, now)
         match event:
             case Started():
-                self._watched_at_s = self._finished_at_s = now
-                out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
+                self.gate.start(now)
+                self.watch.start(out)
+                self.pools.start(out)
             case Submit(request):
                 self._submit(request, out)
             case ClientGone(request_id, choices):
@@ -104,9 +110,18 @@ class RouterNode:
             case TimerFired(timer):
                 self._timer_fired(timer, out)
             case BeginDrain():
-                self.draining = True
+                self.gate.draining = True
+            case ChangeRole():
+                self.pools.change(event, out)
+            case DrainOne():
+                self.pools.drain(event, out)
+            case UndrainOne():
+                self.pools.undrain(event, out)
             case _:
                 raise TypeError(f"the router does not take {type(event).__name__}")
+        self.pools.send_home(out)
+        if not (isinstance(event, Received) and isinstance(event.message, Tokens | LifeMessage)):
+            self.dispatch.stir()
         self.dispatch.route_waiting(out)
         return out.effects
 
@@ -114,6 +129,7 @@ class RouterNode:
 
     def _submit(self, request: Request, out: Outbox) -> None:
         life = Life.of(request, out.now)
+        verdict = self.gate.judge(life, out.now)
         self.dispatch.lives[request.request_id] = life
         out.log(
             LifeName.SUBMITTED,
@@ -122,16 +138,13 @@ class RouterNode:
             choices=request.num_choices,
             max_tokens=request.params.max_tokens,
             route=str(request.route),
+            service=request.service.name,
+            **({"admission": verdict.detail} if verdict.detail else {}),
         )
-        too_long = self.books.misfit(request)
-        if self.draining:
-            self._fail(life, Refusal.DRAINING, "the server is shutting down", out)
-        elif too_long is not None:
-            self._fail(life, Refusal.TOO_LONG, too_long, out)
-        elif self.num_queued >= self.settings.max_queued_requests:
-            self._overloaded(life, f"{self.num_queued} requests are waiting already", out)
+        if verdict.refused is not None:
+            self._fail(life, verdict.refused, verdict.detail, out, verdict.retry_after_s)
         else:
-            self.dispatch.wait(life)
+            self.dispatch.wait(life, out.now)
             out.set_timer(_queue_timer(request.request_id), self.settings.queue_timeout_s)
             if request.max_tokens_total > self.books.longest_tokens:
                 self._expect_workers(out)
@@ -162,7 +175,7 @@ class RouterNode:
             if old.up.epoch >= up.epoch:
                 return
             self._worker_lost(up.worker, old.up.epoch, "replaced", out)
-        self.books.add(up, out.now)
+        self.pools.worker_up(self.books.add(up, out.now), out)
         if not self._stranded():
             self._expects_workers = False
             out.add(CancelTimer(NO_WORKER_TIMER))
@@ -171,20 +184,21 @@ class RouterNode:
         book = self.books.workers.get(worker)
         if book is None or book.up.epoch != epoch:
             return
-        del self.books.workers[worker]
+        self.books.remove(worker)
+        self.pools.worker_lost(worker, out)
+        self.moves.worker_lost(worker)
         for other in sorted(self.books.workers):
             out.send(other, WorkerGone(worker, epoch))
         for life in list(self.dispatch.lives.values()):
             for attempt_epoch, attempt in list(life.attempts.items()):
-                # Not accepted as far as is known here; the decode worker may have said so to the
-                # prefill worker only, which then owes nothing any more.
-                undecided = attempt.job.decode_worker == worker and not attempt.accepted
                 still_open = attempt_epoch in life.attempts
+                undecided = attempt.is_undecided_without(worker) or life.has_gap(attempt_epoch)
                 if still_open and (attempt.owner == worker or undecided):
                     life.count_failure(attempt_epoch, None, None)
                     if attempt.owner != worker:
                         out.send(attempt.owner, AbortAttempt(attempt.job.attempt))
                     self._resume(life, attempt_epoch, None, f"{worker} is gone: {detail}", out)
+        self.dispatch.worker_lost(worker, out)
         self._expect_workers(out)
 
     def _received(self, book: WorkerBook, message: Message, out: Outbox) -> None:
@@ -192,7 +206,11 @@ class RouterNode:
             case Tokens(deltas):
                 self._take(deltas, out)
             case LoadReport():
-                book.take_report(message, out.now)
+                self.books.take_report(book, message, out.now)
+                self.pools.drained(book, out)
+                self.moves.consider(book, out)
+            case MoveFailed():
+                self.moves.failed(message, book, out)
             case LifeMessage(events):
                 for event in events:
                     out.add(Log(event))
@@ -205,20 +223,22 @@ class RouterNode:
             case AttemptFailed():
                 self._attempt_failed(message, book.up.worker, out)
             case _:
-                pass  # a worker of a newer version; what it says is not for us
+                self.dispatch.heard(message, book, out)
 
     def _take(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         taken: dict[RequestId, list[TokenDelta]] = {}
         for delta in deltas:
             life = self.dispatch.lives.get(delta.request_id)
-            if life is not None and life.take(delta):
-                taken.setdefault(delta.request_id, []).append(delta)
+            if life is not None and (now_taken := life.take(delta)):
+                taken.setdefault(delta.request_id, []).extend(now_taken)
         for request_id, mine in taken.items():
             life = self.dispatch.lives[request_id]
             if life.first_token_at_s is None:
                 life.first_token_at_s = out.now
                 out.add(CancelTimer(_queue_timer(request_id)))
                 out.log(LifeName.FIRST_TOKEN, life.attempt_id(mine[0].epoch))
+                service = life.request.service
+                self.pools.demand.first_token(out.now, out.now - life.submitted_at_s, service)
             out.add(Deliver(request_id, tuple(mine)))
             for epoch in dict.fromkeys(delta.epoch for delta in mine):
                 if not life.live_choices(epoch):
@@ -237,7 +257,11 @@ class RouterNode:
         life = self.dispatch.lives.get(attempt_id.request_id)
         attempt = None if life is None else life.attempts.get(attempt_id.epoch)
         worker = book.up.worker
-        if life is None or attempt is None or attempt.job.decode_worker != worker:
+        if life is None or attempt is None:
+            out.send(worker, AbortAttempt(attempt_id))
+            return
+        moved = self.moves.accepted(life, attempt, worker)
+        if not moved and attempt.job.decode_worker != worker:
             out.send(worker, AbortAttempt(attempt_id))
             return
         attempt.owner = worker
@@ -250,7 +274,7 @@ class RouterNode:
     def _attempt_failed(self, failed: AttemptFailed, sender: WorkerId, out: Outbox) -> None:
         life = self.dispatch.lives.get(failed.attempt.request_id)
         attempt = None if life is None else life.attempts.get(failed.attempt.epoch)
-        if life is None or attempt is None or (attempt.accepted and sender != attempt.owner):
+        if life is None or attempt is None or attempt.is_not_for(sender):
             return
         if failed.kind is FailureKind.INVALID:
             kind = Refusal.INTERNAL if life.has_tokens else Refusal.TOO_LONG
@@ -282,7 +306,7 @@ class RouterNode:
         """These choices of the attempt need another one."""
         for index in life.live_choices(epoch):
             if choices is None or index in choices:
-                life.choices[index].epoch = None
+                life.wait_again(index)
         if not life.live_choices(epoch):
             self.dispatch.end(life, epoch)
         if life.most_failures > self.settings.max_attempts:
@@ -296,21 +320,23 @@ class RouterNode:
     def _finish_if_done(self, life: Life, out: Outbox) -> None:
         if not life.is_done:
             return
-        interval_s = out.now - self._finished_at_s
-        self._finish_interval_s += 0.2 * (interval_s - self._finish_interval_s)
-        self._finished_at_s = out.now
+        self.gate.finished(out.now)
+        self.dispatch.answers.learn(life)
+        tpot_s = life.tpot_s(out.now)
+        if tpot_s is not None:
+            self.pools.demand.finished(out.now, tpot_s, life.request.service)
         out.log(
             LifeName.FINISHED,
             life.attempt_id(Epoch(life.next_epoch - 1)),
             reason=str(life.choices[0].finish),
             output_tokens=life.num_output_tokens,
             choices=len(life.choices),
+            **life.outcome(out.now),
         )
         self._close(life, out)
 
     def _overloaded(self, life: Life, detail: str, out: Outbox) -> None:
-        wait_s = (self.num_queued + 1) * self._finish_interval_s
-        self._fail(life, Refusal.OVERLOADED, detail, out, min(max(1.0, wait_s), MAX_RETRY_AFTER_S))
+        self._fail(life, Refusal.OVERLOADED, detail, out, self.gate.retry_after_s)
 
     def _fail(
         self, life: Life, kind: str, detail: str, out: Outbox, retry_after_s: float | None = None
@@ -331,12 +357,14 @@ class RouterNode:
 
     def _timer_fired(self, timer: str, out: Outbox) -> None:
         if timer == WATCH_TIMER:
-            self._watch(out)
+            self.watch.look(out)
+        elif timer == ROLES_TIMER:
+            self.pools.timer_fired(out)
         elif timer == NO_WORKER_TIMER:
             self._expects_workers = False
             for life in self._stranded():
                 self._fail(life, Refusal.UNAVAILABLE, "no worker is left that can hold it", out)
-        else:
+        elif not self.dispatch.timer_fired(timer, out):
             self._queue_time_up(RequestId(timer.removeprefix("queue ")), out)
 
     def _queue_time_up(self, request_id: RequestId, out: Outbox) -> None:
@@ -348,29 +376,6 @@ class RouterNode:
             out.set_timer(_queue_timer(request_id), self.settings.queue_timeout_s)
         else:
             self._overloaded(life, f"not begun within {self.settings.queue_timeout_s:g} s", out)
-
-    def _watch(self, out: Outbox) -> None:
-        """Kill workers that are silent, or whose step takes far longer than it should."""
-        late_s = out.now - self._watched_at_s - WATCH_INTERVAL_S
-        self._watched_at_s = out.now
-        out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
-        for worker, book in sorted(self.books.workers.items()):
-            if late_s > WATCH_INTERVAL_S:  # this process slept: their reports wait in its sockets
-                book.heard_at_s = out.now
-            detail = self._wrong_with(book, out.now)
-            if detail is not None and not book.killed:
-                book.killed = True
-                out.add(KillWorker(worker, book.up.epoch, detail))
-
-    def _wrong_with(self, book: WorkerBook, now: float) -> str | None:
-        silent_s = now - book.heard_at_s
-        if silent_s > self.settings.report_timeout_s:
-            return f"silent for {silent_s:.1f} s"
-        if book.report is not None and book.report.step_age_s > 0:
-            age_s = book.report.step_age_s + silent_s
-            if age_s > max(self.settings.step_timeout_s, 10 * book.report.step_expected_s):
-                return f"a step has taken {age_s:.1f} s"
-        return None
 
     def _stranded(self) -> list[Life]:
         """Requests for which every worker is too small: all of them, with nobody left."""

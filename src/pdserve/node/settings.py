@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import Job, Role
+from pdserve.cost.store import KnownCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +38,9 @@ class WorkerSettings:
     ``one_shot_tokens``: a transfer of fewer tokens waits for the last layer (Splitwise, sec. IV-C:
     512). ``lease_s`` is how long a ticket is held without a sign of its writer;
     ``ticket_timeout_s`` how long a finished prefill waits for a ticket before the router is asked
-    for another decode worker. With ``foreign`` set the blocks only measure an engine's memory:
-    nobody else sees them, and the layout has no layers.
+    for another decode worker. ``max_preemptions`` bounds how often a sequence is set back while it
+    waits for blocks (`node.turns`). With ``foreign`` set the blocks only measure an engine's
+    memory: nobody else sees them, and the layout has no layers.
     """
 
     worker: WorkerId
@@ -49,6 +52,7 @@ class WorkerSettings:
     max_step_tokens: int = 2048
     mixed_chunk_tokens: int = 512
     max_running: int = 256
+    max_preemptions: int = 4
     one_shot_tokens: int = 512
     lease_s: float = 10.0
     ticket_timeout_s: float = 10.0
@@ -74,20 +78,36 @@ class WorkerSettings:
         return None
 
 
+class RoleControl(StrEnum):
+    """What the role controller may do: nothing, move workers, or only say what it would do."""
+
+    FIXED = "fixed"
+    AUTO = "auto"
+    ADVISE = "advise"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     """Settings of the router. Durations are seconds.
 
     ``queue_timeout_s``: a request that no worker has begun by then is refused (429);
-    ``max_queued_requests``: so is one that finds this many waiting. ``report_timeout_s``: a worker
-    silent for this long is killed; ``step_timeout_s``: so is one whose step is older than this and
-    than ten times what it expected. ``max_attempts`` bounds the resumes that one choice may need
-    because of failures (not of preemption).
+    ``max_queued_requests``: so is one that finds this many waiting. A worker that is silent for
+    ``silent_after_s`` gets no work, and after ``report_timeout_s`` it is killed;
+    ``step_timeout_s``: so is one whose step is older than this and than ten times what it expected.
+    ``max_attempts`` bounds the resumes that one choice may need because of failures (not of
+    preemption). ``admission`` names the policy that refuses early (``policy.admission``);
+    ``patience_s`` is for how long a request lets others pass (``waiting``). ``costs``: what is
+    known of steps and links at birth.
     """
 
     queue_timeout_s: float = 30.0
+    patience_s: float = 10.0
+    admission: str = "none"
     max_queued_requests: int = 1024
+    silent_after_s: float = 1.5
     report_timeout_s: float = 3.0
     step_timeout_s: float = 30.0
     max_attempts: int = 8
     no_worker_timeout_s: float = 15.0
+    costs: KnownCosts = field(default_factory=KnownCosts)
+    roles: RoleControl = RoleControl.FIXED

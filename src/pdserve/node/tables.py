@@ -32,15 +32,24 @@ class BlockTables:
     def missing_blocks(self, sequence: Sequence) -> int:
         """Blocks that admitting a waiting sequence would take from the free ones."""
         shared = sum(self.pool.ref_count(block) > 0 for block in self._cached_prefix(sequence))
-        return self._layout.num_blocks_for(len(sequence.token_ids)) - shared
+        return self._num_blocks(sequence) - shared
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that need not be computed, as things are now."""
+        return len(self._cached_prefix(sequence)) * self._block_size
+
+    def freed_by(self, sequence: Sequence) -> int:
+        """Blocks that nobody would hold any more if the sequence let go of its own."""
+        return sum(self.pool.ref_count(block) == 1 for block in sequence.block_ids)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all of its tokens, cached ones first."""
+        """Give a waiting sequence blocks for all of its tokens, and for those that are reserved for
+        it, cached ones first."""
         num_tokens = len(sequence.token_ids)
         cached = self._cached_prefix(sequence)
         self.pool.acquire(cached)
         try:
-            fresh = self.pool.allocate(self._layout.num_blocks_for(num_tokens) - len(cached))
+            fresh = self.pool.allocate(self._num_blocks(sequence) - len(cached))
         except OutOfBlocksError:
             self.pool.release(cached)
             return False
@@ -50,6 +59,18 @@ class BlockTables:
         self.queries_tokens += num_tokens
         self.hits_tokens += sequence.num_computed
         return True
+
+    def pin_cached(self, sequence: Sequence) -> bool:
+        """Give a sequence that will not run what is cached of its full blocks; False if nothing
+        is. Its tokens are cut down to those."""
+        sequence.extend_hashes_to(len(sequence.token_ids) // self._block_size, self._block_size)
+        sequence.block_ids = self.pool.match(sequence.hashes)
+        self.pool.acquire(sequence.block_ids)
+        num_blocks = len(sequence.block_ids)
+        del sequence.hashes[num_blocks:]
+        sequence.num_computed = num_blocks * self._block_size
+        sequence.num_cached_blocks = sequence.num_published = num_blocks
+        return num_blocks > 0
 
     def grow(self, sequence: Sequence) -> bool:
         """Have a slot for the sequence's last token; False if no block can be had."""
@@ -117,6 +138,9 @@ class BlockTables:
         kept = [copy for copy in copying if not copy[0].doomed]
         self.pool.release([copy[1] for copy in copying if copy[0].doomed])
         self._copies = kept + self._copies
+
+    def _num_blocks(self, sequence: Sequence) -> int:
+        return self._layout.num_blocks_for(max(len(sequence.token_ids), sequence.reserved_tokens))
 
     def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
         """Blocks that need not be computed again; the last token always is, for its logits."""

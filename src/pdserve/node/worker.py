@@ -18,25 +18,37 @@ from pdserve.core.effects import (
 )
 from pdserve.core.events import LifeName
 from pdserve.core.ids import AttemptId, Epoch, WorkerId
-from pdserve.core.messages import AttemptFailed, FailureKind, Message, Tokens
+from pdserve.core.messages import (
+    AttemptFailed,
+    FailureKind,
+    Message,
+    MoveAttempt,
+    SendPrefix,
+    Tokens,
+)
 from pdserve.core.request import Job
-from pdserve.node.batch import BatchMachine, Planned, StepOutcome
+from pdserve.node.batch import BatchMachine
 from pdserve.node.cargo import BlockCargo
+from pdserve.node.departures import Departures
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
+from pdserve.node.planned import Planned, StepOutcome
 from pdserve.node.report import BatchLoad
 from pdserve.node.settings import WorkerSettings
-from pdserve.policy.batch import BatchPolicy, FcfsBatching
+from pdserve.policy.batch import BatchPolicy
+from pdserve.policy.registry import make_batching
 
 
 class WorkerNode(WorkerMachine):
     """`handle(input, now) -> effects`. Knows no clock, no engine, no socket."""
 
     def __init__(self, settings: WorkerSettings, policy: BatchPolicy | None = None) -> None:
-        self.batch = BatchMachine(settings, policy or FcfsBatching())
+        self.batch = BatchMachine(settings, policy or make_batching())
         self.inbound = InboundHandoffs(settings, self.batch)
-        super().__init__(settings, self.inbound, BatchLoad(self.batch, self.inbound))
+        load = BatchLoad(self.batch, self.inbound)
+        super().__init__(settings, self.inbound, load, self.batch.standing)
+        self._departures = Departures(self.batch, self.outbound)
         self._jobs: dict[AttemptId, Job] = {}
 
     @property
@@ -46,12 +58,19 @@ class WorkerNode(WorkerMachine):
 
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         sequence = self.batch.submit(job, hands_off=hands_off)
+        sequence.num_found = self.batch.tables.cached_tokens(sequence)
         if sequence.hands_off:
             self._jobs[job.attempt] = job
 
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self.batch.drop(attempt, choices)
         self._forget_jobs()
+
+    def _depart(self, asked: MoveAttempt | SendPrefix, out: Outbox) -> None:
+        if isinstance(asked, MoveAttempt):
+            self._departures.move(asked, out)
+        else:
+            self._departures.share(asked, out)
 
     def _peer_says(self, peer: WorkerId, message: Message, epoch: Epoch, out: Outbox) -> None:
         """Blocks are written, not sent: payloads are not for this kind of worker."""
@@ -64,8 +83,12 @@ class WorkerNode(WorkerMachine):
     def _engine_says(self, event: Input, out: Outbox) -> None:
         match event:
             case StepDone(result, elapsed_s):
-                self._reporter.step_done(elapsed_s)
+                if result.error is None:
+                    self._reporter.step_done(elapsed_s)
+                else:
+                    self._reporter.step_failed()
                 self._step_done(self.batch.step_done(result), result.error, out)
+                self._departures.step_done(out)
             case TransferSent():
                 self._reporter.transfer_bytes += event.num_bytes
                 self.outbound.sent(event, out)
@@ -114,7 +137,7 @@ class WorkerNode(WorkerMachine):
         planned = self.batch.plan()
         self._begin(planned, out)
         if planned.plan is not None:
-            self._reporter.step_started(planned.plan.num_tokens, out.now)
+            self._reporter.step_started(planned.plan.shape, out.now)
             out.add(RunStep(planned.plan))
         self._reporter.report_if_changed(out)
 

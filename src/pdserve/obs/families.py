@@ -26,8 +26,11 @@ REQUEST_BUCKETS_S = (
 HANDOFF_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
+RATIO_BUCKETS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+REGRET_BUCKETS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 HANDOFF_OUTCOMES = ("accepted", "failed")
+FETCH_OUTCOMES = ("sent", "failed", "lost", "late")
 ROUTE_KINDS = ("split", "local")
 MAX_LABEL_VALUES = 32
 
@@ -60,6 +63,22 @@ class RequestFamilies:
             "vllm:request_generation_tokens", "Output tokens of a request.", buckets
         )
 
+        self.ttft_ratio = self._histogram(
+            "pdserve:ttft_measured_to_predicted",
+            "Time to first token over what the router had predicted.",
+            RATIO_BUCKETS,
+        )
+        self.tpot_ratio = self._histogram(
+            "pdserve:tpot_measured_to_predicted",
+            "Time per output token over what the router had predicted.",
+            RATIO_BUCKETS,
+        )
+        self.regret_s = self._seconds(
+            "pdserve:route_regret",
+            "By how much the runner-up, as predicted, would have been faster; 0 if it would not.",
+            REGRET_BUCKETS_S,
+        )
+
     def _make_counters(self) -> None:
         count = self._counter
         self.prompt_tokens = count("vllm:prompt_tokens", "Prompt tokens of answered requests.")
@@ -72,6 +91,13 @@ class RequestFamilies:
             "vllm:request_success", "Ended requests by reason.", "finished_reason"
         )
         self._handoffs = self._counter_by("pdserve:handoffs", "Closed hand-offs.", "outcome")
+        self.route_cached_tokens = count(
+            "pdserve:route_cached_tokens",
+            "Prompt tokens that were, as far as the router knew, cached where they were routed to.",
+        )
+        self._fetches = self._counter_by(
+            "pdserve:prefix_fetches", "Requests held back for a prefix to be fetched.", "outcome"
+        )
         self._routes = self._counter_by("pdserve:routes", "Routes that were chosen.", "kind")
         self._resumes = self._counter_by("pdserve:resumes", "Attempts after the first.", "reason")
         self._rejected = self._counter_by(
@@ -110,6 +136,9 @@ class RequestFamilies:
     def handoffs(self, outcome: str) -> Counter:
         return self._labelled(self._handoffs, outcome)
 
+    def fetches(self, outcome: str) -> Counter:
+        return self._labelled(self._fetches, outcome)
+
     def routes(self, kind: str) -> Counter:
         return self._labelled(self._routes, kind)
 
@@ -134,6 +163,8 @@ class RequestFamilies:
             self.success(reason)
         for outcome in HANDOFF_OUTCOMES:
             self.handoffs(outcome)
+        for outcome in FETCH_OUTCOMES:
+            self.fetches(outcome)
         for kind in ROUTE_KINDS:
             self.routes(kind)
 

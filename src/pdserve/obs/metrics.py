@@ -84,6 +84,8 @@ class Metrics:
                 self._routed(event)
             case LifeName.RESUMED:
                 self._requests.resumes(_text(event, "reason")).inc()
+            case LifeName.PREFIX_FETCHED:
+                self._requests.fetches(_text(event, "outcome")).inc()
             case LifeName.HANDOFF_GRANTED:
                 self._requests.handoff_reused_blocks.inc(_number(event, "reused_blocks") or 0.0)
             case LifeName.FINISHED | LifeName.FAILED:
@@ -170,6 +172,7 @@ class Metrics:
             return
         local = values.get("local", values.get("prefill") == values.get("decode"))
         self._requests.routes("local" if local else "split").inc()
+        self._requests.route_cached_tokens.inc(_number(event, "cached_tokens") or 0.0)
 
     def _progressed(self, record: _Record, event: LifeEvent) -> None:
         """Events of the workers. Phases are those of the first attempt that reaches them."""
@@ -216,6 +219,7 @@ class Metrics:
     def _finished(self, record: _Record, event: LifeEvent) -> None:
         families = self._requests
         families.success(_text(event, "reason")).inc()
+        self._judged(event)
         if record.submitted_s is None:
             return
         output_tokens = _number(event, "output_tokens")
@@ -236,6 +240,20 @@ class Metrics:
         if gaps > 0.0:
             decode_s = max(0.0, event.at_s - record.first_delivery_s)
             families.output_token_s.observe(decode_s / gaps)
+
+    def _judged(self, event: LifeEvent) -> None:
+        """How good the router's prediction was, if it made one."""
+        families = self._requests
+        for name, histogram in (("ttft", families.ttft_ratio), ("tpot", families.tpot_ratio)):
+            measured, predicted = (
+                _number(event, f"{name}_ms"),
+                _number(event, f"predicted_{name}_ms"),
+            )
+            if measured is not None and predicted:
+                histogram.observe(measured / predicted)
+        regret_ms = dict(event.detail).get("regret_ms")
+        if isinstance(regret_ms, int | float):
+            families.regret_s.observe(max(0.0, regret_ms / 1e3))
 
 
 def _number(event: LifeEvent, key: str) -> float | None:

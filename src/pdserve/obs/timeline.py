@@ -1,7 +1,7 @@
 """The document of ``/v1/requests/{id}/timeline``: where the time of one request went, and why.
 
 `describe` turns the life events of a request into attempts (one per epoch), each with the router's
-decision and with phases::
+decision, the candidates that it compared (what each would cost, in ms, best first), and phases::
 
     queue        submitted (or resumed)  -> prefill started
     prefill      prefill started         -> prefill ended
@@ -21,6 +21,7 @@ puts their events onto its own clock before it appends them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,6 +89,8 @@ def _attempt(
         "prefill_worker": routed.get("prefill"),
         "decode_worker": routed.get("decode"),
         "reason": routed.get("reason"),
+        "candidates": json.loads(str(routed.get("candidates", "[]"))),
+        "moves": [dict(event.detail) for event in own if event.name is LifeName.MOVING],
         "resumed": _details(own, LifeName.RESUMED) or None,
         "preemptions": sum(event.name is LifeName.PREEMPTED for event in own),
         "phases": _phases(own, start, end_s, origin_s),

@@ -20,17 +20,28 @@ class PromptView:
     """A sequence whose known tokens are not all computed. ``key`` (attempt, first choice) names it.
 
     ``blocks_missing`` is what must still be allocated before any of it can run: 0 once admitted.
+    ``is_new``: it has not run; others were preempted and are recomputed.
     """
 
     key: tuple[AttemptId, int]
     num_computed: int
     num_tokens: int
     blocks_missing: int
+    is_new: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeView:
+    """A running sequence that may be preempted, and the blocks that would be free then."""
+
+    key: tuple[AttemptId, int]
+    blocks_freed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchView:
-    """What a batch policy sees. ``prompts`` come once, in order of arrival, admitted ones first."""
+    """What a batch policy sees. ``prompts`` come once, whose turn it is first, admitted ones before
+    all others. ``preemptible`` come once, youngest first; there are none but on a mixed worker."""
 
     num_decoding: int
     prompts: Iterable[PromptView]
@@ -40,6 +51,7 @@ class BatchView:
     max_step_tokens: int
     mixed_chunk_tokens: int
     max_running: int
+    preemptible: Iterable[DecodeView] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +64,31 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
+    """``preempts``: running sequences to be set aside before anything else is done."""
+
     grants: tuple[Grant, ...]
+    preempts: tuple[tuple[AttemptId, int], ...] = ()
 
 
 class BatchPolicy(Protocol):
+    """``new_first``: on a mixed worker new prompts go before preempted sequences, until these are
+    old (`node.turns`)."""
+
+    @property
+    def new_first(self) -> bool: ...
+
     def plan(self, view: BatchView) -> BatchPlan:
         """Grants in the order in which blocks are to be given; no key twice."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class FcfsBatching:
     """First come, first served; nobody overtakes a prompt that waits for blocks."""
+
+    @property
+    def new_first(self) -> bool:
+        return False
 
     def plan(self, view: BatchView) -> BatchPlan:
         budget = view.max_step_tokens

@@ -18,6 +18,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.request import Role
+from pdserve.cost.step_times import DEFAULT_PROFILE, PROFILES, StepTimes, speed_of
 from pdserve.serve.runners import ENGINES
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.registry import TRANSPORTS
@@ -88,10 +89,19 @@ class Deployment:
             num_blocks=self.num_blocks,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
+            mixed_chunk_tokens=config.mixed_chunk_tokens,
             one_shot_tokens=config.one_shot_tokens,
+            batching=config.batch_policy,
+            step_times=self._step_times(worker),
             record=config.record,
             log_format=config.log_format,
         )
+
+    def _step_times(self, worker: WorkerId) -> StepTimes | None:
+        if self.config.engine != "modelled":
+            return None
+        times = self.config.step_times or PROFILES[DEFAULT_PROFILE]
+        return times.at_speed(speed_of(self.config.speeds or {}, worker, self.roles[worker]))
 
 
 def deploy(config: ServeConfig) -> Deployment:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from pdserve.api.gateway import ModelCard
+from pdserve.core.commands import Answer, Command, RoleChanged, RolesJudged
 from pdserve.core.effects import (
     BeginDrain,
     ClientGone,
@@ -43,6 +44,7 @@ from pdserve.core.request import Request, Role
 from pdserve.obs.life import LifeLog
 from pdserve.obs.logs import log_life_event
 from pdserve.obs.metrics import Metrics
+from pdserve.serve.commands import Commands
 from pdserve.serve.driver import Driver, Machine, Recorder
 from pdserve.serve.links import Identity
 from pdserve.serve.roster import Roster, RosterEvents
@@ -104,6 +106,8 @@ class LiveGateway:
         self._began_s = time.monotonic()
         self._streams: dict[RequestId, TokenStream] = {}
         self._workers: dict[WorkerId, _Known] = {}
+        self._standing = {worker: (role, 0) for worker, role in roles.items()}
+        self._judgement: str | None = None
         self._num_requests = 0
         self._num_tokens = 0
         self._draining = False
@@ -123,6 +127,7 @@ class LiveGateway:
                 unlinked=self._unlinked,
             ),
         )
+        self._commands = Commands(self._driver.feed)
         self._driver.feed(Started())
 
     # --- the edge -----------------------------------------------------------------------------
@@ -145,6 +150,14 @@ class LiveGateway:
             stream.stop(choice)
             self._client_gone(request_id, (choice,))
 
+    async def command(self, asked: Command) -> str:
+        return await self._commands.ask(asked)
+
+    @property
+    def num_ready(self) -> int:
+        """Workers that can serve."""
+        return len(self._workers)
+
     def is_ready(self) -> bool:
         return bool(self._workers) and not self._draining
 
@@ -163,6 +176,7 @@ class LiveGateway:
             "open_requests": len(self._streams),
             "requests": self._num_requests,
             "output_tokens": self._num_tokens,
+            "roles": self._judgement,
             "workers": [
                 self._describe(worker, epoch, pid)
                 for worker, epoch, pid in self._supervisor.slots()
@@ -170,12 +184,13 @@ class LiveGateway:
         }
 
     def _describe(self, worker: WorkerId, epoch: Epoch, pid: int | None) -> dict[str, Any]:
-        role = self._roles[worker].value
+        role, role_epoch = self._standing[worker]
         known = self._workers.get(worker)
         document: dict[str, Any] = {
             "id": worker,
-            "role": role,
-            "home_role": role,
+            "role": role.value,
+            "home_role": self._roles[worker].value,
+            "role_epoch": role_epoch,
             "pid": pid,
             "epoch": epoch,
             "state": "down" if pid is None else "starting",
@@ -202,7 +217,10 @@ class LiveGateway:
                 "quarantined": report.quarantined_blocks,
                 "size_tokens": None if layout is None else layout.block_size,
             }
-            skipped = ("total_blocks", "free_blocks", "cached_blocks", "quarantined_blocks")
+            skipped = (
+                *("total_blocks", "free_blocks", "cached_blocks", "quarantined_blocks"),
+                *("role", "role_epoch", "steps", "transfers"),
+            )
             load = {name: value for name, value in asdict(report).items() if name not in skipped}
             document |= {"load": load, "blocks": blocks}
         return document
@@ -263,6 +281,13 @@ class LiveGateway:
                 if stream is not None:
                     stream.refuse(effect)
                     self._forget_if_over(effect.request_id)
+            case Answer():
+                self._commands.answered(effect)
+            case RoleChanged(worker=worker, role=role, role_epoch=role_epoch, reason=reason):
+                log.info("%s is of role %s now: %s", worker, role, reason)
+                self._standing[worker] = (role, role_epoch)
+            case RolesJudged(reason=reason):
+                self._judgement = reason
             case KillWorker(worker, epoch, detail):
                 log.warning("killing %s (process %d): %s", worker, epoch, detail)
                 self._supervisor.kill(worker, epoch)
@@ -297,7 +322,8 @@ class LiveGateway:
         await self._until(lambda: not self._streams)
 
     def fail_all(self, kind: str, detail: str) -> None:
-        """End every open answer with an error of this kind (`Refusal`)."""
+        """End every open answer with an error of this kind (`Refusal`), and every command."""
+        self._commands.fail_all(detail)
         for request_id, stream in list(self._streams.items()):
             stream.refuse(Fail(request_id=request_id, kind=kind, detail=detail))
             self._client_gone(request_id, None)

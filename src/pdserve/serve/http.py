@@ -11,6 +11,7 @@ import uvicorn
 from pdserve.api.app import create_app
 from pdserve.api.gateway import Gateway
 from pdserve.api.settings import ApiSettings
+from pdserve.service_classes import ONE_CLASS, ServiceClasses
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -26,7 +27,12 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(gateway: Gateway, model_path: Path, api_key: str | None) -> HttpServer:
+def http_server(
+    gateway: Gateway,
+    model_path: Path,
+    api_key: str | None,
+    service_classes: ServiceClasses = ONE_CLASS,
+) -> HttpServer:
     """The server for this gateway and the tokenizer of this model; not serving yet.
 
     Raises `ModelError` if the folder's tokenizer or chat template cannot be used.
@@ -35,7 +41,11 @@ def http_server(gateway: Gateway, model_path: Path, api_key: str | None) -> Http
         gateway,
         Tokenizer.from_folder(model_path),
         ChatTemplate.from_folder(model_path),
-        ApiSettings(api_key=api_key),
+        ApiSettings(
+            api_key=api_key,
+            classes={service.name: service for service in service_classes.classes},
+            class_of_key=service_classes.class_of_key,
+        ),
     )
     config = uvicorn.Config(
         app,

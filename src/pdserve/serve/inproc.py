@@ -23,7 +23,7 @@ from pdserve.core.request import Role
 from pdserve.engine.base import ModelRunner
 from pdserve.node.router import RouterNode
 from pdserve.node.settings import RouterSettings
-from pdserve.policy.route import FewestPendingTokens
+from pdserve.policy.registry import DEFAULT_POLICY, make_policy
 from pdserve.serve.driver import Recorder
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.links import Identity, new_address
@@ -47,7 +47,8 @@ class InprocCluster:
     """An async context manager; everything runs between enter and exit.
 
     ``template`` says what all workers have in common; its ids, addresses and secret are replaced.
-    ``build`` makes a worker's runner, on that worker's engine thread.
+    ``build`` makes a worker's runner, on that worker's engine thread. ``policy`` routes, written as
+    `make_policy` takes it.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class InprocCluster:
         template: WorkerStart,
         build: RunnerBuilder = build_runner,
         *,
+        policy: str = DEFAULT_POLICY,
         router: RouterSettings | None = None,
         record: str | None = None,
     ) -> None:
         self._card = card
         self._roles: Mapping[WorkerId, Role] = dict(workers)
         self._build = build
+        self._policy = policy
         self._router = router or RouterSettings()
         self._record = record
         self._hub = InprocHub()
@@ -90,11 +93,8 @@ class InprocCluster:
         self.router: RouterNode
 
     async def __aenter__(self) -> InprocCluster:
-        policy = FewestPendingTokens()
-        self.router = RouterNode(self._router, policy)
-        recorder: Recorder | None = recorder_of(
-            self._record, type(policy).__name__, router=self._router
-        )
+        self.router = RouterNode(self._router, make_policy(self._policy))
+        recorder: Recorder | None = recorder_of(self._record, self._policy, router=self._router)
         self.gateway = LiveGateway(
             card=self._card,
             machine=self.router,

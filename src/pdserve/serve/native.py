@@ -19,7 +19,7 @@ from pdserve.core.messages import Ticket
 from pdserve.engine.base import ModelRunner
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
-from pdserve.policy.batch import FcfsBatching
+from pdserve.policy.registry import make_batching
 from pdserve.serve.backend import Surroundings
 from pdserve.serve.engine_thread import EngineThread, post_to_loop
 from pdserve.serve.start import WorkerStart
@@ -30,8 +30,6 @@ from pdserve.transport.push import Pusher
 
 class NativeBackend:
     """A loaded runner with its pool. Made on the engine thread; implements ``backend.Backend``."""
-
-    policy = FcfsBatching.__name__
 
     def __init__(self, start: WorkerStart, runner: ModelRunner, transport: Transport) -> None:
         info = runner.info
@@ -46,6 +44,7 @@ class NativeBackend:
             mixed_chunk_tokens=start.mixed_chunk_tokens,
             one_shot_tokens=start.one_shot_tokens,
         )
+        self.policy = start.batching
         self.device = info.device
         self.engine = info.engine
         self._runner = runner
@@ -77,7 +76,7 @@ class NativeBackend:
         self._engine = EngineThread(
             surroundings.jobs, self._runner, self._pusher, surroundings.feed
         )
-        return WorkerNode(self.settings, FcfsBatching())
+        return WorkerNode(self.settings, make_batching(self.policy))
 
     def perform(self, effect: Effect) -> None:
         assert self._engine is not None

@@ -44,7 +44,8 @@ _LENGTH = struct.Struct(">I")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Birth:
     """What a replay needs to make the machine again. One of the two settings is given; the policy
-    is empty for a worker whose engine batches for itself."""
+    is written as `policy.registry` takes it, and empty if the worker's engine batches for itself.
+    """
 
     format: int
     node: str

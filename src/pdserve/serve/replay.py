@@ -8,7 +8,6 @@ machines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,10 @@ from pdserve.core.errors import ConfigError
 from pdserve.node.foreign import ForeignWorkerNode
 from pdserve.node.router import RouterNode
 from pdserve.node.worker import WorkerNode
-from pdserve.policy.batch import BatchPolicy, FcfsBatching
-from pdserve.policy.route import FewestPendingTokens, RoutePolicy
+from pdserve.policy.registry import make_batching, make_policy
 from pdserve.serve.driver import Machine
 from pdserve.serve.recorder import SUFFIX, Birth, Heard, read
 from pdserve.transport.records import decode_record, encode_record
-
-BATCH_POLICIES: dict[str, Callable[[], BatchPolicy]] = {"FcfsBatching": FcfsBatching}
-ROUTE_POLICIES: dict[str, Callable[[], RoutePolicy]] = {"FewestPendingTokens": FewestPendingTokens}
-"""Policies by the name under which a recording knows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +59,13 @@ def _born(birth: Birth, file: Path) -> Machine:
         if birth.worker is not None and birth.worker.foreign is not None:
             return ForeignWorkerNode(birth.worker)
         if birth.worker is not None:
-            return WorkerNode(birth.worker, BATCH_POLICIES[birth.policy]())
+            return WorkerNode(birth.worker, make_batching(birth.policy))
         if birth.router is not None:
-            return RouterNode(birth.router, ROUTE_POLICIES[birth.policy]())
-    except KeyError:
+            return RouterNode(birth.router, make_policy(birth.policy))
+    except ConfigError as error:
         raise ConfigError(
-            f"{file} was recorded with policy {birth.policy}, which this build does not have"
+            f"{file} was recorded with policy {birth.policy}, which this build does not have: "
+            f"{error}"
         ) from None
     raise ConfigError(f"{file} says neither what worker nor what router it is")
 

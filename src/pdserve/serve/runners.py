@@ -47,6 +47,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         )
     # A runner without weights has the model's shape, so that pools and limits are as was said.
     config = ModelConfig.from_folder(Path(start.model_path))
+    times = {} if start.step_times is None else {"times": start.step_times}
     return create_runner(
         start.engine,
         num_layers=config.num_layers,
@@ -56,6 +57,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         dtype=pool_dtype(start.dtype, start.kv_dtype),
         vocab_size=config.vocab_size,
         max_model_tokens=config.max_model_tokens,
+        **times,
     )
 
 

@@ -25,10 +25,11 @@ from pdserve.core.effects import Refusal
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import GATEWAY, Epoch, WorkerId
 from pdserve.node.router import RouterNode
-from pdserve.node.settings import RouterSettings
+from pdserve.node.settings import RoleControl, RouterSettings
 from pdserve.obs import logs
-from pdserve.policy.route import FewestPendingTokens
+from pdserve.policy.registry import make_policy
 from pdserve.serve.deployment import Deployment
+from pdserve.serve.fits import FitFiles, known_costs
 from pdserve.serve.gateway import LiveGateway
 from pdserve.serve.launcher import Launcher
 from pdserve.serve.links import Identity, new_address
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_S = 3.0
+PATIENCE = 3
+"""A request lets others pass for this part of the time that it may wait at all."""
 
 GC_THRESHOLD = 10_000
 """Objects that may come into being before the collector looks at the young ones."""
@@ -101,16 +104,23 @@ class Server:
             unusable=self._unusable,
             said=self._worker_said,
         )
-        settings = RouterSettings(queue_timeout_s=self._config.queue_timeout)
-        policy = FewestPendingTokens()
+        self._fits = FitFiles()
+        settings = RouterSettings(
+            queue_timeout_s=self._config.queue_timeout,
+            patience_s=self._config.queue_timeout / PATIENCE,
+            admission=self._config.admission_policy,
+            roles=RoleControl(self._config.roles),
+            costs=known_costs(deployment, self._fits),
+        )
+        self._router = RouterNode(settings, make_policy(self._config.policy))
         self._gateway = LiveGateway(
             card=deployment.card,
-            machine=RouterNode(settings, policy),
+            machine=self._router,
             address=gateway_address,
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
             supervisor=self._launcher,
-            recorder=recorder_of(self._config.record, type(policy).__name__, router=settings),
+            recorder=recorder_of(self._config.record, self._config.policy, router=settings),
             crashed=self._fail,
         )
 
@@ -119,10 +129,14 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        learned = self._router.books.learned
+        saving = asyncio.ensure_future(self._fits.keep_saving(learned.saved))
         try:
             self._launcher.start()
             await self._serve_http(bound)
         finally:
+            saving.cancel()
+            self._fits.save(learned.saved())
             self._gateway.close()
             await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
         if self._user_error is not None:
@@ -134,7 +148,12 @@ class Server:
         # Loaded while the workers load their models: it takes a second, and they are not idle.
         from pdserve.serve.http import http_server
 
-        http = http_server(self._gateway, self._deployment.model_path, self._config.api_key)
+        http = http_server(
+            self._gateway,
+            self._deployment.model_path,
+            self._config.api_key,
+            self._config.classes,
+        )
         serving = asyncio.ensure_future(http.serve(sockets=[bound]))
         serving.add_done_callback(lambda _: self._stop.set())
         announcing = asyncio.ensure_future(self._announce(bound))

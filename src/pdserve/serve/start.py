@@ -9,6 +9,8 @@ import msgspec
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.request import Role
+from pdserve.cost.step_times import StepTimes
+from pdserve.policy.registry import DEFAULT_BATCHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,8 @@ class WorkerStart:
     ``gateway_address`` is where it says hello, ``address`` where it takes links of other workers:
     both names of abstract sockets. ``launcher_pid`` is the process with which it lives and dies.
     ``threads`` is the number of CPU threads of its engine. ``mixed_chunk_tokens`` and
-    ``one_shot_tokens`` are those of `WorkerSettings`.
+    ``one_shot_tokens`` are those of `WorkerSettings`; ``batching`` is for `make_batching`;
+    ``step_times`` for the engine ``modelled``.
     """
 
     worker: WorkerId
@@ -45,6 +48,8 @@ class WorkerStart:
     one_shot_tokens: int = 512
     weight_dtype: str = "auto"
     kv_dtype: str = "auto"
+    batching: str = DEFAULT_BATCHING
+    step_times: StepTimes | None = None
 
     def encode(self) -> bytes:
         """JSON, for the worker's standard input. Holds the cluster secret."""

@@ -6,10 +6,7 @@ gone down belongs to a process that was started anew, and counts from zero.
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,35 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.core.errors import ConfigError, UnavailableError
+from pdserve.core.errors import ConfigError
+from pdserve.serve.client import Client
 
-TIMEOUT_S = 5.0
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "down": "red"}
-
-
-class Client:
-    """Asks a server for its ``/cluster`` document."""
-
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url is {url!r}; it begins with http:// or https://")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-    def cluster(self) -> dict[str, Any]:
-        """Raises `UnavailableError` if there is no such server, or it refuses."""
-        request = urllib.request.Request(f"{self.url}/cluster", headers=self._headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                document: dict[str, Any] = json.load(response)
-        except urllib.error.HTTPError as error:
-            hint = "; give its key with --api-key" if error.code == 401 else ""
-            raise UnavailableError(f"{self.url} answers with status {error.code}{hint}") from error
-        except (OSError, ValueError) as error:
-            raise UnavailableError(
-                f"no pdserve answers at {self.url} ({error}); name the right one with --url"
-            ) from error
-        return document
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from pdserve.core import effects, engine_work
+from pdserve.core import commands, effects, engine_work
 from pdserve.core.effects import Effect, Input, Received, Send
 from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import Epoch, WorkerId
@@ -59,6 +59,9 @@ RECORD_KINDS: dict[int, type[Any]] = {
     81: engine_work.EngineExported,
     82: engine_work.EngineAdopted,
     83: engine_work.EngineAborted,
+    84: commands.ChangeRole,
+    85: commands.DrainOne,
+    86: commands.UndrainOne,
     # Effects.
     96: effects.Send,
     97: effects.SetTimer,
@@ -76,6 +79,9 @@ RECORD_KINDS: dict[int, type[Any]] = {
     109: engine_work.EngineAbort,
     110: engine_work.EngineExport,
     111: engine_work.EngineAdopt,
+    112: commands.Answer,
+    113: commands.RoleChanged,
+    114: commands.RolesJudged,
 }
 """Kind ids are part of the format: an id is never given to another type."""
 

@@ -114,7 +114,7 @@ class Transfer:
         self._current: Chunk | None = None
         self._next_block = 0
         self._is_last = False
-        self._all_finished = False
+        self._all_finished = effect.is_finished
         self._add_chunk(effect.block_ids[: effect.cached_blocks], pool.layout.num_layers)
 
     def bind(self, destination: Destination) -> None:

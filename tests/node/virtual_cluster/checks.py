@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
+from pdserve.core.request import DEFAULT_SERVICE
 from pdserve.node.inbound import Inbound, InboundState
 from pdserve.node.router import RouterNode
 from pdserve.node.sequence import Sequence
@@ -78,7 +79,7 @@ def _check_copies(node: WorkerNode) -> None:
 def _check_queues(node: WorkerNode) -> None:
     """A sequence is in one queue, under its own key; nothing that runs is doomed."""
     batch = node.batch
-    queues = (batch._waiting, batch._admitted, batch._decoding, batch._held)
+    queues = (batch._waiting, batch._resuming, batch._admitted, batch._decoding, batch._held)
     seen: set[int] = set()
     for queue in queues:
         for key, sequence in queue.items():
@@ -87,7 +88,7 @@ def _check_queues(node: WorkerNode) -> None:
             assert not sequence.doomed
             assert not sequence.detached
             seen.add(id(sequence))
-    assert not any(sequence.block_ids for sequence in batch._waiting.values())
+    assert not any(s.block_ids for q in (batch._waiting, batch._resuming) for s in q.values())
     waiting = {sequence.attempt for sequence in batch._waiting.values() if sequence.hands_off}
     assert set(node._jobs) == waiting, "a job is kept for nobody"
 
@@ -110,7 +111,7 @@ def check_one_owner(processes: Iterable[Process]) -> None:
         if not process.alive:
             continue
         batch = process.node.batch
-        for queue in (batch._waiting, batch._admitted, batch._decoding):
+        for queue in (batch._waiting, batch._resuming, batch._admitted, batch._decoding):
             for sequence in queue.values():
                 for choice in sequence.choices:
                     key = (sequence.attempt, choice)
@@ -124,7 +125,7 @@ def check_router(router: RouterNode) -> None:
     queue = set(dispatch.queue)
     assert queue <= set(dispatch.lives), "a request that is over waits"
     assert len(queue) == dispatch.num_queued, "a request waits twice"
-    attempts: dict[AttemptId, WorkerId] = {}
+    attempts: dict[AttemptId, tuple[WorkerId | None, ...]] = {}
     for request_id, life in dispatch.lives.items():
         assert not life.is_done
         for choice in life.choices:
@@ -135,17 +136,47 @@ def check_router(router: RouterNode) -> None:
         for epoch, attempt in life.attempts.items():
             assert life.live_choices(epoch), f"{request_id}: nobody wants {epoch}"
             assert attempt.owner in router.books.workers, f"{attempt.owner} is gone"
-            attempts[attempt.job.attempt] = attempt.job.decode_worker
+            attempts[attempt.job.attempt] = (attempt.job.decode_worker, attempt.moving_to)
+    flights = dispatch.flights.workers()
+    followed = {attempt: worker for worker, there in flights.items() for attempt in there}
+    decoding = {attempt: there[0] for attempt, there in attempts.items()}
+    assert followed == decoding, "who decodes where is not what is under way"
     for worker, book in router.books.workers.items():
         for promised in book.promised:
-            assert attempts.get(promised) == worker, f"a promise to {promised} is left"
+            assert worker in attempts.get(promised, ()), f"a promise to {promised} is left"
+    _check_fetches(router, set(attempts))
+
+
+def _check_fetches(router: RouterNode, attempts: set[AttemptId]) -> None:
+    """A job that is held back waits for one fetch that is under way, and its book knows."""
+    fetches = router.dispatch.fetches
+    waiting = {attempt: fetch for fetch in fetches._open.values() for attempt in fetch.waiting}
+    assert waiting == fetches._held
+    assert waiting.keys() <= attempts, "a job is held back of an attempt that is over"
+    workers = router.books.workers
+    held = {attempt: worker for worker, book in workers.items() for attempt in book.held}
+    assert held == {attempt: fetch.to for attempt, fetch in waiting.items()}
+    for fetch in fetches._open.values():
+        assert {fetch.source, fetch.to} <= workers.keys(), f"{fetch.fetch_id} is of a dead worker"
+
+
+def check_caches_known(router: RouterNode, processes: Iterable[Process]) -> None:
+    """With everything said that is to be said, the router knows every worker's prefix cache."""
+    index = router.dispatch.prefixes._index
+    for process in processes:
+        cached = set(process.node.batch.tables.pool._block_of)
+        assert index._blocks.get(process.worker, set()) == cached, process
 
 
 def check_books_restored(router: RouterNode) -> None:
     """With nothing under way the router counts every block of every worker as free."""
     assert router.num_requests == 0
     assert router.num_queued == 0
+    assert len(router.dispatch.flights) == 0
+    assert router.dispatch.waiting.prompt_tokens_ahead(DEFAULT_SERVICE) == 0
+    assert len(router.dispatch.fetches) == 0
     for book in router.books.workers.values():
+        assert book.held == {}
         assert book.promised == {}, f"promised on {book.up.worker}: {book.promised}"
         assert book.unreported == []
         assert (book.granted_blocks, book.num_granted) == (0, 0)

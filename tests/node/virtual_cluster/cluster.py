@@ -6,6 +6,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pdserve.core.commands import (
+    Answer,
+    ChangeRole,
+    DrainOne,
+    RoleChanged,
+    RolesJudged,
+    UndrainOne,
+)
 from pdserve.core.effects import (
     BeginDrain,
     BindTransfer,
@@ -30,6 +38,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message, StartJob
 from pdserve.node.router import RouterNode
+from pdserve.policy.registry import make_policy
 from virtual_cluster.checks import check_one_owner, check_router, check_worker, check_write
 from virtual_cluster.client import Client
 from virtual_cluster.links import PairLink
@@ -39,7 +48,7 @@ from virtual_cluster.spec import ClusterSpec
 
 EVENT_S = 0.0005
 """Virtual time that each event takes."""
-BACKGROUND_TIMERS = ("heartbeat", "report", "watch")
+BACKGROUND_TIMERS = ("heartbeat", "report", "watch", "roles")
 MAX_EVENTS = 60_000
 
 
@@ -74,12 +83,13 @@ class VirtualCluster:
     def __init__(self, spec: ClusterSpec) -> None:
         self.spec = spec
         self.now = 0.0
-        self.router = RouterNode(spec.router)
+        self.router = RouterNode(spec.router, make_policy(spec.policy))
         self.router_timers: dict[str, float] = {}
         self.client = Client()
         self.asks: dict[RequestId, Ask] = {}
         self.life: list[LifeEvent] = []
         self.killed: list[KillWorker] = []
+        self.said: list[Answer | RoleChanged | RolesJudged] = []
         self.processes: list[Process] = []
         self.current: dict[WorkerId, Process] = {}
         self.members: dict[WorkerId, Process] = {}
@@ -106,12 +116,22 @@ class VirtualCluster:
     def drain(self) -> None:
         self._tell_router(BeginDrain())
 
+    def command(self, asked: ChangeRole | DrainOne | UndrainOne) -> None:
+        """An operator says something."""
+        self._tell_router(asked)
+
+    def answer(self, command: int) -> Answer | None:
+        """What the router said to it, once."""
+        found = [a for a in self.said if isinstance(a, Answer) and a.command == command]
+        assert len(found) <= 1, f"{command} was answered twice"
+        return found[0] if found else None
+
     def start(self, worker: WorkerId) -> Process:
         """A new process of the slot; it says that it is up."""
         old = self.current.get(worker)
         epoch = Epoch(1 if old is None else old.epoch + 1)
         settings = self.spec.settings(worker, epoch)
-        process = Process(settings, self.asks, self._write, self._send_peer)
+        process = Process(settings, self.spec.batching, self.asks, self._write, self._send_peer)
         for other in self.processes:
             if other.alive and other.worker != worker:
                 link = PairLink(process, other, self.hear)
@@ -328,6 +348,8 @@ class VirtualCluster:
                 process = self.current[worker]
                 if process.epoch == epoch and process.alive:
                     self.kill(process)
+            case Answer() | RoleChanged() | RolesJudged():
+                self.said.append(effect)
             case _:
                 raise TypeError(f"the router does not ask for {effect}")
 

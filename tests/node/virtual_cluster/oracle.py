@@ -11,7 +11,14 @@ import zlib
 from dataclasses import dataclass
 
 from pdserve.core.ids import RequestId
-from pdserve.core.request import FinishReason, Request, RoutePreference, SamplingParams
+from pdserve.core.request import (
+    DEFAULT_SERVICE,
+    FinishReason,
+    Request,
+    RoutePreference,
+    SamplingParams,
+    ServiceClass,
+)
 
 VOCABULARY = 24
 EOS = 0
@@ -56,6 +63,8 @@ def make_ask(
     penalty: bool = False,
     poison: bool = False,
     longest_tokens: int = 1 << 30,
+    service: ServiceClass = DEFAULT_SERVICE,
+    tenant: str = "",
 ) -> Ask:
     """A request, and what it must answer. Without ``eos`` only its length ends a choice."""
     params = SamplingParams(
@@ -74,6 +83,8 @@ def make_ask(
         num_choices=num_choices,
         cache_salt=salt,
         route=route,
+        service=service,
+        tenant=tenant,
     )
     choices = [_answer(request, choice, longest_tokens) for choice in range(num_choices)]
     answers = tuple(answer for answer, _, _ in choices)

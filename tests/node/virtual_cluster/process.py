@@ -28,6 +28,7 @@ from pdserve.core.ids import GATEWAY, BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Life, LoadReport, Message
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
+from pdserve.policy.registry import make_batching
 from virtual_cluster.engine import StepRun
 from virtual_cluster.memory import Memory
 from virtual_cluster.oracle import Ask
@@ -59,6 +60,7 @@ class Process:
     def __init__(
         self,
         settings: WorkerSettings,
+        batching: str,
         asks: Mapping[RequestId, Ask],
         write: Callable[[Process, BindTransfer, int, BlockId, list[int]], None],
         send: Callable[[Process, WorkerId, Message], None],
@@ -66,7 +68,7 @@ class Process:
         self.worker = settings.worker
         self.epoch = settings.epoch
         self.settings = settings
-        self.node = WorkerNode(settings)
+        self.node = WorkerNode(settings, make_batching(batching))
         self.alive = True
         self.stopped = False
         self.timers: dict[str, float] = {}

@@ -115,6 +115,7 @@ class Pusher:
     def _open(self, effect: OpenTransfer) -> Iterator[None]:
         transfer = self._transfers[effect.attempt] = Transfer(effect)
         self._add_chunk(transfer, effect.block_ids[: effect.cached_blocks], self._num_layers)
+        transfer.all_finished = effect.is_finished
         return
         yield
 

@@ -9,19 +9,22 @@ left behind.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
+from pdserve.core.commands import ChangeRole, DrainOne
 from pdserve.core.effects import Refusal
-from pdserve.core.ids import RequestId
-from pdserve.core.messages import DrainWorker
-from pdserve.core.request import RoutePreference
-from virtual_cluster.checks import check_books_restored
+from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.messages import DrainWorker, SendPrefix
+from pdserve.core.request import Role, RoutePreference
+from pdserve.policy.cluster import ClusterView, Route, RouteAsk, RoutePolicy, WorkerView
+from pdserve.policy.rebalance import Movable, Move
+from virtual_cluster.checks import check_books_restored, check_caches_known
 from virtual_cluster.client import Answer
 from virtual_cluster.cluster import BACKGROUND_TIMERS, VirtualCluster
 from virtual_cluster.oracle import make_ask
 from virtual_cluster.process import Process
-from virtual_cluster.scenario import FAULTS, Scenario
+from virtual_cluster.scenario import CLASSES, FAULTS, Scenario
 
 NUMBERS = 1 << 24
 REST_S = 120.0
@@ -45,6 +48,33 @@ class Number:
         return digit
 
 
+class Restless:
+    """Moves the youngest request wherever there is room, whatever it costs."""
+
+    def propose(
+        self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
+    ) -> Move | None:
+        for target in sorted(view.workers, key=lambda worker: worker.num_decoding):
+            if target.worker != crowded.worker and target.free_blocks > 2:
+                youngest = movable[-1].attempt
+                return Move(attempt=youngest, to=target.worker, pause_s=0.0, saves_s=0.0, reason="")
+        return None
+
+
+class Fetching:
+    """Has prefixes fetched for most routes, from whoever has any of them, whatever it costs."""
+
+    def __init__(self, policy: RoutePolicy) -> None:
+        self._policy = policy
+
+    def choose(self, view: ClusterView, ask: RouteAsk) -> Route | None:
+        route = self._policy.choose(view, ask)
+        holders = list(ask.cached_tokens)
+        if route is None or not holders or ask.number % 5 == 0:
+            return route
+        return replace(route, fetch_from=holders[ask.number % len(holders)])
+
+
 @dataclass
 class History:
     """A cluster under a schedule. ``engine_hits``: steps of one row that broke, by request."""
@@ -53,6 +83,7 @@ class History:
     cluster: VirtualCluster = field(init=False)
     num_requests: int = 0
     num_faults: int = 0
+    num_commands: int = 0
     draining: bool = False
     drained: set[Process] = field(default_factory=set)
     too_long: set[RequestId] = field(default_factory=set)
@@ -62,6 +93,11 @@ class History:
     def __post_init__(self) -> None:
         self.cluster = VirtualCluster(self.scenario.spec)
         self.cluster.late_peer_lost = self.scenario.late_peer_lost
+        if self.scenario.restless:
+            self.cluster.router.moves._policy = Restless()
+        if self.scenario.fetching:
+            dispatch = self.cluster.router.dispatch
+            dispatch._policy = Fetching(dispatch._policy)
         self.cluster.run()
 
     # --- one thing after the other ----------------------------------------------------------------
@@ -132,6 +168,8 @@ class History:
             penalty=number.below(4) == 0,
             poison=self.scenario.poison and number.below(8) == 0,
             longest_tokens=longest,
+            service=CLASSES[number.below(len(CLASSES))],
+            tenant=("", "x", "y")[number.below(3)],
         )
         if is_too_long:
             self.too_long.add(ask.request_id)
@@ -240,11 +278,48 @@ class History:
 
     def _drain_worker(self, number: Number) -> None:
         """One worker is to take no new work, unless it is the last one that does."""
-        members = [p for p in self.cluster.members.values() if p.alive and p not in self.drained]
+        members = [p for w, p in self.cluster.members.items() if p.alive and self._takes_work(w)]
         if len(members) > 1:
             process = members[number.below(len(members))]
             self.drained.add(process)
             process.to_worker.append(DrainWorker())
+
+    def _change_role(self, number: Number) -> None:
+        """An operator moves a worker to another pool, wherever it stands."""
+        workers = sorted(self.cluster.current)
+        role = list(Role)[number.below(len(Role))]
+        worker = workers[number.below(len(workers))]
+        self.num_commands += 1
+        self.cluster.command(ChangeRole(command=self.num_commands, worker=worker, role=role))
+
+    def _drain_one(self, number: Number) -> None:
+        """An operator has a worker replaced, unless it is the last one that takes work."""
+        books = self.cluster.router.books.workers
+        taking = [w for w, b in sorted(books.items()) if b.accepts and self._takes_work(w)]
+        if len(taking) > 1:
+            worker = taking[number.below(len(taking))]
+            self.num_commands += 1
+            self.cluster.command(DrainOne(command=self.num_commands, worker=worker, restart=True))
+
+    def _share(self, number: Number) -> None:
+        """A worker is to send what it has of a prefix to another one; or, seldom, to itself."""
+        members = [member for _, member in sorted(self.cluster.members.items()) if member.alive]
+        if members:
+            self.num_commands += 1
+            family = number.below(3)
+            asked = SendPrefix(
+                attempt=AttemptId(RequestId(f"prefix-{self.num_commands}"), Epoch(1)),
+                to=members[number.below(len(members))].worker,
+                token_ids=tuple((family + 1) * (7 + i) % 19 for i in range(16)),
+                cache_salt=("", "salt")[number.below(2)],
+            )
+            members[number.below(len(members))].to_worker.append(asked)
+
+    def _takes_work(self, worker: WorkerId) -> bool:
+        """Nobody has told it, or the router, that it should not."""
+        book = self.cluster.router.books.workers.get(worker)
+        is_drained = self.cluster.current[worker] in self.drained
+        return book is not None and not book.drains and not is_drained
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -291,9 +366,8 @@ class History:
 
     def _is_at_rest(self) -> bool:
         cluster = self.cluster
-        return cluster.router.num_requests == 0 and all(
-            p.alive and p.node.is_empty for p in cluster.current.values()
-        )
+        router_rests = cluster.router.num_requests == 0 and not len(cluster.router.dispatch.fetches)
+        return router_rests and all(p.alive and p.node.is_empty for p in cluster.current.values())
 
     def _left(self) -> str:
         router = self.cluster.router
@@ -319,6 +393,7 @@ class History:
         left = [name for name in cluster.router_timers if name not in BACKGROUND_TIMERS]
         assert not [name for name in left if name != "no worker"], left
         check_books_restored(cluster.router)
+        check_caches_known(cluster.router, cluster.current.values())
 
     def _check_reason(self, request_id: RequestId, answer: Answer) -> None:
         failure = answer.failure
@@ -335,6 +410,8 @@ class History:
                 assert self.no_worker, failure
             case Refusal.OVERLOADED:
                 assert not answer.has_tokens
+                promised = answer.ask.request.service
+                assert promised.is_bounded or "promises" not in failure.detail
             case Refusal.DRAINING:
                 assert self.draining
                 assert not answer.has_tokens

@@ -8,6 +8,7 @@ from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import Role
 from pdserve.node.settings import RouterSettings, WorkerSettings
+from pdserve.policy.registry import DEFAULT_BATCHING
 
 NUM_LAYERS = 2
 
@@ -27,6 +28,8 @@ class ClusterSpec:
     max_step_tokens: int = 32
     mixed_chunk_tokens: int = 8
     max_running: int = 8
+    policy: str = "shortest_queue"
+    batching: str = DEFAULT_BATCHING
     one_shot_tokens: int = 12
     lease_s: float = 1.0
     ticket_timeout_s: float = 1.0

@@ -128,5 +128,6 @@ def test_runners_are_made_by_name() -> None:
     runner = create_runner("fake", vocab_size=17)
     assert isinstance(runner, FakeRunner)
     assert runner.info.vocab_size == 17
-    with pytest.raises(ConfigError, match="engine 'fast' is unknown: choose one of fake, torch"):
+    words = "engine 'fast' is unknown: choose one of fake, modelled, torch"
+    with pytest.raises(ConfigError, match=words):
         create_runner("fast")

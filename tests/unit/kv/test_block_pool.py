@@ -34,6 +34,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.hashes: dict[BlockId, BlockHash] = {}
         self.parked: list[BlockId] = []
         self.tables: list[list[BlockId]] = []
+        self.told: set[BlockHash] = set()
 
     def lookup(self, wanted: BlockHash) -> BlockId | None:
         return next((block for block, held in self.hashes.items() if held == wanted), None)
@@ -136,6 +137,16 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.free |= set(self.lru)
         self.lru.clear()
         self.hashes.clear()
+
+    @rule()
+    def take_changes(self) -> None:
+        """What is told is what is new, and no more."""
+        stored, evicted = self.pool.take_changes()
+        now = set(self.hashes.values())
+        assert len(stored) + len(evicted) == len({*stored, *evicted})
+        assert set(stored) == now - self.told
+        assert set(evicted) == self.told - now
+        self.told = now
 
     @invariant()
     def agrees(self) -> None:
@@ -245,6 +256,24 @@ def test_clear_cache_forgets_blocks_in_use_too() -> None:
     pool.publish(used, name(2))
     assert pool.match([name(2)]) == [used]
     pool.check()
+
+
+def test_what_came_and_went_is_not_told() -> None:
+    pool = BlockPool(1, 16)
+    (block,) = pool.allocate(1)
+    pool.publish(block, name(0))
+    assert pool.take_changes() == ((name(0),), ())
+    pool.release([block])
+    for number in (1, 2, 0):
+        pool.publish(pool.allocate(1)[0], name(number))
+        pool.release([block])
+    assert pool.take_changes() == ((), ())
+
+
+def test_nothing_is_remembered_before_anybody_asks() -> None:
+    pool = cached_pool(4, 3)
+    pool.clear_cache()
+    assert pool.take_changes() == ((), ())
 
 
 def test_without_a_prefix_cache_nothing_is_kept() -> None:

@@ -84,6 +84,8 @@ def test_vllm_and_own_names_are_there_from_the_start(metrics: Metrics) -> None:
         "pdserve:handoff_bytes_total",
         "pdserve:handoff_reused_blocks_total",
         "pdserve:routes_total",
+        "pdserve:route_cached_tokens_total",
+        "pdserve:prefix_fetches_total",
         "pdserve:quarantined_blocks",
         "pdserve:open_leases",
         "pdserve:worker_up",
@@ -118,6 +120,15 @@ def test_an_undisturbed_split_request(metrics: Metrics, split_life) -> None:
     assert samples(metrics, outcome="accepted")["pdserve:handoffs_total"] == 1
     assert samples(metrics, kind="split")["pdserve:routes_total"] == 1
     assert samples(metrics, kind="local")["pdserve:routes_total"] == 0
+
+
+def test_prefixes_that_are_known_and_fetched(metrics: Metrics, event) -> None:
+    metrics.on_event(event("routed", 0.1, prefill="p0", decode="d0", cached_tokens=16))
+    metrics.on_event(event("routed", 0.2, prefill="p1", decode="d0", cached_tokens=32))
+    metrics.on_event(event("prefix_fetched", 0.3, source="p0", outcome="sent", blocks=2))
+    assert samples(metrics)["pdserve:route_cached_tokens_total"] == 48
+    assert samples(metrics, outcome="sent")["pdserve:prefix_fetches_total"] == 1
+    assert samples(metrics, outcome="late")["pdserve:prefix_fetches_total"] == 0
 
 
 def test_a_resumed_request_counts_once(metrics: Metrics, resumed_life) -> None:
@@ -322,3 +333,22 @@ def test_two_gateways_fit_in_one_process(split_life) -> None:
 def test_token_buckets_end_at_the_longest_sequence() -> None:
     assert token_count_buckets(300) == [1, 2, 5, 10, 20, 50, 100, 200]
     assert token_count_buckets(1) == [1]
+
+
+def test_predictions_are_held_against_what_was_measured(metrics: Metrics, event) -> None:
+    metrics.on_event(
+        event(
+            "finished",
+            12.0,
+            reason="length",
+            ttft_ms=300.0,
+            predicted_ttft_ms=200.0,
+            tpot_ms=10.0,
+            predicted_tpot_ms=20.0,
+            regret_ms=-40.0,
+        )
+    )
+    metrics.on_event(event("finished", 12.0, request="req-2", reason="stop", ttft_ms=300.0))
+    assert histogram(metrics, "pdserve:ttft_measured_to_predicted") == (1, 1.5)
+    assert histogram(metrics, "pdserve:tpot_measured_to_predicted") == (1, 0.5)
+    assert histogram(metrics, "pdserve:route_regret_seconds") == (1, 0.0)

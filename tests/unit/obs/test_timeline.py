@@ -34,6 +34,8 @@ def test_an_undisturbed_split_request(split_life) -> None:
         "prefill_worker": "p0",
         "decode_worker": "d0",
         "reason": "fewest tokens",
+        "candidates": [],
+        "moves": [],
         "resumed": None,
         "preemptions": 0,
     }

@@ -19,7 +19,9 @@ import pdserve
 from pdserve.cli import main
 from pdserve.config import OPTIONS, flag_of
 from pdserve.core.errors import ConfigError, UnavailableError
-from pdserve.serve.top import Client, Look, once, rates, watch
+from pdserve.serve import explain as explain_module
+from pdserve.serve.client import Client
+from pdserve.serve.top import Look, once, rates, watch
 
 CLUSTER: dict[str, Any] = {
     "model": "tiny",
@@ -190,3 +192,46 @@ def test_top_says_when_nobody_is_there_and_how_often_it_may_look(server_url: str
         Client("http://127.0.0.1:1").cluster()
     with pytest.raises(ConfigError, match="more than 0"):
         watch(Client(server_url), 0)
+
+
+def test_explain_shows_candidates_and_what_came_of_it() -> None:
+    candidate = dict.fromkeys((f"{column}_ms" for column in explain_module.COLUMNS), 12.34)
+    document = {
+        "request_id": "cmpl-1",
+        "status": "finished",
+        "request": {"prompt_tokens": 100},
+        "result": {
+            "output_tokens": 4,
+            "ttft_ms": 250.0,
+            "predicted_ttft_ms": 210.0,
+            "regret_ms": -50.0,
+        },
+        "attempts": [
+            {
+                "epoch": 1,
+                "route": "split",
+                "prefill_worker": "p0",
+                "decode_worker": "d0",
+                "reason": "cheaper",
+                "resumed": None,
+                "moves": [{"to": "d1", "reason": "crowded"}],
+                "candidates": [
+                    {"prefill": "p0", "decode": "d0", "fetch_from": "p1", **candidate},
+                    {"prefill": "d0", "decode": "d0", **candidate},
+                ],
+                "phases": {"prefill": {"duration_ms": 200.0}, "decode": {"duration_ms": None}},
+            }
+        ],
+    }
+    shown = io.StringIO()
+    explain_module.explain(document, Console(file=shown, width=160))
+    text = shown.getvalue()
+    for words in (
+        "because: cheaper",
+        "p0 -> d0 (prefix from p1)",
+        "moved to d1: crowded",
+        "took: prefill 200.0 ms",
+        "measured 250.0 ms to the first token; predicted 210.0 ms",
+        "the runner-up, as predicted, would have been 50.0 ms slower",
+    ):
+        assert words in text

@@ -55,6 +55,7 @@ def test_giving_one_count_leaves_the_others_at_none(
         ({"prefill": "-1", "decode": "3"}, "--prefill must not be negative"),
         ({"mixed": "65"}, "more than the 64"),
         ({"block_size": "24"}, "must divide 64"),
+        ({"mixed_chunk_tokens": "8"}, "--mixed-chunk-tokens must be at least one block"),
         ({"block_size": "0"}, "must divide 64"),
         ({"kv_blocks": "10", "kv_memory": "1GB"}, "say the same thing"),
         ({"kv_blocks": "0"}, "--kv-blocks must be at least 1"),

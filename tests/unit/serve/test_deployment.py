@@ -144,3 +144,28 @@ def test_decode_workers_can_have_weights_of_their_own(
     }
     dtypes = {worker: start.weight_dtype for worker, start in starts.items()}
     assert dtypes == dict(zip(("prefill-0", "decode-0", "mixed-0"), expected, strict=True))
+
+
+def test_workers_of_a_modelled_engine_have_times_and_speeds(tiny_model_path: Path) -> None:
+    modelled = deploy(
+        config(tiny_model_path, engine="modelled", prefill=1, decode=1, speeds={"prefill": 2.0})
+    )
+    told = {
+        worker: modelled.worker_start(
+            worker, Epoch(1), secret=b"", gateway_address="", address=""
+        ).step_times
+        for worker in modelled.roles
+    }
+    fast, slow = told[WorkerId("prefill-0")], told[WorkerId("decode-0")]
+    assert fast is not None
+    assert slow is not None
+    assert (fast.speed, slow.speed) == (2.0, 1.0)
+    assert str(fast) == str(slow)
+    assert (
+        WorkerStart.decode(
+            modelled.worker_start(
+                WorkerId("prefill-0"), Epoch(1), secret=b"", gateway_address="", address=""
+            ).encode()
+        ).step_times
+        == fast
+    )

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from pdserve.cli import main
-from pdserve.core.errors import ConfigError, ContextLengthError, UnavailableError
+from pdserve.core.commands import ChangeRole, DrainOne
+from pdserve.core.errors import (
+    ConfigError,
+    ConflictError,
+    ContextLengthError,
+    NotFoundError,
+    UnavailableError,
+)
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.request import Request, Role, SamplingParams
 from pdserve.node.settings import RouterSettings
@@ -238,3 +245,36 @@ def test_a_recording_is_never_written_over(make_cluster: MakeCluster, tmp_path: 
 
     with pytest.raises(ConfigError, match="give an empty folder"):
         run(work)
+
+
+def test_roles_and_drains_go_through_the_gateway(
+    make_cluster: MakeCluster, expected: dict[int, list[int]]
+) -> None:
+    """A rolling restart and a change of roles in the middle of answers change no token."""
+
+    async def work() -> None:
+        async with make_cluster(SPLIT) as running:
+            stream = running.gateway.submit(request("old", seed=1))
+            tokens = [(await anext(stream)).token_id]
+            change = ChangeRole(command=0, worker=PREFILL, role=Role.DECODE, expected_epoch=0)
+            assert await running.gateway.command(change) == "role epoch 1"
+            with pytest.raises(ConflictError, match="role epoch of prefill-0 is 1"):
+                await running.gateway.command(change)
+            with pytest.raises(NotFoundError, match="nobody"):
+                await running.gateway.command(DrainOne(command=0, worker=WorkerId("nobody")))
+            described = {one["id"]: one for one in running.gateway.cluster()["workers"]}
+            assert described[PREFILL]["role"] == "decode"
+            assert described[PREFILL]["home_role"] == "prefill"
+            drain = asyncio.ensure_future(
+                running.gateway.command(DrainOne(command=0, worker=DECODE, restart=True))
+            )
+            tokens += [delta.token_id async for delta in stream]
+            assert tokens == expected[1]
+            assert await drain == "decode-0 holds nothing"
+            while running.gateway.num_ready == 2:
+                await one_turn()
+            running.restart(DECODE)
+            await running.gateway.until_ready()
+            assert await answer(running, request("new", seed=2)) == expected[2]
+
+    run(work)

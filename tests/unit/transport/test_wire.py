@@ -76,7 +76,9 @@ def test_kinds_stay_what_they_are() -> None:
     names = {
         1: "Hello Welcome WorkerUp Peers LayersWritten",
         16: "StartJob AbortAttempt WorkerGone DrainWorker",
+        20: "SetRole MoveAttempt SendPrefix UndrainWorker",
         32: "Tokens AttemptFailed TicketGranted Life LoadReport",
+        37: "MoveFailed PrefixSent CacheChanged",
         48: "Header Ticket TicketRefused LeaseRenew Trailer OpaquePayload",
         54: "Accepted HandoffRejected HandoffAbort Revoke RevokeAck PayloadTaken",
     }

@@ -77,7 +77,7 @@ async def _order(edge: Edge, request: Request, body: ChatBody) -> Order:
     return Order(
         name=name,
         response_id=response_id,
-        requests=make_requests(ids_of_requests, [ids], [params], body, request.headers),
+        requests=make_requests(ids_of_requests, [ids], [params], body, request, settings),
         options=options,
         stream=body.stream,
     )

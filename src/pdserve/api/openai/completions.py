@@ -66,7 +66,7 @@ async def _order(
     order = Order(
         name=name,
         response_id=response_id,
-        requests=make_requests(ids_of_requests, token_ids, params, body, request.headers),
+        requests=make_requests(ids_of_requests, token_ids, params, body, request, settings),
         options=options,
         stream=body.stream,
     )

@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 
+from pdserve.api.callers import caller_of, service_of
 from pdserve.api.gateway import ModelCard
 from pdserve.api.middleware import CLIENT_REQUEST_ID
 from pdserve.api.openai.schema import GenerationBody
@@ -196,11 +196,14 @@ def make_requests(
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     body: GenerationBody,
-    headers: Headers,
+    http: HttpRequest,
+    settings: ApiSettings,
 ) -> tuple[Request, ...]:
     """One request per prompt, in order."""
-    route = _route(headers.get(ROUTE_HEADER))
-    trace_context = headers.get("traceparent", "")
+    route = _route(http.headers.get(ROUTE_HEADER))
+    service = service_of(http, settings.classes)
+    tenant = caller_of(http).tenant
+    trace_context = http.headers.get("traceparent", "")
     if _TRACEPARENT.fullmatch(trace_context) is None:
         trace_context = ""  # W3C Trace Context 3.2: a broken one counts as none
     return tuple(
@@ -212,6 +215,8 @@ def make_requests(
             cache_salt=body.cache_salt,
             route=route,
             trace_context=trace_context,
+            service=service,
+            tenant=tenant,
         )
         for request_id, prompt, prompt_params in zip(ids, prompts, params, strict=True)
     )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pdserve.core.ids import WorkerId
 from pdserve.core.request import Role, RoutePreference
-from pdserve.policy.route import ClusterView, FewestPendingTokens, RouteAsk, WorkerView
+from pdserve.policy.cluster import ClusterView, RouteAsk, WorkerView
+from pdserve.policy.shortest_queue import ShortestQueue
 
 ASK = RouteAsk(num_tokens=100, num_blocks=8)
 SPLIT = replace(ASK, preference=RoutePreference.SPLIT)
@@ -31,7 +32,7 @@ def worker(name: str, *, pending: int = 0, decoding: int = 0, free: int = 50) ->
 
 
 def route(ask: RouteAsk, *workers: WorkerView) -> str | None:
-    chosen = FewestPendingTokens().choose(ClusterView(0.0, workers), ask)
+    chosen = ShortestQueue().choose(ClusterView(0.0, workers), ask)
     return None if chosen is None else f"{chosen.prefill} {chosen.decode}"
 
 
@@ -156,7 +157,7 @@ asks = st.builds(
 def test_a_route_has_room_and_is_a_function_of_the_view(
     workers: list[WorkerView], ask: RouteAsk, data: st.DataObject
 ) -> None:
-    policy = FewestPendingTokens()
+    policy = ShortestQueue()
     chosen = policy.choose(ClusterView(0.0, tuple(workers)), ask)
     shuffled = data.draw(st.permutations(workers))
     assert policy.choose(ClusterView(1.0, tuple(shuffled)), ask) == chosen
