@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = ("queue", "fetch", "prefill", "ttft", "exposed", "decode_wait", "tpot", "harm", "score")
+PARTS = ("queue", "fetch", "prefill", "ttft", "exposed", "decode_wait", "tpot", "harm", "score")
 
 
 def explain(document: Mapping[str, Any], console: Console | None = None) -> None:
@@ -63,16 +63,17 @@ def _attempt(attempt: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _candidates(candidates: list[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
-    table.add_column("  candidate (predicted ms)", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), justify="right")
+    """A row for each part of the cost, a column for each candidate, the chosen one first."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("  predicted ms", no_wrap=True)
     for number, each in enumerate(candidates):
-        name = f"  {each['prefill']} -> {each['decode']}"
+        name = f"{each['prefill']} ->\n{each['decode']}"
         if "fetch_from" in each:
-            name += f" (prefix from {each['fetch_from']})"
-        cells = [f"{each[f'{column}_ms']:.1f}" for column in COLUMNS]
-        table.add_row(name, *cells, style="" if number else "bold")
+            name += f"\n(prefix from {each['fetch_from']})"
+        table.add_column(name, justify="right", style="" if number else "bold")
+    for part in PARTS:
+        cells = [f"{each[f'{part}_ms']:.1f}" for each in candidates]
+        table.add_row(f"  {part.replace('_', ' ')}", *cells)
     return table
 
 

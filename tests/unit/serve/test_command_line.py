@@ -195,7 +195,7 @@ def test_top_says_when_nobody_is_there_and_how_often_it_may_look(server_url: str
 
 
 def test_explain_shows_candidates_and_what_came_of_it() -> None:
-    candidate = dict.fromkeys((f"{column}_ms" for column in explain_module.COLUMNS), 12.34)
+    candidate = dict.fromkeys((f"{column}_ms" for column in explain_module.PARTS), 12.34)
     document = {
         "request_id": "cmpl-1",
         "status": "finished",
@@ -224,11 +224,11 @@ def test_explain_shows_candidates_and_what_came_of_it() -> None:
         ],
     }
     shown = io.StringIO()
-    explain_module.explain(document, Console(file=shown, width=160))
+    explain_module.explain(document, Console(file=shown, width=80))
     text = shown.getvalue()
     for words in (
         "because: cheaper",
-        "p0 -> d0 (prefix from p1)",
+        "(prefix from p1)",
         "moved to d1: crowded",
         "took: prefill 200.0 ms",
         "measured 250.0 ms to the first token; predicted 210.0 ms",
