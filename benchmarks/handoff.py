@@ -37,9 +37,10 @@ from pdserve.bench.target import Target
 from pdserve.workload.outcome import Ending
 from pdserve.workload.request import TraceRequest, own_segment
 
+SPLIT = ["--prefill", "1", "--decode", "1", "--policy", "shortest_queue"]
 SYSTEMS = {
-    "layer-wise": ["--prefill", "1", "--decode", "1", "--one-shot-tokens", "0"],
-    "one-shot": ["--prefill", "1", "--decode", "1", "--one-shot-tokens", "1000000"],
+    "layer-wise": [*SPLIT, "--one-shot-tokens", "0"],
+    "one-shot": [*SPLIT, "--one-shot-tokens", "1000000"],
     "local": ["--mixed", "1"],
 }
 WARMUP = 2

@@ -44,9 +44,10 @@ from pdserve.workload.summary import judge, spread
 from pdserve.workload.synthetic import synthetic
 
 SYSTEMS = {
-    "split": ["--prefill", "1", "--decode", "1"],
-    "mixed": ["--mixed", "2"],
+    "split": ["--prefill", "1", "--decode", "1", "--policy", "shortest_queue"],
+    "mixed": ["--mixed", "2", "--policy", "aggregated"],
 }
+"""Every request is split in the one, none in the other: no prediction decides."""
 SLOS = (["ttft:1000", "tpot:50"], ["ttft:2000", "tpot:100"], ["ttft:4000", "tpot:200"])
 LONG = 1_000_000
 """Numbers of long prompts begin here."""
