@@ -146,7 +146,6 @@ def figures_of(result: Result, slo: Slo, duration_s: float) -> dict[str, float]:
         "goodput /s": report.goodput,
         "attainment %": report.attainment * 100,
         "failed": float(sum(o.ending is Ending.FAILED for o in judged)),
-        "cached %": 100 * summary.cached_tokens / max(1, summary.prompt_tokens),
         "sent late P99 ms": spread(o.lag_s * 1e3 for o in result.outcomes).p99,
     }
 
