@@ -99,6 +99,9 @@ class RequestFamilies:
             "pdserve:prefix_fetches", "Requests held back for a prefix to be fetched.", "outcome"
         )
         self._routes = self._counter_by("pdserve:routes", "Routes that were chosen.", "kind")
+        self._role_changes = self._counter_by(
+            "pdserve:role_changes", "Workers that were put into this pool.", "role"
+        )
         self._resumes = self._counter_by("pdserve:resumes", "Attempts after the first.", "reason")
         self._rejected = self._counter_by(
             "pdserve:requests_rejected", "Requests that failed before their first token.", "kind"
@@ -141,6 +144,9 @@ class RequestFamilies:
 
     def routes(self, kind: str) -> Counter:
         return self._labelled(self._routes, kind)
+
+    def role_changes(self, role: str) -> Counter:
+        return self._labelled(self._role_changes, role)
 
     def resumes(self, reason: str) -> Counter:
         return self._labelled(self._resumes, reason)

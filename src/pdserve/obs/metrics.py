@@ -149,6 +149,11 @@ class Metrics:
         known.up = up
         self._workers.set_up(worker, role, up)
 
+    def on_role(self, worker: WorkerId, role: Role, up: bool) -> None:
+        """The worker is in another pool from now on."""
+        self._requests.role_changes(role.value).inc()
+        self.on_worker(worker, role, up)
+
     def _record(self, request_id: RequestId) -> _Record | None:
         return self._open.get(request_id) or self._closed.get(request_id)
 

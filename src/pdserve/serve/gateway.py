@@ -232,7 +232,7 @@ class LiveGateway:
         known = self._workers.get(worker)
         if known is not None and known.up.epoch == epoch:
             del self._workers[worker]
-            self._metrics.on_worker(worker, self._roles[worker], False)
+            self._metrics.on_worker(worker, self._standing[worker][0], False)
         self._roster.remove(worker, epoch)
         self._driver.feed(WorkerLost(worker, epoch, detail))
         self._tell()
@@ -243,7 +243,7 @@ class LiveGateway:
             *(up.worker, up.epoch, up.pid, up.device, up.engine, up.num_blocks),
         )
         self._workers[up.worker] = _Known(up)
-        self._metrics.on_worker(up.worker, self._roles[up.worker], True)
+        self._metrics.on_worker(up.worker, self._standing[up.worker][0], True)
         self._supervisor.ready(up.worker, up.epoch)
         self._driver.feed(up)
         self._tell()
@@ -252,7 +252,7 @@ class LiveGateway:
         known = self._workers.get(worker)
         if known is not None and isinstance(message, LoadReport):
             known.report = message
-            self._metrics.on_report(worker, self._roles[worker], message)
+            self._metrics.on_report(worker, self._standing[worker][0], message)
         self._driver.feed(Received(worker, epoch, message))
 
     def _unlinked(self, worker: WorkerId, epoch: Epoch, reason: str) -> None:
@@ -286,6 +286,7 @@ class LiveGateway:
             case RoleChanged(worker=worker, role=role, role_epoch=role_epoch, reason=reason):
                 log.info("%s is of role %s now: %s", worker, role, reason)
                 self._standing[worker] = (role, role_epoch)
+                self._metrics.on_role(worker, role, worker in self._workers)
             case RolesJudged(reason=reason):
                 self._judgement = reason
             case KillWorker(worker, epoch, detail):

@@ -352,3 +352,13 @@ def test_predictions_are_held_against_what_was_measured(metrics: Metrics, event)
     assert histogram(metrics, "pdserve:ttft_measured_to_predicted") == (1, 1.5)
     assert histogram(metrics, "pdserve:tpot_measured_to_predicted") == (1, 0.5)
     assert histogram(metrics, "pdserve:route_regret_seconds") == (1, 0.0)
+
+
+def test_a_worker_shows_the_role_that_it_has_now(metrics: Metrics) -> None:
+    metrics.on_worker("decode-0", Role.DECODE, True)
+    metrics.on_report("decode-0", Role.DECODE, REPORT)
+    metrics.on_role("decode-0", Role.PREFILL, True)
+    metrics.on_report("decode-0", Role.PREFILL, REPORT)
+    assert samples(metrics, role="prefill")["pdserve:role_changes_total"] == 1
+    assert samples(metrics, role="prefill")["pdserve:worker_up"] == 1
+    assert "pdserve:worker_up" not in samples(metrics, engine="decode-0", role="decode")
