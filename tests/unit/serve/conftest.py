@@ -19,7 +19,8 @@ NUM_BLOCKS = 96
 
 @pytest.fixture(scope="session")
 def make_cluster(tiny_model_path: Path) -> Callable[..., InprocCluster]:
-    """``make_cluster(workers, engine=..., model=..., record=..., router=...)``, not entered yet."""
+    """``make_cluster(workers, engine=..., model=..., record=..., router=..., policy=...)``, not
+    entered yet. It splits what can be split, whatever that is predicted to cost."""
 
     def make(
         workers: Sequence[tuple[WorkerId, Role]],
@@ -28,6 +29,7 @@ def make_cluster(tiny_model_path: Path) -> Callable[..., InprocCluster]:
         model: Path = tiny_model_path,
         record: Path | None = None,
         router: RouterSettings | None = None,
+        policy: str = "shortest_queue",
     ) -> InprocCluster:
         template = WorkerStart(
             worker=WorkerId(""),
@@ -55,6 +57,6 @@ def make_cluster(tiny_model_path: Path) -> Callable[..., InprocCluster]:
             name="tiny", max_model_tokens=1024, vocab_size=384, eos_token_ids=(2,), created=0
         )
         folder = None if record is None else str(record)
-        return InprocCluster(card, workers, template, record=folder, router=router)
+        return InprocCluster(card, workers, template, record=folder, router=router, policy=policy)
 
     return make
