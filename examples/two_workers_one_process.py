@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pdserve.api.gateway import ModelCard
 from pdserve.core.ids import Epoch, RequestId, WorkerId
-from pdserve.core.request import Request, Role, SamplingParams
+from pdserve.core.request import Request, Role, RoutePreference, SamplingParams
 from pdserve.serve.inproc import InprocCluster
 from pdserve.serve.start import WorkerStart
 from pdserve.weights.random_model import write_random_model
@@ -44,6 +44,7 @@ async def main() -> None:
             request_id=RequestId("example"),
             prompt_token_ids=tuple(range(3, 103)),
             params=SamplingParams(max_tokens=8, seed=1, temperature=0.0),
+            route=RoutePreference.SPLIT,
         )
         async with cluster(model, config.vocab_size) as running:
             tokens = [delta.token_id async for delta in running.gateway.submit(request)]

@@ -1,6 +1,6 @@
 """KV that is finished, over real links: requests that move, and prefixes that are fetched.
 
-The numerics contract makes any mistake visible: tokens are those of a worker that had no part in it.
+The numerics contract shows any mistake: tokens are those of a worker that had no part in it.
 """
 
 from __future__ import annotations

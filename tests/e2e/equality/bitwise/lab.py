@@ -210,8 +210,14 @@ class Lab:
             eos_token_ids=(EOS,),
             created=0,
         )
+        # No prediction decides: the shape of the cluster says what is split.
         self.cluster = InprocCluster(
-            card, self.shape.workers, template, self._build_held, router=PATIENT
+            card,
+            self.shape.workers,
+            template,
+            self._build_held,
+            policy="shortest_queue",
+            router=PATIENT,
         )
         await self.cluster.__aenter__()
         self._hear(self.cluster.router, lambda event: None)
