@@ -90,3 +90,15 @@ def test_or_by_their_memory() -> None:
     demand.routed(0.0, 0.0, DEFAULT_SERVICE)
     full = worker(decoding=1, context=1600, total_blocks=100)
     assert demand.load(1.0, [full]).decode_workers == pytest.approx(1.0)
+
+
+def test_what_is_old_is_not_kept_though_nobody_asks() -> None:
+    """With fixed roles nobody ever does."""
+    demand = Demand()
+    for second in range(1000):
+        demand.routed(float(second), 0.1, ServiceClass(ttft_s=1.0))
+        demand.first_token(float(second), 0.5, DEFAULT_SERVICE)
+        demand.finished(float(second), 0.5, DEFAULT_SERVICE)
+    kept = [demand._prefill_s, *demand._ttft, *demand._tpot]
+    assert max(len(window._added) for window in kept) <= WINDOW_S
+    assert len(demand._bounds) <= WINDOW_S

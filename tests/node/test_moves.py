@@ -20,6 +20,9 @@ class Once:
     def __init__(self) -> None:
         self.moved = False
 
+    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+        return num_sequences > 0
+
     def propose(
         self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
     ) -> Move | None:

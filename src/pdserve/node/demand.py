@@ -36,13 +36,17 @@ class _Window:
     def add(self, now: float, value: float) -> None:
         self._added.append((now, value))
         self._sum += value
+        self._forget(now)
 
     def sum(self, now: float) -> float:
+        self._forget(now)
+        return self._sum
+
+    def _forget(self, now: float) -> None:
         while self._added and self._added[0][0] <= now - WINDOW_S:
             self._sum -= self._added.popleft()[1]
         if not self._added:
             self._sum = 0.0  # what rounding has left
-        return self._sum
 
 
 class Demand:
@@ -61,6 +65,7 @@ class Demand:
             self._started_s = now
         self._prefill_s.add(now, prefill_s)
         self._bounds.append((now, service.ttft_s, service.tpot_s))
+        self._forget_bounds(now)
 
     def first_token(self, now: float, ttft_s: float, service: ServiceClass) -> None:
         self._judge(self._ttft, now, ttft_s <= service.ttft_s)
@@ -89,10 +94,13 @@ class Demand:
         windows[0].add(now, float(met))
         windows[1].add(now, 1.0)
 
-    def _tightest(self, now: float) -> tuple[float, float]:
-        """The tightest bounds that were promised in the window."""
+    def _forget_bounds(self, now: float) -> None:
         while self._bounds and self._bounds[0][0] <= now - WINDOW_S:
             self._bounds.popleft()
+
+    def _tightest(self, now: float) -> tuple[float, float]:
+        """The tightest bounds that were promised in the window."""
+        self._forget_bounds(now)
         ttft_s = min((ttft_s for _, ttft_s, _ in self._bounds), default=inf)
         return ttft_s, min((tpot_s for _, _, tpot_s in self._bounds), default=inf)
 

@@ -62,7 +62,7 @@ class Departures:
             out.tell_router(PrefixSent(attempt=asked.attempt, num_blocks=0))
             return
         job = _job(sequence, settings.worker, asked, asked.cache_salt, "")
-        self._open(job, sequence, PrefixErrand(asked.attempt), (), out)
+        self._open(job, sequence, PrefixErrand(asked.attempt, len(sequence.hashes)), (), out)
 
     def _leave(self, sequence: Sequence, asked: MoveAttempt, out: Outbox) -> None:
         self._batch.hold(sequence)

@@ -37,8 +37,8 @@ class Errand(ABC):
         """The next tokens are known, and the receiver has granted its ticket."""
 
     @abstractmethod
-    def accepted(self, num_blocks: int, out: Outbox) -> None:
-        """The receiver has it: all of these blocks."""
+    def accepted(self, out: Outbox) -> None:
+        """The receiver has it."""
 
     @abstractmethod
     def failed(self, kind: FailureKind, detail: str, out: Outbox, *, undecided: bool) -> bool:
@@ -58,7 +58,7 @@ class JobErrand(Errand):
     def drawn(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         out.tell_router(Tokens(deltas))
 
-    def accepted(self, num_blocks: int, out: Outbox) -> None:
+    def accepted(self, out: Outbox) -> None:
         """The receiver says so to the router itself."""
 
     def failed(self, kind: FailureKind, detail: str, out: Outbox, *, undecided: bool) -> bool:
@@ -80,7 +80,7 @@ class MoveErrand(Errand):
     def drawn(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         """The router has had them."""
 
-    def accepted(self, num_blocks: int, out: Outbox) -> None:
+    def accepted(self, out: Outbox) -> None:
         """The receiver says so to the router itself."""
 
     def failed(self, kind: FailureKind, detail: str, out: Outbox, *, undecided: bool) -> bool:
@@ -99,11 +99,15 @@ class PrefixErrand(Errand):
 
     is_attempt = False
 
+    def __init__(self, attempt: AttemptId, num_blocks: int) -> None:
+        super().__init__(attempt)
+        self._num_blocks = num_blocks
+
     def drawn(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
         """There are none."""
 
-    def accepted(self, num_blocks: int, out: Outbox) -> None:
-        out.tell_router(PrefixSent(attempt=self.attempt, num_blocks=num_blocks))
+    def accepted(self, out: Outbox) -> None:
+        out.tell_router(PrefixSent(attempt=self.attempt, num_blocks=self._num_blocks))
 
     def failed(self, kind: FailureKind, detail: str, out: Outbox, *, undecided: bool) -> bool:
         out.tell_router(PrefixSent(attempt=self.attempt, num_blocks=0))

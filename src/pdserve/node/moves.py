@@ -9,6 +9,7 @@ any death.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pdserve.core.events import LifeName
@@ -42,7 +43,10 @@ class Moves:
         worker = book.up.worker
         if not self._may_leave(book, out.now):
             return
-        movable = self._movable(worker)
+        attempts = self._dispatch.flights.workers().get(worker, {})
+        if not self._policy.may_be_crowded(book.view(), len(attempts)):
+            return
+        movable = self._movable(worker, attempts)
         if not movable:
             return
         longest = max(self._longest_tokens(each) for each in movable)
@@ -109,10 +113,10 @@ class Moves:
             and now >= self._paused_until_s.get(worker, now)
         )
 
-    def _movable(self, worker: WorkerId) -> tuple[Movable, ...]:
+    def _movable(self, worker: WorkerId, attempts: Iterable[AttemptId]) -> tuple[Movable, ...]:
         """What decodes there and has one choice left, oldest first."""
         found = []
-        for attempt_id in self._dispatch.flights.workers().get(worker, ()):
+        for attempt_id in attempts:
             life, attempt = self._find(attempt_id)
             if life is None or attempt is None or not attempt.decodes_on(worker):
                 continue

@@ -137,7 +137,7 @@ class OutboundHandoffs:
         if handoff is None or not handoff.trailer_sent or handoff.stopping:
             return None
         _log(handoff, LifeName.HANDOFF_CLOSED, out, ok=True, bytes=handoff.num_bytes)
-        handoff.errand.accepted(len(handoff.cargo.header().block_hashes), out)
+        handoff.errand.accepted(out)
         self._forget(handoff, out)
         return self._sample(handoff, out.now)
 

@@ -46,7 +46,6 @@ class Slot:
 
     role: Role
     role_epoch: int = 0
-    drawn: bool = False
     changed_s: float | None = None
     drains: list[tuple[int, bool]] = field(default_factory=list)
 
@@ -58,6 +57,7 @@ class Pools:
         self, books: ClusterBooks, control: RoleControl, policy: RolePolicy | None = None
     ) -> None:
         self.slots: dict[WorkerId, Slot] = {}
+        self._drawn: set[WorkerId] = set()
         self.demand = Demand()
         self._books = books
         self._control = control
@@ -110,14 +110,15 @@ class Pools:
         slot, book = self.slots.get(worker), self._books.workers.get(worker)
         if slot is not None and book is not None and slot.role is not Role.MIXED:
             self._set(book, slot, Role.MIXED, "its own pool has room and the other has none", out)
-            slot.drawn = True
+            self._drawn.add(worker)
 
     def send_home(self, out: Outbox) -> None:
         """Whoever was drawn and has nothing of the other pool's work left."""
-        for worker, slot in sorted(self.slots.items()):
+        for worker in sorted(self._drawn):
             book = self._books.workers.get(worker)
-            if slot.drawn and book is not None and not book.has_work_against(book.up.role):
-                self._set(book, slot, book.up.role, "nothing of the other pool's work is left", out)
+            if book is not None and not book.has_work_against(book.up.role):
+                reason = "nothing of the other pool's work is left"
+                self._set(book, self.slots[worker], book.up.role, reason, out)
 
     def timer_fired(self, out: Outbox) -> None:
         """Ask the controller."""
@@ -149,7 +150,7 @@ class Pools:
             self._target_since_s = out.now
 
     def _set(self, book: WorkerBook, slot: Slot, role: Role, reason: str, out: Outbox) -> None:
-        slot.drawn = False
+        self._drawn.discard(book.up.worker)
         if slot.role is role:
             return
         slot.role = role

@@ -45,6 +45,11 @@ class Move:
 
 
 class RebalancePolicy(Protocol):
+    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+        """False if nothing would be proposed for this worker with so many sequences at most: then
+        nobody looks at them. Asked after every report."""
+        ...
+
     def propose(
         self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
     ) -> Move | None:
@@ -74,11 +79,13 @@ class MoveWhenCheaper:
                     found.append((-move.saves_s, -age, place, move))
         return min(found)[-1] if found else None
 
+    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+        return worker.free_blocks * worker.block_size < self.horizon_tokens * num_sequences
+
     def is_crowded(self, worker: WorkerView, movable: tuple[Movable, ...]) -> bool:
         """Its sequences want more blocks than are left, and will soon."""
         wanted_blocks = sum(ceil(each.tokens_left / worker.block_size) for each in movable)
-        runway_tokens = worker.free_blocks * worker.block_size
-        is_soon = runway_tokens < self.horizon_tokens * len(movable)
+        is_soon = self.may_be_crowded(worker, len(movable))
         return wanted_blocks > worker.free_blocks and is_soon
 
     def _targets(self, view: ClusterView, crowded: WorkerView) -> list[WorkerView]:

@@ -51,6 +51,9 @@ class Number:
 class Restless:
     """Moves the youngest request wherever there is room, whatever it costs."""
 
+    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+        return num_sequences > 0
+
     def propose(
         self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
     ) -> Move | None:

@@ -57,6 +57,9 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 class Restless:
     """Moves whatever decodes to the other worker, again and again."""
 
+    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+        return num_sequences > 0
+
     def propose(
         self, view: ClusterView, crowded: WorkerView, movable: tuple[Movable, ...]
     ) -> Move | None:
