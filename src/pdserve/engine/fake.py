@@ -75,17 +75,7 @@ class FakeRunner(ModelRunner):
         self._pool: Bytes | None = None
 
     def attach_pool(self, memory: memoryview, num_blocks: int) -> None:
-        layout = self.info.layout
-        shape = (
-            layout.num_layers,
-            num_blocks,
-            2,
-            layout.num_kv_heads,
-            layout.block_size,
-            layout.slot_bytes,
-        )
-        flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
-        self._memory = flat.reshape(shape)
+        self._memory = bytes_of_pool(memory, self.info.layout, num_blocks)
         self._pool = np.zeros_like(self._memory) if self._staged else self._memory
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
@@ -147,23 +137,47 @@ class FakeRunner(ModelRunner):
         return tuple(self._token(context, row.sample, choice) for choice in row.sample.choices)
 
     def _token(self, context: bytes, sample: SampleSpec, choice: int) -> SampledToken:
-        params = sample.params
-        numbers = (params.seed, choice, sample.index) if params.temperature > 0 else ()
-        token = int.from_bytes(_hash(8, context, *numbers), "little") % self.info.vocab_size
-        if sample.index < params.min_tokens:
-            while token in params.ending_token_ids:
-                token = (token + 1) % self.info.vocab_size
-        return SampledToken(token, self._logprobs(token, params))
+        drawn = int.from_bytes(_hash(8, context, *draw_numbers(sample, choice)), "little")
+        return token_of(drawn, sample, self.info.vocab_size)
 
-    def _logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs | None:
-        """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
-        if params.logprobs is None:
-            return None
-        vocab_size = self.info.vocab_size
-        top = tuple(
-            ((token + i) % vocab_size, -0.5 - i) for i in range(min(params.logprobs, vocab_size))
-        )
-        return TokenLogprobs(logprob=-0.5, rank=1, top=top)
+
+def bytes_of_pool(memory: memoryview, layout: KvLayout, num_blocks: int) -> Bytes:
+    """The pool as ``[layer, block, key/value, head, position in block, byte]``."""
+    shape = (
+        layout.num_layers,
+        num_blocks,
+        2,
+        layout.num_kv_heads,
+        layout.block_size,
+        layout.slot_bytes,
+    )
+    flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
+    return flat.reshape(shape)
+
+
+def draw_numbers(sample: SampleSpec, choice: int) -> tuple[int, ...]:
+    """What a token depends on besides its context: nothing, if it is greedy."""
+    params = sample.params
+    return (params.seed, choice, sample.index) if params.temperature > 0 else ()
+
+
+def token_of(drawn: int, sample: SampleSpec, vocab_size: int) -> SampledToken:
+    """The token of a hash: no ending one before ``min_tokens``."""
+    params = sample.params
+    token = drawn % vocab_size
+    if sample.index < params.min_tokens:
+        while token in params.ending_token_ids:
+            token = (token + 1) % vocab_size
+    return SampledToken(token, _logprobs(token, params, vocab_size))
+
+
+def _logprobs(token: int, params: SamplingParams, vocab_size: int) -> TokenLogprobs | None:
+    """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
+    if params.logprobs is None:
+        return None
+    num_top = min(params.logprobs, vocab_size)
+    top = tuple(((token + i) % vocab_size, -0.5 - i) for i in range(num_top))
+    return TokenLogprobs(logprob=-0.5, rank=1, top=top)
 
 
 def _hash(num_bytes: int, data: bytes, *numbers: int) -> bytes:

@@ -24,17 +24,10 @@ from numpy.typing import NDArray
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import BlockId
 from pdserve.core.layout import KvLayout
-from pdserve.core.request import SamplingParams
-from pdserve.core.step import (
-    SampledToken,
-    SampleSpec,
-    StepPlan,
-    StepResult,
-    StepRow,
-    TokenLogprobs,
-)
+from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
 from pdserve.cost.step_times import INSTANT, StepTimes
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+from pdserve.engine.fake import bytes_of_pool, draw_numbers, token_of
 
 Words = NDArray[np.uint64]
 
@@ -86,19 +79,10 @@ class ModelledRunner(ModelRunner):
         self._slots: Words | None = None
 
     def attach_pool(self, memory: memoryview, num_blocks: int) -> None:
-        layout = self.info.layout
-        shape = (
-            layout.num_layers,
-            num_blocks,
-            2,
-            layout.num_kv_heads,
-            layout.block_size,
-            layout.slot_bytes,
-        )
-        flat = np.frombuffer(memory[: layout.pool_bytes(num_blocks)], dtype=np.uint8)
         self._memory = memory
         # The first bytes of the first head's key: [layer, block, position in block].
-        keys = flat.reshape(shape)[:, :, 0, 0, :, :_SLOT_BYTES]
+        pool = bytes_of_pool(memory, self.info.layout, num_blocks)
+        keys = pool[:, :, 0, 0, :, :_SLOT_BYTES]
         self._slots = keys.view(np.uint64)[..., 0]
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
@@ -174,24 +158,11 @@ class ModelledRunner(ModelRunner):
         return tuple(self._token(seen, row.sample, choice) for choice in row.sample.choices)
 
     def _token(self, seen: bytes, sample: SampleSpec, choice: int) -> SampledToken:
-        params = sample.params
-        numbers = (params.seed, choice, sample.index) if params.temperature > 0 else ()
         digest = hashlib.blake2b(seen, digest_size=8)
-        for number in numbers:
+        for number in draw_numbers(sample, choice):
             digest.update((number & _MASK).to_bytes(8, "little"))
-        token = int.from_bytes(digest.digest(), "little") % self.info.vocab_size
-        if sample.index < params.min_tokens:
-            while token in params.ending_token_ids:
-                token = (token + 1) % self.info.vocab_size
-        return SampledToken(token, self._logprobs(token, params))
-
-    def _logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs | None:
-        """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
-        if params.logprobs is None:
-            return None
-        num = min(params.logprobs, self.info.vocab_size)
-        top = tuple(((token + i) % self.info.vocab_size, -0.5 - i) for i in range(num))
-        return TokenLogprobs(logprob=-0.5, rank=1, top=top)
+        drawn = int.from_bytes(digest.digest(), "little")
+        return token_of(drawn, sample, self.info.vocab_size)
 
 
 def _wait_until(at_s: float) -> None:
