@@ -1,0 +1,95 @@
+"""What a simulation says of itself while it runs.
+
+Reports, plots and logs are made by observers, each of which takes what it needs and keeps what it
+must: a run of any length holds no more than they do. Calls come in the order of events; the times
+in them are virtual seconds. An observer changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.events import LifeEvent
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.request import DEFAULT_SERVICE, Role, ServiceClass
+from pdserve.core.step import StepShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """One request that is over, as its client saw it. ``arrived_s``: when it sent the request.
+    ``first_s``, ``second_s`` and ``last_s``: when it had its first, second and last token, None if
+    there was none. ``failure``: the kind of refusal or failure, if that is how it ended.
+    ``cancelled``: the client left. ``prefill`` and ``decode``: of the last attempt, None if there
+    was none. ``attempts``: how many there were."""
+
+    index: int
+    request_id: RequestId
+    arrived_s: float
+    first_s: float | None
+    second_s: float | None
+    last_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    service: ServiceClass = DEFAULT_SERVICE
+    tenant: str = ""
+    prefill: WorkerId | None = None
+    decode: WorkerId | None = None
+    attempts: int = 1
+    failure: str | None = None
+    cancelled: bool = False
+
+
+class Observer:
+    """Does nothing with anything: a base to override what is needed of."""
+
+    def arrived(self, at_s: float, request_id: RequestId, prompt_tokens: int) -> None:
+        """A client has sent a request."""
+
+    def ended(self, at_s: float, request: Ended) -> None:
+        """A request is over."""
+
+    def gaps(self, gap_s: float, count: int) -> None:
+        """``count`` times, a client's token came ``gap_s`` after the one before it."""
+
+    def steps(
+        self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int
+    ) -> None:
+        """A worker has computed ``count`` steps from ``begun_s`` to ``ended_s``, without a pause
+        between them; ``shape`` is that of the last one. More than one: all only decoded."""
+
+    def sent(
+        self, sender: WorkerId, receiver: WorkerId, num_bytes: int, begun_s: float, ended_s: float
+    ) -> None:
+        """A transfer is over."""
+
+    def worker_up(self, at_s: float, worker: WorkerId, role: Role, machine: str) -> None:
+        """A worker process is ready."""
+
+    def worker_lost(self, at_s: float, worker: WorkerId) -> None:
+        """A worker process has died."""
+
+    def role_changed(self, at_s: float, worker: WorkerId, role: Role) -> None:
+        """The router has moved a worker to another pool."""
+
+    def life(self, event: LifeEvent) -> None:
+        """A life event, as the live server logs them."""
+
+    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad]) -> None:
+        """Every so often: what each worker holds."""
+
+    def done(self, at_s: float) -> None:
+        """The run is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker holds at a moment."""
+
+    role: Role
+    num_waiting: int
+    num_decoding: int
+    pending_prefill_tokens: int
+    used_blocks: int
+    num_blocks: int
