@@ -46,8 +46,8 @@ class WorkerNode(WorkerMachine):
     def __init__(self, settings: WorkerSettings, policy: BatchPolicy | None = None) -> None:
         self.batch = BatchMachine(settings, policy or make_batching())
         self.inbound = InboundHandoffs(settings, self.batch)
-        load = BatchLoad(self.batch, self.inbound)
-        super().__init__(settings, self.inbound, load, self.batch.standing)
+        self.load = BatchLoad(self.batch, self.inbound)
+        super().__init__(settings, self.inbound, self.load, self.batch.standing)
         self._departures = Departures(self.batch, self.outbound)
         self._jobs: dict[AttemptId, Job] = {}
 

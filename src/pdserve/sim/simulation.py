@@ -1,0 +1,290 @@
+"""One simulated run: a router, workers, clients, and the time between them.
+
+The life of a request is the live one, since the machines are the live ones: its client sends it,
+the router routes it, workers compute steps and hand over KV, tokens come back. What is modelled is
+how long each of these takes, and nothing else.
+
+A run ends when all requests are over; what is still under way then (reports, the ends of hand-offs)
+is let happen for a moment, so that every block is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from pdserve.core.commands import Answer, RoleChanged
+from pdserve.core.effects import (
+    ClientGone,
+    Deliver,
+    Fail,
+    Input,
+    KillWorker,
+    PeerLost,
+    Received,
+    Send,
+    Started,
+    Submit,
+    WorkerLost,
+)
+from pdserve.core.events import LifeEvent, LifeName
+from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.messages import Message, StartJob
+from pdserve.core.request import DEFAULT_SERVICE
+from pdserve.core.step import StepShape
+from pdserve.node.router import RouterNode
+from pdserve.policy.batch import BatchPolicy
+from pdserve.policy.registry import default_batching, make_batching, make_policy
+from pdserve.sim.births import router_settings, worker_settings
+from pdserve.sim.clients import Clients
+from pdserve.sim.clock import Clock
+from pdserve.sim.gateway import VirtualGateway
+from pdserve.sim.network import End, Network
+from pdserve.sim.observe import Observer, WorkerLoad
+from pdserve.sim.settings import SimSettings
+from pdserve.sim.spec import Group
+from pdserve.sim.worker import VirtualWorker
+from pdserve.workload.request import TraceRequest
+
+SETTLE_S = 30.0
+"""For how long what is under way at the end may go on."""
+
+
+class Simulation:
+    """``workers``: the living process of each slot. Implements `sim.worker.World` and
+    `sim.gateway.Edge`."""
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        requests: Iterator[TraceRequest],
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.settings = settings
+        self.times = settings.times
+        self.clock = Clock()
+        self.network = Network(self.clock)
+        self.observers = list(observers)
+        self.workers: dict[WorkerId, VirtualWorker] = {}
+        self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
+        self._epochs: dict[WorkerId, Epoch] = {}
+        policy = settings.make_policy() if settings.make_policy else make_policy(settings.policy)
+        self.router = RouterNode(router_settings(settings), policy)
+        self.gateway = VirtualGateway(self.router, self.clock, self)
+        longest = max(m.num_blocks * m.block_size for m in settings.machines)
+        self.clients = Clients(
+            requests,
+            declared_tokens=settings.declared_tokens,
+            longest_tokens=min(longest, max(m.max_model_tokens for m in settings.machines)),
+            service_of=DEFAULT_SERVICE,
+        )
+        self._exhausted = False
+
+    # --- running ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """From the first request to the end of the last one."""
+        self.gateway.hear(Started())
+        for worker in self.slots:
+            self.start(worker)
+        self._await_next()
+        if self._wanted("sampled"):
+            self._sample()
+        self.clock.run(lambda: not self.is_over)
+        ended_s = self.clock.now
+        self.clock.run(lambda: not self.is_settled, until_s=ended_s + SETTLE_S)
+        for observer in self.observers:
+            observer.done(ended_s)
+
+    @property
+    def is_over(self) -> bool:
+        """All requests have come and ended."""
+        return self._exhausted and not self.clients.open
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is left of them anywhere."""
+        return self.router.num_requests == 0 and all(
+            worker.node.is_empty for worker in self.workers.values()
+        )
+
+    def at(self, at_s: float, call: Callable[..., object], *arguments: object) -> None:
+        """Have something happen at that time."""
+        self.clock.at(at_s, call, *arguments)
+
+    # --- clients ------------------------------------------------------------------------------
+
+    def _await_next(self) -> None:
+        asked = self.clients.next_asked()
+        if asked is None:
+            self._exhausted = True
+        else:
+            self.clock.at(asked.at_s, self._arrive, asked)
+
+    def _arrive(self, asked: TraceRequest) -> None:
+        request = self.clients.send(asked, self.clock.now)
+        for observer in self.observers:
+            observer.arrived(self.clock.now, request.request_id, len(request.prompt_token_ids))
+        self.clock.after(self.times.edge_in_s, self.gateway.hear, Submit(request))
+        leaves_s = 0.0 if asked.cancel_after_tokens == 0 else asked.cancel_after_s
+        if leaves_s is not None:
+            self.clock.after(leaves_s + self.times.edge_in_s, self._leave, request.request_id)
+        self._await_next()
+
+    def _leave(self, request_id: RequestId) -> None:
+        """The client gives up."""
+        client = self.clients.open.pop(request_id, None)
+        if client is not None:
+            self.gateway.hear(ClientGone(request_id))
+            for observer in self.observers:
+                observer.ended(self.clock.now, client.ended(cancelled=True))
+
+    def deliver_tokens(self, effect: Deliver) -> None:
+        client = self.clients.open.get(effect.request_id)
+        at_s = self.clock.now + self.times.edge_out_s
+        if client is not None and client.takes(effect, at_s):
+            del self.clients.open[effect.request_id]
+            for observer in self.observers:
+                observer.ended(at_s, client.ended())
+
+    def fail(self, effect: Fail) -> None:
+        client = self.clients.open.pop(effect.request_id, None)
+        if client is not None:
+            for observer in self.observers:
+                observer.ended(self.clock.now, client.ended(effect))
+
+    # --- the world of a worker ----------------------------------------------------------------
+
+    def is_last(self, attempt: AttemptId, index: int) -> bool:
+        client = self.clients.open.get(attempt.request_id)
+        return client is not None and index >= client.last_index
+
+    def drawn(self, attempt: AttemptId, index: int, at_s: float) -> None:
+        client = self.clients.open.get(attempt.request_id)
+        if client is None:
+            return
+        arrives_s = at_s + self.times.message_s + self.times.edge_out_s
+        gap_s = client.drawn(index, arrives_s)
+        if gap_s is not None:
+            for observer in self.observers:
+                observer.gaps(gap_s, 1)
+        if index >= client.notable_index != client.last_index:
+            self.clock.at(arrives_s, self._leave, attempt.request_id)
+
+    def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message) -> None:
+        received = Received(sender.worker, sender.epoch, message)
+        if to == GATEWAY:
+            self.clock.after(self.times.message_s, self.gateway.hear, received)
+            return
+        receiver = self.workers.get(to)
+        if receiver is not None:
+            self.clock.after(self.times.message_s, receiver.hear, received)
+
+    def end_of(self, worker: WorkerId) -> End | None:
+        found = self.workers.get(worker)
+        return None if found is None else found.end
+
+    def life(self, event: LifeEvent) -> None:
+        if event.name is LifeName.PREFILL_STARTED:
+            client = self.clients.open.get(event.request_id)
+            if client is not None:
+                client.cached_tokens = int(dict(event.detail)["cached_tokens"])
+        for observer in self.observers:
+            observer.life(event)
+
+    def stepped(
+        self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int
+    ) -> None:
+        for observer in self.observers:
+            observer.steps(worker, begun_s, ended_s, shape, count)
+
+    def sent(
+        self, sender: WorkerId, receiver: WorkerId, num_bytes: int, begun_s: float, ended_s: float
+    ) -> None:
+        for observer in self.observers:
+            observer.sent(sender, receiver, num_bytes, begun_s, ended_s)
+
+    # --- the router's edge --------------------------------------------------------------------
+
+    def post(self, effect: Send) -> None:
+        message = effect.message
+        if isinstance(message, StartJob):
+            client = self.clients.open.get(message.job.request_id)
+            if client is not None:
+                client.starts(message.job)
+        worker = self.workers.get(effect.to)
+        if worker is not None:
+            received = Received(GATEWAY, Epoch(0), message)
+            self.clock.after(self.times.message_s, worker.hear, received)
+
+    def kill(self, effect: KillWorker) -> None:
+        worker = self.workers.get(effect.worker)
+        if worker is not None and worker.epoch == effect.epoch:
+            self.kill_worker(effect.worker, effect.detail)
+
+    def role_changed(self, effect: RoleChanged) -> None:
+        for observer in self.observers:
+            observer.role_changed(self.clock.now, effect.worker, effect.role)
+
+    def answer(self, effect: Answer) -> None:
+        """To an operator's command: nobody waits for it here."""
+
+    # --- processes ----------------------------------------------------------------------------
+
+    def start(self, worker: WorkerId) -> None:
+        """A process of the slot is ready: the first one, or one that replaces a dead one."""
+        epoch = Epoch(self._epochs.get(worker, 0) + 1)
+        self._epochs[worker] = epoch
+        group = self.slots[worker]
+        machine = self.settings.machine(group)
+        settings = worker_settings(self.settings, worker, epoch, group.role, machine)
+        process = VirtualWorker(self, settings, machine, self._batching())
+        self.workers[worker] = process
+        self.gateway.hear(process.up())
+        process.start()
+        for observer in self.observers:
+            observer.worker_up(self.clock.now, worker, group.role, machine.name)
+
+    def kill_worker(self, worker: WorkerId, detail: str = "killed") -> None:
+        """The process dies at once; its launcher and its peers hear of it a message later."""
+        process = self.workers.pop(worker, None)
+        if process is None:
+            return
+        process.die()
+        lost: list[tuple[Callable[[Input], None], Input]] = [
+            (self.gateway.hear, WorkerLost(worker, process.epoch, detail))
+        ]
+        peers = self.workers.values()
+        lost += [(peer.hear, PeerLost(worker, process.epoch)) for peer in peers]
+        for hear, event in lost:
+            self.clock.after(self.times.message_s, hear, event)
+        for observer in self.observers:
+            observer.worker_lost(self.clock.now, worker)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _batching(self) -> BatchPolicy:
+        if self.settings.make_batching is not None:
+            return self.settings.make_batching()
+        name = self.settings.batching or default_batching(self.settings.policy)
+        return make_batching(name)
+
+    def _wanted(self, hook: str) -> bool:
+        return any(getattr(type(o), hook) is not getattr(Observer, hook) for o in self.observers)
+
+    def _sample(self) -> None:
+        loads = {worker: self._load(process) for worker, process in sorted(self.workers.items())}
+        for observer in self.observers:
+            observer.sampled(self.clock.now, loads)
+        self.clock.after(self.settings.sample_interval_s, self._sample)
+
+    def _load(self, process: VirtualWorker) -> WorkerLoad:
+        figures = process.node.load.figures()
+        slot = self.router.pools.slots.get(process.worker)
+        return WorkerLoad(
+            role=process.settings.role if slot is None else slot.role,
+            num_waiting=figures.num_waiting,
+            num_decoding=figures.num_decoding,
+            pending_prefill_tokens=figures.pending_prefill_tokens,
+            used_blocks=process.settings.num_blocks - figures.free_blocks,
+            num_blocks=process.settings.num_blocks,
+        )
