@@ -13,6 +13,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.request import DEFAULT_SERVICE, Role, ServiceClass
 from pdserve.core.step import StepShape
+from pdserve.workload.outcome import Ending, time_per_token_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,32 @@ class Ended:
     attempts: int = 1
     failure: str | None = None
     cancelled: bool = False
+
+    @property
+    def ending(self) -> Ending:
+        if self.cancelled:
+            return Ending.CANCELLED
+        return Ending.COMPLETED if self.failure is None else Ending.FAILED
+
+    @property
+    def ttft_s(self) -> float | None:
+        """As `Outcome.ttft_s`; so are the others as theirs."""
+        return None if self.first_s is None else self.first_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        return time_per_token_s(self.first_s, self.last_s, self.output_tokens)
+
+    @property
+    def e2e_s(self) -> float | None:
+        return None if self.last_s is None else self.last_s - self.arrived_s
+
+    @property
+    def second_gap_s(self) -> float | None:
+        """From the first token to the second: what of the hand-off the client sees."""
+        if self.first_s is None or self.second_s is None:
+            return None
+        return self.second_s - self.first_s
 
 
 class Observer:

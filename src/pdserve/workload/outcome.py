@@ -22,6 +22,15 @@ class CountedBy(StrEnum):
     """One per chunk: too few if the server puts several tokens into one."""
 
 
+def time_per_token_s(
+    first_s: float | None, last_s: float | None, output_tokens: int
+) -> float | None:
+    """From the times of an answer's first and last token; see `Outcome.tpot_s`."""
+    if first_s is None or last_s is None or output_tokens < 2:
+        return None
+    return (last_s - first_s) / (output_tokens - 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Times are seconds on one clock, from the start of the run.
@@ -66,9 +75,7 @@ class Outcome:
 
         None for an answer of one token, which has no such time.
         """
-        if self.first_s is None or self.last_s is None or self.output_tokens < 2:
-            return None
-        return (self.last_s - self.first_s) / (self.output_tokens - 1)
+        return time_per_token_s(self.first_s, self.last_s, self.output_tokens)
 
     @property
     def lag_s(self) -> float:

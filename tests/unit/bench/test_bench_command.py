@@ -10,9 +10,9 @@ import pytest
 from pdserve.api.fake import FakeGateway
 from pdserve.bench.options import LoadOptions
 from pdserve.bench.plan import make_load
-from pdserve.bench.plot import cdf_svg
 from pdserve.cli import main
 from pdserve.core.errors import ConfigError, OverloadedError
+from pdserve.plot.cdf import cdf_svg
 
 SMALL = ["--vocab-size", "200", "--input", "6", "--output", "4", "-n", "8", "--concurrency", "3"]
 
