@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.slo import Slo
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -34,30 +35,12 @@ class TargetOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What to send, and when. None: not asked for; ``plan`` says what follows."""
+class LoadOptions(WorkloadOptions):
+    """What to send, and when. ``warmup`` other requests go first; at most ``concurrency`` are in
+    flight (None: no bound)."""
 
-    trace: Path | None = None
-    trace_kind: str | None = None
-    window_s: tuple[float, float] | None = None
-    smear: bool | None = None
-    rate_scale: float = 1.0
-    input_tokens: str = "512"
-    output_tokens: str = "128"
-    max_input_tokens: int | None = None
-    max_output_tokens: int | None = None
-    prefix_groups: int = 0
-    prefix_tokens: int = 0
-    arrivals: str | None = None
-    rate: float | None = None
-    burstiness: float | None = None
     concurrency: int | None = None
-    num_requests: int | None = None
-    duration_s: float | None = None
     warmup: int = 0
-    cancel_rate: float = 0.0
-    cancel_after_s: float | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

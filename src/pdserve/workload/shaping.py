@@ -18,9 +18,12 @@ from pdserve.workload.request import TraceRequest
 def window(
     requests: Iterable[TraceRequest], start_s: float, end_s: float
 ) -> Iterator[TraceRequest]:
-    """Those that arrive at start_s <= t < end_s, with times counted from ``start_s``."""
+    """Those that arrive at start_s <= t < end_s, with times counted from ``start_s``. Nothing is
+    taken after the first that arrives later."""
     for request in requests:
-        if start_s <= request.at_s < end_s:
+        if request.at_s >= end_s:
+            return
+        if request.at_s >= start_s:
             yield replace(request, at_s=request.at_s - start_s)
 
 
@@ -34,28 +37,62 @@ def rearrive(requests: Iterable[TraceRequest], arrivals: Iterator[float]) -> Ite
     return (replace(request, at_s=at_s) for request, at_s in zip(requests, arrivals, strict=False))
 
 
-def smear(requests: Sequence[TraceRequest], seed: int) -> Iterator[TraceRequest]:
-    """Spread requests that share one time stamp over the time until the next.
+def smear(requests: Iterable[TraceRequest], seed: int) -> Iterator[TraceRequest]:
+    """Spread requests that share one time stamp over their tick.
 
     Traces that were recorded in ticks (3 s in Mooncake's conversations) would otherwise arrive in
-    volleys that never happened. Within a tick the times are drawn evenly and the order stays; the
-    last tick is as long as the median one. Requests that are alone in their tick move as well.
+    volleys that never happened. A tick is as long as the median one at the start of the trace, or
+    until the next one, whichever is less. Within it the times are drawn evenly and the order stays;
+    requests that are alone in their tick move as well.
     """
     rng = random.Random(f"{seed}/smear")
-    ticks = sorted({request.at_s for request in requests})
-    gaps = [after - before for before, after in itertools.pairwise(ticks)]
-    lengths = dict(zip(ticks, [*gaps, statistics.median(gaps) if gaps else 0.0], strict=True))
-    for at_s, group in itertools.groupby(requests, key=lambda request: request.at_s):
-        together = list(group)
-        offsets = sorted(rng.random() * lengths[at_s] for _ in together)
+    head, requests = peeked(requests)
+    tick_s = _tick_s(head)
+    groups = itertools.groupby(requests, key=lambda request: request.at_s)
+    ticks = ((at_s, list(group)) for at_s, group in groups)
+    current = next(ticks, None)
+    while current is not None:
+        at_s, together = current
+        current = next(ticks, None)
+        length_s = tick_s if current is None else min(tick_s, current[0] - at_s)
+        offsets = sorted(rng.random() * length_s for _ in together)
         for request, offset_s in zip(together, offsets, strict=True):
             yield replace(request, at_s=at_s + offset_s)
+
+
+def _tick_s(requests: Sequence[TraceRequest]) -> float:
+    """The median time between two different time stamps; 0 if there is one."""
+    stamps = sorted({request.at_s for request in requests})
+    return statistics.median(
+        [after - before for before, after in itertools.pairwise(stamps)] or [0]
+    )
 
 
 def is_in_ticks(requests: Sequence[TraceRequest]) -> bool:
     """True if most requests share their time stamp with another."""
     times = {request.at_s for request in requests}
     return len(times) * 2 <= len(requests)
+
+
+def peeked(
+    requests: Iterable[TraceRequest], count: int = 1000
+) -> tuple[list[TraceRequest], Iterator[TraceRequest]]:
+    """The first ``count`` requests, and all of them."""
+    rest = iter(requests)
+    head = list(itertools.islice(rest, count))
+    return head, itertools.chain(head, rest)
+
+
+def bounded(
+    requests: Iterable[TraceRequest], max_input_tokens: int | None, max_output_tokens: int | None
+) -> Iterator[TraceRequest]:
+    """Without those of longer prompts, and with longer answers cut. None: no bound."""
+    for request in requests:
+        if max_input_tokens is not None and request.prompt_tokens > max_input_tokens:
+            continue
+        if max_output_tokens is not None and request.output_tokens > max_output_tokens:
+            request = replace(request, output_tokens=max_output_tokens)
+        yield request
 
 
 def with_cancellations(

@@ -1,4 +1,4 @@
-"""Generated workloads: drawn lengths, and groups of requests that share a prefix.
+"""Generated workloads: drawn lengths, groups of requests that share a prefix, lengths of a trace.
 
 Each property is drawn from a random source of its own, so that changing the arrivals, say, leaves
 the lengths as they were.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pdserve.workload.lengths import Draw
@@ -44,4 +45,28 @@ def synthetic(
             at_s=next(arrivals),
             segments=segments,
             output_tokens=output_tokens(of_outputs),
+        )
+
+
+def drawn(
+    trace: Iterable[TraceRequest], arrivals: Iterator[float], seed: int, *, pairs: bool
+) -> Iterator[TraceRequest]:
+    """Endless requests with lengths drawn from those of ``trace``, each as likely as the others.
+
+    ``pairs``: a prompt keeps its answer. If not, both are drawn by themselves, as Splitwise's
+    generator does. Prompts share nothing, whatever those of the trace did.
+    """
+    inputs, outputs = array("Q"), array("Q")
+    for request in trace:
+        inputs.append(request.prompt_tokens)
+        outputs.append(request.output_tokens)
+    rng = random.Random(f"{seed}/draw")
+    for index in itertools.count():
+        of_input = rng.randrange(len(inputs))
+        of_output = of_input if pairs else rng.randrange(len(outputs))
+        yield TraceRequest(
+            index=index,
+            at_s=next(arrivals),
+            segments=(own_segment(index, inputs[of_input]),),
+            output_tokens=outputs[of_output],
         )

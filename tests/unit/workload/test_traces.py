@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named(written, text, says):
 def test_a_missing_file_and_an_unknown_kind(tmp_path, written):
     with pytest.raises(ConfigError, match="cannot read"):
         read_trace(tmp_path / "none")
-    with pytest.raises(ConfigError, match="azure, mooncake, life-log"):
+    with pytest.raises(ConfigError, match="azure, mooncake, splitwise, life-log"):
         read_trace(written(AZURE), "burst")
 
 
