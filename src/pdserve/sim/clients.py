@@ -98,14 +98,14 @@ class Clients:
         *,
         declared_tokens: int | None,
         longest_tokens: int,
-        service_of: ServiceClass,
+        service: ServiceClass,
     ) -> None:
         self.open: dict[RequestId, Client] = {}
         self.num_sent = 0
         self._requests = requests
         self._declared_tokens = declared_tokens
         self._longest_tokens = longest_tokens
-        self._service = service_of
+        self._service = service
 
     def next_asked(self) -> TraceRequest | None:
         """The next one to come."""

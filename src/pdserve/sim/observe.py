@@ -7,6 +7,7 @@ in them are virtual seconds. An observer changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.core.events import LifeEvent
@@ -120,3 +121,24 @@ class WorkerLoad:
     pending_prefill_tokens: int
     used_blocks: int
     num_blocks: int
+
+
+class Told:
+    """Which observers want to hear what: those that override a hook."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        def wanting(hook: str) -> tuple[Callable[..., None], ...]:
+            base = getattr(Observer, hook)
+            return tuple(getattr(o, hook) for o in observers if getattr(type(o), hook) is not base)
+
+        self.arrived = wanting("arrived")
+        self.ended = wanting("ended")
+        self.gaps = wanting("gaps")
+        self.steps = wanting("steps")
+        self.sent = wanting("sent")
+        self.worker_up = wanting("worker_up")
+        self.worker_lost = wanting("worker_lost")
+        self.role_changed = wanting("role_changed")
+        self.life = wanting("life")
+        self.sampled = wanting("sampled")
+        self.done = wanting("done")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
 from pdserve.cost.machine import ClusterTimes, MachineModel
 from pdserve.node.settings import RoleControl
 from pdserve.policy.batch import BatchPolicy
@@ -21,6 +22,7 @@ class SimSettings:
     ``declared_tokens``: the ``max_tokens`` that clients ask for; answers end by themselves, as long
     as the trace says, and no policy knows how long. None: they ask for exactly what they get (as
     load clients do that replay a trace).
+    ``service``: the class of every request.
     ``learns``: the router fits its step and link models to what it sees, as live; if not, it is
     told the `MachineModel.linear` of each worker from the start.
     """
@@ -32,6 +34,7 @@ class SimSettings:
     batching: str = ""
     make_policy: Callable[[], RoutePolicy] | None = None
     make_batching: Callable[[], BatchPolicy] | None = None
+    service: ServiceClass = DEFAULT_SERVICE
     roles: RoleControl = RoleControl.FIXED
     admission: str = "none"
     declared_tokens: int | None = 4096

@@ -29,7 +29,6 @@ from pdserve.core.effects import (
 from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message, StartJob
-from pdserve.core.request import DEFAULT_SERVICE
 from pdserve.core.step import StepShape
 from pdserve.node.router import RouterNode
 from pdserve.policy.batch import BatchPolicy
@@ -39,7 +38,7 @@ from pdserve.sim.clients import Clients
 from pdserve.sim.clock import Clock
 from pdserve.sim.gateway import VirtualGateway
 from pdserve.sim.network import End, Network
-from pdserve.sim.observe import Observer, WorkerLoad
+from pdserve.sim.observe import Observer, Told, WorkerLoad
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import Group
 from pdserve.sim.worker import VirtualWorker
@@ -63,7 +62,7 @@ class Simulation:
         self.times = settings.times
         self.clock = Clock()
         self.network = Network(self.clock)
-        self.observers = list(observers)
+        self._told = Told(observers)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
         self._epochs: dict[WorkerId, Epoch] = {}
@@ -75,7 +74,7 @@ class Simulation:
             requests,
             declared_tokens=settings.declared_tokens,
             longest_tokens=min(longest, max(m.max_model_tokens for m in settings.machines)),
-            service_of=DEFAULT_SERVICE,
+            service=settings.service,
         )
         self._exhausted = False
 
@@ -87,13 +86,13 @@ class Simulation:
         for worker in self.slots:
             self.start(worker)
         self._await_next()
-        if self._wanted("sampled"):
+        if self._told.sampled:
             self._sample()
         self.clock.run(lambda: not self.is_over)
         ended_s = self.clock.now
         self.clock.run(lambda: not self.is_settled, until_s=ended_s + SETTLE_S)
-        for observer in self.observers:
-            observer.done(ended_s)
+        for tell in self._told.done:
+            tell(ended_s)
 
     @property
     def is_over(self) -> bool:
@@ -122,8 +121,8 @@ class Simulation:
 
     def _arrive(self, asked: TraceRequest) -> None:
         request = self.clients.send(asked, self.clock.now)
-        for observer in self.observers:
-            observer.arrived(self.clock.now, request.request_id, len(request.prompt_token_ids))
+        for tell in self._told.arrived:
+            tell(self.clock.now, request.request_id, len(request.prompt_token_ids))
         self.clock.after(self.times.edge_in_s, self.gateway.hear, Submit(request))
         leaves_s = 0.0 if asked.cancel_after_tokens == 0 else asked.cancel_after_s
         if leaves_s is not None:
@@ -135,22 +134,22 @@ class Simulation:
         client = self.clients.open.pop(request_id, None)
         if client is not None:
             self.gateway.hear(ClientGone(request_id))
-            for observer in self.observers:
-                observer.ended(self.clock.now, client.ended(cancelled=True))
+            for tell in self._told.ended:
+                tell(self.clock.now, client.ended(cancelled=True))
 
     def deliver_tokens(self, effect: Deliver) -> None:
         client = self.clients.open.get(effect.request_id)
         at_s = self.clock.now + self.times.edge_out_s
         if client is not None and client.takes(effect, at_s):
             del self.clients.open[effect.request_id]
-            for observer in self.observers:
-                observer.ended(at_s, client.ended())
+            for tell in self._told.ended:
+                tell(at_s, client.ended())
 
     def fail(self, effect: Fail) -> None:
         client = self.clients.open.pop(effect.request_id, None)
         if client is not None:
-            for observer in self.observers:
-                observer.ended(self.clock.now, client.ended(effect))
+            for tell in self._told.ended:
+                tell(self.clock.now, client.ended(effect))
 
     # --- the world of a worker ----------------------------------------------------------------
 
@@ -165,8 +164,8 @@ class Simulation:
         arrives_s = at_s + self.times.message_s + self.times.edge_out_s
         gap_s = client.drawn(index, arrives_s)
         if gap_s is not None:
-            for observer in self.observers:
-                observer.gaps(gap_s, 1)
+            for tell in self._told.gaps:
+                tell(gap_s, 1)
         if index >= client.notable_index != client.last_index:
             self.clock.at(arrives_s, self._leave, attempt.request_id)
 
@@ -188,20 +187,20 @@ class Simulation:
             client = self.clients.open.get(event.request_id)
             if client is not None:
                 client.cached_tokens = int(dict(event.detail)["cached_tokens"])
-        for observer in self.observers:
-            observer.life(event)
+        for tell in self._told.life:
+            tell(event)
 
     def stepped(
         self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int
     ) -> None:
-        for observer in self.observers:
-            observer.steps(worker, begun_s, ended_s, shape, count)
+        for tell in self._told.steps:
+            tell(worker, begun_s, ended_s, shape, count)
 
     def sent(
         self, sender: WorkerId, receiver: WorkerId, num_bytes: int, begun_s: float, ended_s: float
     ) -> None:
-        for observer in self.observers:
-            observer.sent(sender, receiver, num_bytes, begun_s, ended_s)
+        for tell in self._told.sent:
+            tell(sender, receiver, num_bytes, begun_s, ended_s)
 
     # --- the router's edge --------------------------------------------------------------------
 
@@ -222,8 +221,8 @@ class Simulation:
             self.kill_worker(effect.worker, effect.detail)
 
     def role_changed(self, effect: RoleChanged) -> None:
-        for observer in self.observers:
-            observer.role_changed(self.clock.now, effect.worker, effect.role)
+        for tell in self._told.role_changed:
+            tell(self.clock.now, effect.worker, effect.role)
 
     def answer(self, effect: Answer) -> None:
         """To an operator's command: nobody waits for it here."""
@@ -241,8 +240,8 @@ class Simulation:
         self.workers[worker] = process
         self.gateway.hear(process.up())
         process.start()
-        for observer in self.observers:
-            observer.worker_up(self.clock.now, worker, group.role, machine.name)
+        for tell in self._told.worker_up:
+            tell(self.clock.now, worker, group.role, machine.name)
 
     def kill_worker(self, worker: WorkerId, detail: str = "killed") -> None:
         """The process dies at once; its launcher and its peers hear of it a message later."""
@@ -257,8 +256,8 @@ class Simulation:
         lost += [(peer.hear, PeerLost(worker, process.epoch)) for peer in peers]
         for hear, event in lost:
             self.clock.after(self.times.message_s, hear, event)
-        for observer in self.observers:
-            observer.worker_lost(self.clock.now, worker)
+        for tell in self._told.worker_lost:
+            tell(self.clock.now, worker)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -268,13 +267,10 @@ class Simulation:
         name = self.settings.batching or default_batching(self.settings.policy)
         return make_batching(name)
 
-    def _wanted(self, hook: str) -> bool:
-        return any(getattr(type(o), hook) is not getattr(Observer, hook) for o in self.observers)
-
     def _sample(self) -> None:
         loads = {worker: self._load(process) for worker, process in sorted(self.workers.items())}
-        for observer in self.observers:
-            observer.sampled(self.clock.now, loads)
+        for tell in self._told.sampled:
+            tell(self.clock.now, loads)
         self.clock.after(self.settings.sample_interval_s, self._sample)
 
     def _load(self, process: VirtualWorker) -> WorkerLoad:
