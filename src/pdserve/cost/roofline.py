@@ -1,0 +1,238 @@
+"""A simulated worker from data sheets: `machine_of` a hardware and a model.
+
+Hardware is written as ``h100`` or ``h100-tp8``: so many devices in tensor parallelism. Without a
+number it is the least power of two, up to a whole machine, on which the weights take at most
+`WEIGHT_SHARE` of the memory; if there is none, the whole machine, if they fit at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from pdserve.core.capacity import pool_blocks, pool_bytes
+from pdserve.core.errors import ConfigError
+from pdserve.core.layout import KvLayout, pool_dtype
+from pdserve.core.step import StepShape
+from pdserve.cost.hardware import HARDWARE, Hardware
+from pdserve.cost.links import LINKS, Link
+from pdserve.cost.machine import MachineModel, Power
+from pdserve.cost.models import MODELS, KnownModel
+from pdserve.cost.roofline_timer import ACTIVATION_BYTES, RUNTIMES, RooflineTimer, nearest
+from pdserve.cost.shape import ModelShape
+
+WEIGHT_SHARE = 0.6
+DECODE_BASE_SHARE = 0.29
+DECODE_MEMORY_SHARE = 0.73
+"""A device that decodes draws the first share of its TDP, and the second times the share of its
+memory's rate that it uses. Splitwise's perf_model.csv, mean power of A100 over requests that nearly
+only decode: 0.43, 0.59, 0.74 of the TDP for Llama-2-70B on 8, 4, 2 of them (0.20, 0.40, 0.62 of the
+memory's rate) and 0.63 for BLOOM-176B on 8 (0.45). A prompt draws all that the device may."""
+Entry = TypeVar("Entry")
+_NAME = re.compile(r"(.+?)-tp(\d+)")
+BUSY_BATCH = (32, 1024)
+"""Sequences and their length, of the decode step that `Power.decode_w` is stated for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What is known by name."""
+
+    hardware: Mapping[str, Hardware] = field(default_factory=lambda: HARDWARE)
+    models: Mapping[str, KnownModel] = field(default_factory=lambda: MODELS)
+    links: Mapping[str, Link] = field(default_factory=lambda: LINKS)
+
+
+CATALOGUE = Catalogue()
+
+
+def machine_of(
+    hardware_name: str,
+    model_name: str,
+    *,
+    tp: int | None = None,
+    block_size: int = 16,
+    kv_dtype: str = "auto",
+    link: str = "",
+    runtime: str = "",
+    max_step_tokens: int = 2048,
+    model: KnownModel | None = None,
+    catalogue: Catalogue = CATALOGUE,
+) -> MachineModel:
+    """The worker ``hardware_name`` that serves ``model_name``, all of it from data sheets.
+
+    ``tp`` overrides what the name says. ``link``: another one than the hardware's own. ``runtime``:
+    a name of `RUNTIMES`, if not the hardware's own. ``model``: a shape that the catalogue does not
+    know. Raises `ConfigError` for an unknown name, and for a model that does not fit, with the
+    bytes that are needed and those that are there.
+    """
+    known = model or find(catalogue.models, model_name, "model")
+    base, written_tp = split_name(hardware_name, catalogue)
+    hardware = catalogue.hardware[base]
+    one = _layout(known.shape, 1, block_size, kv_dtype)
+    shape = replace(known.shape, kv_bytes=one.slot_bytes / one.head_dim)
+    devices = _num_devices(base, hardware, model_name, shape, tp or written_tp)
+    room = pool_bytes(
+        hardware.pool,
+        int(hardware.memory_bytes * devices),
+        weight_bytes=shape.memory_bytes,
+        step_bytes=_step_bytes(shape, max_step_tokens),
+    )
+    num_blocks = pool_blocks(
+        room,
+        _layout(shape, devices, block_size, kv_dtype).pool_bytes(1),
+        f"{model_name} leaves no memory for KV on {devices} x {base}; use more devices (-tpN) or "
+        "larger ones",
+    )
+    runtime_name = runtime or hardware.runtime
+    timer = RooflineTimer(shape, hardware, devices, find(RUNTIMES, runtime_name, "runtime"))
+    pool_tokens = num_blocks * block_size
+    ends = find(catalogue.links, link or hardware.network, "link")
+    return MachineModel(
+        name=f"{base}-tp{devices}" if hardware.max_devices > 1 else base,
+        model=model_name,
+        steps=timer,
+        linear=nearest(timer, pool_tokens),
+        num_layers=shape.num_layers,
+        token_kv_bytes=round(shape.token_kv_bytes),
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_tokens=min(known.max_model_tokens, pool_tokens),
+        link=ends.of_worker(devices),
+        power=_power(hardware, shape, devices, timer),
+        price_per_hour=hardware.price_per_hour * devices,
+        num_devices=devices,
+        source=f"data sheets of {base}, {known.source}, runtime {runtime_name}",
+    )
+
+
+def find(known: Mapping[str, Entry], name: str, kind: str) -> Entry:
+    """The entry of that name. Raises `ConfigError` that lists what is known."""
+    if name not in known:
+        raise ConfigError(f"there is no {kind} {name!r}; there are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def split_name(name: str, catalogue: Catalogue = CATALOGUE) -> tuple[str, int | None]:
+    """``h100-tp8`` as (``h100``, 8); ``h100`` as (``h100``, None). Raises `ConfigError`."""
+    match = _NAME.fullmatch(name)
+    base = name if match is None else match[1]
+    find(catalogue.hardware, base, "hardware")
+    return base, None if match is None else int(match[2])
+
+
+def slo_floor(
+    machine: MachineModel, prompt_tokens: int, context_tokens: int
+) -> tuple[float, float]:
+    """The least TTFT and TPOT, in seconds, that a machine can give anybody: a prompt of that length
+    on an idle worker, and a decode step of a sequence of ``context_tokens`` alone."""
+    prompt = StepShape(prompt_tokens, prompt_tokens * prompt_tokens)
+    alone = StepShape(num_decoding=1, context_tokens=context_tokens)
+    return machine.steps.step_s(prompt), machine.steps.step_s(alone)
+
+
+def check_slo(
+    machines: Iterable[MachineModel],
+    *,
+    prompt_tokens: int,
+    context_tokens: int,
+    ttft_s: float | None,
+    tpot_s: float | None,
+) -> None:
+    """Raises `ConfigError` with the bound if no machine could ever keep this SLO, for a request
+    with the median (or the shortest) prompt of the load."""
+    floors = [(slo_floor(each, prompt_tokens, context_tokens), each.name) for each in machines]
+    least_ttft_s, first = min((floor[0], name) for floor, name in floors)
+    least_tpot_s, second = min((floor[1], name) for floor, name in floors)
+    if ttft_s is not None and ttft_s < least_ttft_s:
+        raise ConfigError(
+            f"no machine here can keep a TTFT of {ttft_s * 1e3:.4g} ms: the fastest, {first}, "
+            f"takes {least_ttft_s * 1e3:.4g} ms for a prompt of {prompt_tokens} tokens, with "
+            "nothing else to do; ask for more, or for faster hardware or more devices a worker"
+        )
+    if tpot_s is not None and tpot_s < least_tpot_s:
+        raise ConfigError(
+            f"no machine here can keep a TPOT of {tpot_s * 1e3:.4g} ms: the fastest, {second}, "
+            f"takes {least_tpot_s * 1e3:.4g} ms for a token of one sequence alone; ask for more, "
+            "or for hardware with faster memory or more devices a worker"
+        )
+
+
+# --- inside -----------------------------------------------------------------------------------
+
+
+def _layout(shape: ModelShape, devices: int, block_size: int, kv_dtype: str) -> KvLayout:
+    """Of a worker's pool: devices beyond the KV heads hold copies of them."""
+    return KvLayout(
+        num_layers=shape.num_layers,
+        num_kv_heads=max(shape.num_kv_heads, devices),
+        head_dim=shape.head_dim,
+        block_size=block_size,
+        dtype=pool_dtype("bf16", kv_dtype),
+        numerics="",
+        weights_digest="",
+    )
+
+
+def _step_bytes(shape: ModelShape, tokens: int) -> int:
+    """Activations of a step, of all devices together: the residual stream and a copy of it, and the
+    widest inner product of a layer; the logits of a token are small beside that."""
+    widest = shape.mlp_matrices * shape.intermediate_size
+    return tokens * (2 * shape.hidden_size + widest) * ACTIVATION_BYTES
+
+
+def _num_devices(
+    base: str, hardware: Hardware, model: str, shape: ModelShape, wanted: int | None
+) -> int:
+    weights, memory = shape.memory_bytes, hardware.memory_bytes
+    whole = hardware.max_devices
+    if wanted is not None and not 1 <= wanted <= whole:
+        raise ConfigError(
+            f"{base}-tp{wanted} cannot be: a machine of {base} has 1 to {whole} devices"
+        )
+    chosen = wanted
+    if chosen is None:
+        chosen = 1
+        while chosen < whole and weights > WEIGHT_SHARE * memory * chosen:
+            chosen = min(2 * chosen, whole)
+    there = hardware.pool.share * memory * chosen
+    if weights > there:
+        fits = [name for name, each in HARDWARE.items() if _fits(weights, each, each.max_devices)]
+        remedy = (
+            "use more devices (-tpN)"
+            if _fits(weights, hardware, whole)
+            else (
+                f"it would fit on a machine of {', '.join(fits)}" if fits else "use a smaller model"
+            )
+        )
+        raise ConfigError(
+            f"{model} does not fit on {chosen} x {base}: its weights take {_gb(weights)}, and "
+            f"{_gb(there)} of memory can be used; {remedy}"
+        )
+    return chosen
+
+
+def _fits(weights: float, hardware: Hardware, devices: int) -> bool:
+    return weights <= hardware.pool.share * hardware.memory_bytes * devices
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.4g} GB"
+
+
+def _power(hardware: Hardware, shape: ModelShape, devices: int, timer: RooflineTimer) -> Power:
+    """Of a worker. See `DECODE_BASE_SHARE`."""
+    batch, length = BUSY_BATCH
+    context = batch * length
+    busy = StepShape(num_decoding=batch, context_tokens=context)
+    read = shape.memory_bytes + context * shape.token_kv_bytes
+    used = read / (timer.step_s(busy) * hardware.bytes_per_s * devices)
+    decode_w = hardware.tdp_w * (DECODE_BASE_SHARE + DECODE_MEMORY_SHARE * used)
+    limit_w = hardware.limit_w
+    return Power(
+        idle_w=devices * (hardware.idle_w + hardware.host_w),
+        prompt_w=devices * (limit_w + hardware.host_w),
+        decode_w=devices * (min(limit_w, decode_w) + hardware.host_w),
+    )
