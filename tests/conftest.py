@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,12 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
     write_random_model(path, seed=0)
     return path
+
+
+@pytest.fixture(scope="session")
+def user_data() -> Path | None:
+    """A folder with the user's copies of published traces and measurements, which are not ours to
+    ship: ``PDSERVE_DATA``, or ``../shared/data`` beside the checkout. None: there is none."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PDSERVE_DATA", beside))
+    return folder if folder.is_dir() else None

@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from pdserve.core.errors import ConfigError
-from pdserve.workload.arrivals import arrivals
+from pdserve.workload.arrivals import RateStep, arrivals, parse_steps
 from pdserve.workload.lengths import length_distribution
 from pdserve.workload.synthetic import PrefixGroups, synthetic
 
@@ -74,6 +74,66 @@ def test_closed_and_infinite_arrivals_are_all_at_once():
 def test_impossible_arrivals_are_refused(kind, rate, burstiness):
     with pytest.raises(ConfigError):
         arrivals(kind, rate, burstiness, 0)
+
+
+def counts(times, width_s, end_s):
+    found = [0] * round(end_s / width_s)
+    for at_s in itertools.takewhile(lambda t: t < end_s, times):
+        found[int(at_s / width_s)] += 1
+    return found
+
+
+def test_a_sinusoid_rises_and_falls_around_its_rate():
+    times = arrivals("sinusoid", 50.0, 1.0, 4, amplitude=0.8, period_s=40.0)
+    found = counts(times, 10.0, 4000.0)
+    quarters = [statistics.fmean(found[number::4]) / 10.0 for number in range(4)]
+    # The mean of a sine over a quarter of its turn is 2 / pi.
+    high, low = 50 * (1 + 0.8 * 2 / math.pi), 50 * (1 - 0.8 * 2 / math.pi)
+    assert quarters == pytest.approx([high, high, low, low], rel=0.03)
+    # Within one phase it is a Poisson process: counts vary as their mean.
+    first = found[::4]
+    assert statistics.variance(first) / statistics.fmean(first) == pytest.approx(1.0, abs=0.35)
+
+
+def test_a_full_amplitude_comes_down_to_nothing():
+    times = arrivals("sinusoid", 100.0, 1.0, 0, amplitude=1.0, period_s=100.0)
+    at_zero = [t for t in itertools.takewhile(lambda t: t < 1000, times) if 74 < t % 100 < 76]
+    assert len(at_zero) < 10
+    assert counts(arrivals("sinusoid", 9.0, 1.0, 1, amplitude=0.0, period_s=1.0), 500.0, 500.0) == [
+        pytest.approx(4500, rel=0.05)
+    ]
+
+
+def test_steps_hold_their_rates_and_come_again():
+    steps = parse_steps("2:60,0:30,20:10")
+    assert steps == (RateStep(2, 60), RateStep(0, 30), RateStep(20, 10))
+    times = list(
+        itertools.takewhile(lambda t: t < 20_000, arrivals("steps", math.inf, 1.0, 5, steps=steps))
+    )
+    assert times == sorted(times)
+    phases = [t % 100 for t in times]
+    assert sum(t < 60 for t in phases) == pytest.approx(200 * 120, rel=0.03)
+    assert not any(60 <= t < 90 for t in phases)
+    assert sum(t >= 90 for t in phases) == pytest.approx(200 * 200, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:0", "-1:5", "2:60,", "0:60", "x:60", "2:inf", "nan:5", "2:60:3"]
+)
+def test_what_is_no_step_is_refused(text):
+    with pytest.raises(ConfigError, match="write RATE:SECONDS|give one above 0"):
+        parse_steps(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"amplitude": 1.1, "period_s": 9.0}, {"amplitude": -0.1, "period_s": 9.0}, {"amplitude": 0.5}],
+)
+def test_impossible_sinusoids_are_refused(values):
+    with pytest.raises(ConfigError, match="amplitude"):
+        arrivals("sinusoid", 5.0, 1.0, 0, **values)
+    with pytest.raises(ConfigError, match="some rate above 0"):
+        arrivals("steps", 5.0, 1.0, 0)
 
 
 def drawn_lengths(text, n=20_000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -55,6 +56,19 @@ def test_ticks_are_smeared_over_themselves_in_order():
     assert statistics.fmean(offsets) == pytest.approx(1.5, rel=0.05)
     assert smeared == list(shaping.smear(requests, seed=3))
     assert not shaping.is_in_ticks(smeared)
+
+
+def test_a_tick_ends_with_the_next_one_or_after_the_usual_time():
+    ticks = [0, 3, 6, 7, 10, 30, 33]  # one came early, one after a pause
+    smeared = list(shaping.smear(at(*(tick for tick in ticks for _ in range(200))), seed=0))
+    latest = [max(times(smeared[200 * i : 200 * (i + 1)])) - tick for i, tick in enumerate(ticks)]
+    assert latest == pytest.approx([3, 3, 1, 3, 3, 3, 3], abs=0.15)
+
+
+def test_smearing_takes_requests_as_they_come():
+    endless = (request for tick in itertools.count() for request in at(*[3.0 * tick] * 5))
+    first = list(itertools.islice(shaping.smear(endless, seed=0), 7))
+    assert [int(at_s / 3.0) for at_s in times(first)] == [0] * 5 + [1] * 2
 
 
 def test_one_tick_alone_has_nowhere_to_go():
