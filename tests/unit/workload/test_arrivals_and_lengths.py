@@ -121,7 +121,7 @@ def test_steps_hold_their_rates_and_come_again():
     "text", ["", "2", "2:0", "-1:5", "2:60,", "0:60", "x:60", "2:inf", "nan:5", "2:60:3"]
 )
 def test_what_is_no_step_is_refused(text):
-    with pytest.raises(ConfigError, match="write RATE:SECONDS|give one above 0"):
+    with pytest.raises(ConfigError, match=r"write RATE:SECONDS|give one above 0"):
         parse_steps(text)
 
 

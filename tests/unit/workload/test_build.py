@@ -29,7 +29,8 @@ def asked(*flags):
 
 
 def test_ticks_are_smeared_unless_told_otherwise():
-    stamps = [json.loads(line)["timestamp"] / 1e3 for line in open(MOONCAKE)]
+    lines = Path(MOONCAKE).read_text().splitlines()
+    stamps = [json.loads(line)["timestamp"] / 1e3 for line in lines]
     together = [request.at_s for request in asked("--trace", MOONCAKE, "--no-smear").requests]
     assert together == stamps
     smeared = [request.at_s for request in asked("--trace", MOONCAKE).requests]
@@ -38,12 +39,8 @@ def test_ticks_are_smeared_unless_told_otherwise():
     assert 0 <= min(offsets) <= max(offsets) < 3.002
     assert smeared == [request.at_s for request in asked("--trace", MOONCAKE).requests]
     assert smeared != [r.at_s for r in asked("--trace", MOONCAKE, "--seed", "1").requests]
-    assert (
-        not any(
-            request.at_s % 1 for request in asked("--trace", AZURE, "--rate-scale", "1e9").requests
-        )
-        or not asked("--trace", AZURE).is_endless
-    )
+    plain = [request.at_s for request in asked("--trace", AZURE).requests]
+    assert plain == [r.at_s for r in asked("--trace", AZURE, "--no-smear").requests]
 
 
 def test_rates_that_change_are_written_as_flags():
