@@ -119,28 +119,44 @@ class JsonLines(logging.Formatter):
     """One JSON object a line; a life event has ``request_id``, ``epoch``, ``node``, ``detail``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        document: dict[str, Any] = {
-            "time": f"{_utc(int(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-        }
+        document = _head(record.created, record.levelname.lower(), record.name)
         event: LifeEvent | None = getattr(record, "life_event", None)
-        if event is not None:
-            document |= {
-                "event": event.name,
-                "request_id": event.request_id,
-                "epoch": event.epoch,
-                "node": event.node,
-                "at_s": event.at_s,
-                "detail": dict(event.detail),
-            }
-        else:
-            document["message"] = record.getMessage()
+        document |= {"message": record.getMessage()} if event is None else _life_fields(event)
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
-        line = msgspec.json.encode(document)
-        # What is not ASCII may hold Unicode's line ends: escape all of it.
-        return line.decode() if line.isascii() else json.dumps(document)
+        return _encoded(document)
+
+
+def life_line(event: LifeEvent, written_s: float) -> str:
+    """The JSON line of a life event that is written at this wall clock time (Unix seconds)."""
+    level = "warning" if event.name is LifeName.FAILED else "info"
+    return _encoded(_head(written_s, level, LOGGER_NAME) | _life_fields(event))
+
+
+def _head(written_s: float, level: str, logger: str) -> dict[str, Any]:
+    second = int(written_s)
+    return {
+        "time": f"{_utc(second)}.{int((written_s - second) * 1e3):03d}Z",
+        "level": level,
+        "logger": logger,
+    }
+
+
+def _life_fields(event: LifeEvent) -> dict[str, Any]:
+    return {
+        "event": event.name,
+        "request_id": event.request_id,
+        "epoch": event.epoch,
+        "node": event.node,
+        "at_s": event.at_s,
+        "detail": dict(event.detail),
+    }
+
+
+def _encoded(document: dict[str, Any]) -> str:
+    line = msgspec.json.encode(document)
+    # What is not ASCII may hold Unicode's line ends: escape all of it.
+    return line.decode() if line.isascii() else json.dumps(document)
 
 
 @lru_cache(maxsize=1)
