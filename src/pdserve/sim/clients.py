@@ -7,7 +7,7 @@ of the server.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pdserve.core.effects import Deliver, Fail
@@ -98,14 +98,14 @@ class Clients:
         *,
         declared_tokens: int | None,
         longest_tokens: int,
-        service: ServiceClass,
+        service_of: Callable[[TraceRequest], ServiceClass],
     ) -> None:
         self.open: dict[RequestId, Client] = {}
         self.num_sent = 0
         self._requests = requests
         self._declared_tokens = declared_tokens
         self._longest_tokens = longest_tokens
-        self._service = service
+        self._service_of = service_of
 
     def next_asked(self) -> TraceRequest | None:
         """The next one to come."""
@@ -123,7 +123,7 @@ class Clients:
             request_id=RequestId(f"r{self.num_sent}"),
             prompt_token_ids=prompt,
             params=params,
-            service=self._service,
+            service=self._service_of(asked),
         )
         last_index = min(asked.output_tokens, params.max_tokens) - 1
         notable = last_index

@@ -104,8 +104,8 @@ class Observer:
     def life(self, event: LifeEvent) -> None:
         """A life event, as the live server logs them."""
 
-    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad]) -> None:
-        """Every so often: what each worker holds."""
+    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad], num_queued: int) -> None:
+        """Every so often: what each worker holds, and how many requests wait in the router."""
 
     def done(self, at_s: float) -> None:
         """The run is over."""

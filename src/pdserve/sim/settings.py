@@ -12,6 +12,7 @@ from pdserve.policy.batch import BatchPolicy
 from pdserve.policy.cluster import RoutePolicy
 from pdserve.policy.registry import DEFAULT_POLICY
 from pdserve.sim.spec import ClusterSpec, Group
+from pdserve.workload.request import TraceRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class SimSettings:
     ``declared_tokens``: the ``max_tokens`` that clients ask for; answers end by themselves, as long
     as the trace says, and no policy knows how long. None: they ask for exactly what they get (as
     load clients do that replay a trace).
-    ``service``: the class of every request.
+    ``service``: the class of every request, unless ``service_of`` says which one each has.
     ``learns``: the router fits its step and link models to what it sees, as live; if not, it is
     told the `MachineModel.linear` of each worker from the start.
     """
@@ -35,6 +36,7 @@ class SimSettings:
     make_policy: Callable[[], RoutePolicy] | None = None
     make_batching: Callable[[], BatchPolicy] | None = None
     service: ServiceClass = DEFAULT_SERVICE
+    service_of: Callable[[TraceRequest], ServiceClass] | None = None
     roles: RoleControl = RoleControl.FIXED
     admission: str = "none"
     declared_tokens: int | None = 4096

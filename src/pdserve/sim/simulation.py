@@ -74,7 +74,7 @@ class Simulation:
             requests,
             declared_tokens=settings.declared_tokens,
             longest_tokens=min(longest, max(m.max_model_tokens for m in settings.machines)),
-            service=settings.service,
+            service_of=settings.service_of or (lambda asked: settings.service),
         )
         self._exhausted = False
 
@@ -270,7 +270,7 @@ class Simulation:
     def _sample(self) -> None:
         loads = {worker: self._load(process) for worker, process in sorted(self.workers.items())}
         for tell in self._told.sampled:
-            tell(self.clock.now, loads)
+            tell(self.clock.now, loads, self.router.num_queued)
         self.clock.after(self.settings.sample_interval_s, self._sample)
 
     def _load(self, process: VirtualWorker) -> WorkerLoad:

@@ -28,18 +28,20 @@ class Pools(Observer):
     def __init__(self) -> None:
         self.sums: dict[Role, list[array[float]]] = {}
         self.num_samples: array[int] = array("q")
+        self.queued_sums: array[float] = array("d")
         self.times_s: array[float] = array("d")
         self.most_waiting = 0
         self.most_used_share = 0.0
         self._together = 1
 
-    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad]) -> None:
+    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad], num_queued: int) -> None:
         if not self.num_samples or self.num_samples[-1] >= self._together:
             if len(self.num_samples) == MAX_STRETCHES:
                 self._halve()
             self._begin(at_s)
         self.num_samples[-1] += 1
-        waiting = 0
+        waiting = num_queued
+        self.queued_sums[-1] += num_queued
         for load in loads.values():
             waiting += load.num_waiting
             if load.num_blocks:
@@ -53,9 +55,14 @@ class Pools(Observer):
         sums = self._pool(role)[POOL_FIGURES.index(name)]
         return [total / num for total, num in zip(sums, self.num_samples, strict=True)]
 
+    def queued(self) -> list[float]:
+        """Requests that wait in the router."""
+        pairs = zip(self.queued_sums, self.num_samples, strict=True)
+        return [total / num for total, num in pairs]
+
     def waiting(self) -> list[float]:
-        """Requests that wait at any worker."""
-        each = [self.series(role, "waiting") for role in self.sums]
+        """Requests that wait, in the router or at any worker."""
+        each = [self.queued(), *(self.series(role, "waiting") for role in self.sums)]
         return [sum(values) for values in zip(*each, strict=True)]
 
     def used_share(self, role: Role) -> list[float]:
@@ -76,12 +83,14 @@ class Pools(Observer):
             "most_waiting": self.most_waiting,
             "most_used_block_share": self.most_used_share,
             "at_s": _rounded(self.times_s),
+            "queued_in_router": _rounded(self.queued()),
             "pools": pools,
         }
 
     def _begin(self, at_s: float) -> None:
         self.times_s.append(at_s)
         self.num_samples.append(0)
+        self.queued_sums.append(0.0)
         for pool in self.sums.values():
             for sums in pool:
                 sums.append(0.0)
@@ -96,6 +105,7 @@ class Pools(Observer):
         self._together *= 2
         self.times_s = self.times_s[::2]
         self.num_samples = array("q", _paired(self.num_samples))
+        self.queued_sums = array("d", _paired(self.queued_sums))
         for pool in self.sums.values():
             pool[:] = [array("d", _paired(sums)) for sums in pool]
 
