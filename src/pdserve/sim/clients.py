@@ -15,14 +15,17 @@ from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.request import Job, Request, SamplingParams, ServiceClass
 from pdserve.sim.observe import Ended
 from pdserve.sim.prompts import prompt_of
-from pdserve.sim.worker import ENDING
 from pdserve.workload.request import TraceRequest
+
+ENDING = 1
+"""The token id that ends an answer; all others are 0."""
 
 
 @dataclass(slots=True)
 class Client:
     """One request that is not over. ``last_index``: of its answer's last token;
-    ``notable_index``: at which something happens, the end or the client's leaving."""
+    ``notable_index``: at which something happens, the end or the client's leaving. ``rides``: in
+    which engine's which crew its sequence was last."""
 
     request: Request
     asked: TraceRequest
@@ -38,6 +41,7 @@ class Client:
     prefill: WorkerId | None = None
     decode: WorkerId | None = None
     attempts: int = 0
+    rides: tuple[WorkerId, int] | None = None
 
     def starts(self, job: Job) -> None:
         """The router sends an attempt."""
@@ -60,13 +64,11 @@ class Client:
     def takes(self, deliver: Deliver, at_s: float) -> bool:
         """The router delivers tokens; True if the answer is complete."""
         if self.first_s is None:
-            self.first_s = self.last_s = at_s
+            self.first_s = at_s
+        self.last_s = at_s
         last = deliver.deltas[-1]
         self.num_taken = last.index + 1
-        if last.finish is None:
-            return False
-        self.last_s = at_s
-        return True
+        return last.finish is not None
 
     def ended(self, fail: Fail | None = None, *, cancelled: bool = False) -> Ended:
         return Ended(

@@ -35,13 +35,12 @@ from pdserve.cost.machine import ClusterTimes, MachineModel
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy
+from pdserve.sim.clients import ENDING
 from pdserve.sim.clock import Clock
 from pdserve.sim.network import End, Network
 from pdserve.sim.transfers import Transfers
 
-ORDINARY, ENDING = 0, 1
-"""Token ids that are drawn: one that ends nothing, and one that ends the answer."""
-_ORDINARY = SampledToken(ORDINARY)
+_ORDINARY = SampledToken(0)
 _ENDING = SampledToken(ENDING)
 
 
