@@ -1,0 +1,131 @@
+"""The least cluster of one design that holds the promise.
+
+From where the estimate points, a ray through all kinds of workers is stretched until its end holds
+the promise, and bisected. Then the border between what holds and what does not is followed: of all
+clusters that weigh less than the best one so far, only the largest are asked (if one of them fails,
+all that are in it fail), nearest to the best one first. When none is left, no smaller one can do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from pdserve.sim.plan.trial import Counts
+
+Weigh = Callable[[Counts], tuple[float, ...]]
+"""Grows with every count; the least weight is best. Its first part is what is minimised."""
+Holds = Callable[[Counts], bool]
+
+STRETCH = 1.4
+ROUNDING = 1e-9
+MOST_STRETCH = 64.0
+
+
+def least(
+    holds: Holds,
+    weigh: Weigh,
+    start: Sequence[float],
+    *,
+    refused: Holds = lambda counts: False,
+    limit: float = math.inf,
+    most_workers: int = 1024,
+) -> Counts | None:
+    """The counts that ``holds`` accepts and that weigh least, or None if there are none among those
+    on the ray from ``start`` (fractions) that weigh at most ``limit`` and have at most
+    ``most_workers``.
+
+    ``holds`` is monotone: what it accepts it accepts with more workers. What is ``refused`` it
+    would not accept, so it is not asked.
+    """
+
+    def asked(counts: Counts) -> bool:
+        return not refused(counts) and holds(counts)
+
+    best = _on_ray(asked, weigh, start, limit, most_workers)
+    while best is not None:
+        better = next((c for c in _maximal(weigh, best) if asked(c)), None)
+        if better is None:
+            return best
+        best = better
+    return None
+
+
+def _on_ray(
+    asked: Holds, weigh: Weigh, start: Sequence[float], limit: float, most_workers: int
+) -> Counts | None:
+    def at(stretch: float) -> Counts:
+        return tuple(max(1, math.ceil(max(part, 0.5) * stretch - ROUNDING)) for part in start)
+
+    low, high = 0.0, 1.0
+    while not asked(at(high)):
+        low, high = high, high * STRETCH
+        beyond = weigh(at(high))[0] > limit * (1 + ROUNDING) or sum(at(high)) > most_workers
+        if high > MOST_STRETCH or beyond:
+            return None
+    if low == 0.0:
+        low = 1.0
+        while (at(low / STRETCH) != at(low) or max(at(low)) > 1) and asked(at(low / STRETCH)):
+            low /= STRETCH
+        low, high = low / STRETCH, low
+    while len(between := _stops(at, low, high)) > 0:
+        middle = between[len(between) // 2]
+        if asked(at(middle)):
+            high = middle
+        else:
+            low = middle
+    return at(high)
+
+
+def _stops(at: Callable[[float], Counts], low: float, high: float) -> list[float]:
+    """Stretches between the two, one for each of some different counts there."""
+    ends = {at(low), at(high)}
+    found: dict[Counts, float] = {}
+    for step in range(1, _STOPS):
+        stretch = low + (high - low) * step / _STOPS
+        if at(stretch) not in ends:
+            found.setdefault(at(stretch), stretch)
+    return list(found.values())
+
+
+_STOPS = 64
+
+
+def _maximal(weigh: Weigh, best: Counts) -> Iterator[Counts]:
+    """Counts that weigh less than ``best``, such that one more of any kind would not; those that
+    are most like it first."""
+    found: list[Counts] = []
+    most = _most_below(weigh, (), len(best), best)
+    for first in range(1, most + 1):
+        if len(best) == 1:
+            found = [(most,)] if most else []
+            break
+        second = _most_below(weigh, (first,), len(best), best)
+        if second and _most_below(weigh, (), 2, best, second) == first:
+            found.append((first, second))
+    yield from sorted(found, key=lambda counts: (_distance(counts, best), counts))
+
+
+def _most_below(
+    weigh: Weigh, before: Counts, num: int, best: Counts, second: int | None = None
+) -> int:
+    """The largest next count for which the whole, with the fewest of what is not said, weighs less
+    than ``best``; 0 if there is none."""
+    rest = (1,) * (num - len(before) - 1) if second is None else (second,)
+
+    def lighter(count: int) -> bool:
+        return weigh((*before, count, *rest)) < weigh(best)
+
+    if not lighter(1):
+        return 0
+    low, high = 1, 2
+    while lighter(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if lighter(middle) else (low, middle)
+    return low
+
+
+def _distance(counts: Counts, other: Counts) -> float:
+    return sum(abs(math.log(a / b)) for a, b in zip(counts, other, strict=True))
