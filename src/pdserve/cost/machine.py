@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.core.step import StepShape
+from pdserve.cost.pace import Pace
 from pdserve.cost.step import StepModel
 
 
@@ -64,13 +65,15 @@ class ClusterTimes:
     """What passes beside steps and transfers, in seconds: a message between two nodes on its way
     (``message_s``); from the client's request to the router and from the router's token to the
     client (``edge_in_s``, ``edge_out_s``); from the end of a step to the next one's begin, beside
-    what the timer says (``step_gap_s``); the check of a received byte (``verify_byte_s``)."""
+    what the timer says (``step_gap_s``); the check of what was received: of anything at all
+    (``verify_s``) and of a byte (``verify_byte_s``)."""
 
     message_s: float = 100e-6
     edge_in_s: float = 0.0
     edge_out_s: float = 0.0
     step_gap_s: float = 0.0
     verify_byte_s: float = 0.0
+    verify_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,8 @@ class MachineModel:
     ``layers`` and ``token_kv_bytes`` of the model: KV of one token in all layers, in bytes.
     ``num_blocks`` by the rule of live workers (`kv.capacity`). ``measured`` None: nothing was, it
     is all from data sheets. ``error``: the mean relative error of ``steps``, if it is known.
-    ``source`` says where the figures are from.
+    ``source`` says where the figures are from. ``pace``: how live steps stray from ``steps``; None:
+    they take just that.
     """
 
     name: str
@@ -101,3 +105,4 @@ class MachineModel:
     measured: StepRange | None = None
     error: float | None = None
     source: str = ""
+    pace: Pace | None = None
