@@ -124,8 +124,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a [serve] table")
     for name, option in OPTIONS.items():
         default = "" if option.default is None else f" (default: {option.default})"
+        is_switch = option.metadata.get("switch", False)
         serve.add_argument(
             flag_of(name),
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
             metavar=name.rsplit("_", 1)[-1].upper(),
             help=option.metadata["help"].replace("%", "%%") + default,
         )

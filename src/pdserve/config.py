@@ -89,6 +89,14 @@ def _seconds(value: object) -> float:
     raise ValueError("a number of seconds")
 
 
+def _switch(value: object) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    found = value if isinstance(value, bool) else words.get(str(value).lower())
+    if found is None:
+        raise ValueError("true or false")
+    return found
+
+
 def _option(default: Any, parse: Callable[[object], Any], text: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": text})
 
@@ -170,6 +178,15 @@ class ServeConfig:
     )
     queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
     drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
+    allow_faults: bool = field(
+        default=False,
+        metadata={
+            "parse": _switch,
+            "switch": True,
+            "help": "let clients cut and slow links between workers, to see what follows "
+            "(docs/failures.md)",
+        },
+    )
     record: str | None = _option(None, _text, "folder to record every input of every node in")
     log_format: str = _option("text", _text, "text or json")
 

@@ -8,6 +8,7 @@ import pdserve
 from pdserve.api import documentation, errors
 from pdserve.api.callers import KeyRing
 from pdserve.api.edge import Edge
+from pdserve.api.faults import HoldBody, LinksBody, faults_router
 from pdserve.api.gateway import Gateway
 from pdserve.api.middleware import BearerMiddleware, EdgeMiddleware
 from pdserve.api.openai.chat import chat_router
@@ -49,10 +50,15 @@ def create_app(
         tokenization_router,
         operations_router,
         workers_router,
+        faults_router,
     ):
         app.include_router(make_router(edge))
     documentation.publish(
-        app, (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, RoleBody, DrainBody)
+        app,
+        (
+            *(CompletionBody, ChatBody, TokenizeBody, DetokenizeBody),
+            *(RoleBody, DrainBody, LinksBody, HoldBody),
+        ),
     )
     errors.install(app)
     keys = KeyRing(settings.api_key, settings.class_of_key)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from pdserve.api.gateway import Gateway, ModelCard
+from pdserve.api.gateway import FaultHooks, Gateway, ModelCard
 from pdserve.core.commands import ChangeRole, Command
 from pdserve.core.errors import ConflictError, NotFoundError
 from pdserve.core.events import LifeEvent, LifeName, Scalar, detail
@@ -51,6 +51,7 @@ class FakeGateway(Gateway):
         permits: int | None = None,
     ) -> None:
         self.card = card
+        self.faults: FaultHooks | None = None
         self.script = script
         self.fail_before = fail_before
         self.fail_after = fail_after

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pdserve.core.commands import Command
 from pdserve.core.events import LifeEvent
-from pdserve.core.ids import RequestId
+from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import Request
 
@@ -24,6 +24,32 @@ class ModelCard:
     created: int
 
 
+class FaultHooks(Protocol):
+    """What a server that allows it lets be done to its cluster. Names that it does not know raise
+    `NotFoundError`."""
+
+    def disturb(
+        self,
+        pairs: Sequence[tuple[WorkerId, WorkerId]],
+        factor: float | None,
+        for_s: float | None,
+    ) -> None:
+        """Cut links (``factor`` None), or make them slower; ``for_s`` None: until `heal`."""
+        ...
+
+    def hold(self, worker: WorkerId, for_s: float | None) -> None:
+        """When the worker's process ends, start another only after so long."""
+        ...
+
+    def heal(self) -> None:
+        """End all of it."""
+        ...
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The links that are disturbed now, as JSON."""
+        ...
+
+
 class Gateway(Protocol):
     """The server, as the HTTP edge sees it. One event loop; no call blocks.
 
@@ -32,6 +58,8 @@ class Gateway(Protocol):
     """
 
     card: ModelCard
+    faults: FaultHooks | None
+    """None if the server takes no faults."""
 
     def submit(self, request: Request) -> AsyncIterator[TokenDelta]:
         """Start the request and yield its tokens, all choices interleaved, each in index order.

@@ -15,6 +15,7 @@ it does not make it an answer.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
 import msgspec
@@ -77,10 +78,10 @@ class Answer:
     """Hears one exchange (`connection.Exchange`). ``ended`` is set once, when all is known.
 
     With ``leave_after_tokens`` it asks to be cancelled (``ended`` with ``left`` true) once so many
-    tokens are there.
+    tokens are there. With ``digests`` it remembers what the answer was, by its `digest`.
     """
 
-    def __init__(self, leave_after_tokens: int | None = None) -> None:
+    def __init__(self, leave_after_tokens: int | None = None, *, digests: bool = False) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.response_id = ""
@@ -92,6 +93,7 @@ class Answer:
         self.left = False
         self._leave_after_tokens = leave_after_tokens
         self._num_token_ids = 0
+        self._digest = hashlib.blake2b(digest_size=16) if digests else None
         self._rest = b""
         self._refusal = b""
         self._done = False
@@ -115,6 +117,11 @@ class Answer:
     def is_stale(self) -> bool:
         """True if the server has not seen the request."""
         return self.failure == "stale"
+
+    @property
+    def digest(self) -> str:
+        """Of its token ids if the server sends them, else of its text; empty if not asked for."""
+        return "" if self._digest is None else self._digest.hexdigest()
 
     # --- told by the connection -------------------------------------------------------------
 
@@ -181,6 +188,8 @@ class Answer:
             self.response_id = event.id or ""
         if choice.token_ids is not None:
             self._num_token_ids += len(choice.token_ids)
+        if self._digest is not None:
+            self._digest.update(_content_of(choice))
         if choice.finish_reason is not None:
             self.finish_reason = choice.finish_reason
         if choice.is_output:
@@ -192,6 +201,14 @@ class Answer:
         if (self._num_token_ids or len(self.times_s)) >= num_tokens and not self.ended.done():
             self.left = True
             self.ended.set_result(None)
+
+
+def _content_of(choice: Choice) -> bytes:
+    """What is the same however the answer was cut into chunks."""
+    if choice.token_ids is not None:
+        return b"".join(token_id.to_bytes(4, "little") for token_id in choice.token_ids)
+    delta = choice.delta or Delta()
+    return (choice.text or delta.content or "").encode()
 
 
 def _message_of(body: bytes) -> str:

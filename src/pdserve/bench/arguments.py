@@ -10,8 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from pdserve.bench.options import DEFAULT_URL, ROUTES, LoadOptions, OutputOptions, TargetOptions
+from pdserve.bench.scenario import FaultOptions
 from pdserve.core.errors import ConfigError
 from pdserve.workload.arguments import add_contents, add_times, check_numbers, workload_options
+from pdserve.workload.scenario import read_scenario
 from pdserve.workload.slo import parse_slo
 
 
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target(parser.add_argument_group("the server"))
     _add_load(parser.add_argument_group("what is sent"))
     _add_times(parser.add_argument_group("when it is sent"))
+    _add_faults(parser.add_argument_group("what goes wrong"))
     _add_output(parser.add_argument_group("what is shown"))
 
 
@@ -57,6 +60,21 @@ def _add_times(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--concurrency", type=int, metavar="C", help="at most C requests in flight")
 
 
+def _add_faults(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--scenario",
+        type=Path,
+        metavar="FILE",
+        help="kills, hangs and link faults to do to the server meanwhile (docs/failures.md)",
+    )
+    add(
+        "--check-answers",
+        action="store_true",
+        help="send each answered request again afterwards, and compare",
+    )
+
+
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
@@ -87,6 +105,7 @@ def options_of(parsed: argparse.Namespace) -> tuple[TargetOptions, LoadOptions, 
         extra_body=_extra_body(parsed.extra_body),
         timeout_s=parsed.timeout,
         seed=parsed.seed,
+        digests=parsed.check_answers,
     )
     output = OutputOptions(
         slo=parse_slo(parsed.goodput) if parsed.goodput else None,
@@ -96,6 +115,19 @@ def options_of(parsed: argparse.Namespace) -> tuple[TargetOptions, LoadOptions, 
         progress=not parsed.no_progress,
     )
     return target, _load_options(parsed), output
+
+
+def faults_of(parsed: argparse.Namespace) -> FaultOptions | None:
+    """What is to go wrong, None if nothing is. Raises `ConfigError`."""
+    if parsed.scenario is None:
+        if parsed.check_answers:
+            raise ConfigError("--check-answers needs --scenario FILE")
+        return None
+    return FaultOptions(
+        scenario=read_scenario(parsed.scenario),
+        check_answers=parsed.check_answers,
+        slo=parse_slo(parsed.goodput) if parsed.goodput else None,
+    )
 
 
 def _load_options(parsed: argparse.Namespace) -> LoadOptions:

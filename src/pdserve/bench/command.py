@@ -8,19 +8,22 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pdserve.bench.arguments import options_of
+from pdserve.bench.arguments import faults_of, options_of
 from pdserve.bench.options import OutputOptions, TargetOptions
 from pdserve.bench.plan import Load, make_load
 from pdserve.bench.plot import write_plots
 from pdserve.bench.report import document, print_report, summary_of
 from pdserve.bench.run import Result, run_load
+from pdserve.bench.scenario import FaultOptions, run_scenario
 from pdserve.bench.target import Target
 from pdserve.core.errors import ConfigError
 from pdserve.workload.outcome import Ending, Outcome
+from pdserve.workload.scenario_score import lines_of
 from pdserve.workload.summary import latencies_ms
 
 NOTHING_COMPLETED_STATUS = 1
@@ -31,25 +34,34 @@ _LOOKS_PER_SECOND = 2.0
 def run(parsed: argparse.Namespace) -> int:
     """Gives the exit status: 0 if any request completed."""
     target, wanted, output = options_of(parsed)
+    faults = faults_of(parsed)
     load = make_load(wanted)
     with _Bar(load, shown=output.progress) as bar:
-        model, result = asyncio.run(_send(target, load, bar))
+        model, result, scored = asyncio.run(_send(target, load, bar, faults))
     if output.json is not None:
         whole = document(target, model, wanted, load, result, output)
+        if scored is not None:
+            whole["scenario"] = scored
         _write(output.json, json.dumps(whole, allow_nan=False))
     if output.json != "-":
         print_report(Console(highlight=False), load, result, summary_of(result, output))
+        for line in () if scored is None else lines_of(scored):
+            print(line)
     if output.plot is not None:
         _plot(output.plot, result, output)
     completed = any(outcome.ending is Ending.COMPLETED for outcome in result.outcomes)
     return 0 if completed else NOTHING_COMPLETED_STATUS
 
 
-async def _send(options: TargetOptions, load: Load, bar: _Bar) -> tuple[str, Result]:
+async def _send(
+    options: TargetOptions, load: Load, bar: _Bar, faults: FaultOptions | None
+) -> tuple[str, Result, dict[str, Any] | None]:
     target = Target(options)
     try:
         model = await target.ask_for_model()
-        return model, await run_load(load, target, bar)
+        if faults is None:
+            return model, await run_load(load, target, bar), None
+        return model, *await run_scenario(faults, load, target, bar)
     finally:
         target.close()
 

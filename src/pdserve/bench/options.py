@@ -17,6 +17,7 @@ class TargetOptions:
     """Whom to ask, and how. ``model`` None: the first that the server names.
 
     ``prompt`` is ``ids`` or ``words``; ``extra_body`` goes over the fields of each request's body.
+    ``digests``: remember what was answered.
     """
 
     url: str = DEFAULT_URL
@@ -32,6 +33,7 @@ class TargetOptions:
     extra_body: dict[str, object] = field(default_factory=dict)
     timeout_s: float = 600.0
     seed: int = 0
+    digests: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,13 +60,26 @@ class Result:
         return self.cpu_s / num_tokens * 1e6 if num_tokens else 0.0
 
 
-async def run_load(load: Load, sender: Sender, watcher: Watcher) -> Result:
-    """Send the warm-up, then everything, and wait for the last end."""
+def _nothing(start_s: float) -> None:
+    """Nothing else begins with the load."""
+
+
+async def run_load(
+    load: Load,
+    sender: Sender,
+    watcher: Watcher,
+    begin: Callable[[float], None] = _nothing,
+) -> Result:
+    """Send the warm-up, then everything, and wait for the last end.
+
+    ``begin`` is called when the clock starts, with that moment (`time.perf_counter`).
+    """
     warmup = await _warm_up(load, sender)
     run = _Run(load, sender, watcher)
     run.make_ahead()
     cpu_s = time.process_time()
     run.start_s = time.perf_counter()
+    begin(run.start_s)
     await run.send_all()
     return Result(
         outcomes=sorted(run.outcomes, key=lambda outcome: outcome.index),

@@ -11,6 +11,8 @@ import itertools
 import ssl
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -53,7 +55,7 @@ class Target:
         document = await self._get("/v1/models")
         if self.model is None:
             try:
-                self.model = str(document["data"][0]["id"])  # type: ignore[index]
+                self.model = str(document["data"][0]["id"])
             except (KeyError, IndexError, TypeError) as error:
                 raise UnavailableError(
                     f"{self.base_url} names no model at /v1/models; name one with --model"
@@ -74,7 +76,8 @@ class Target:
         right time.
         """
         sent_s = time.perf_counter() - start_s
-        answer = Answer(request.cancel_after_tokens or None)
+        digests = self.options.digests
+        answer = Answer(request.cancel_after_tokens or None, digests=digests)
         connection: Connection | None = None
         leave_after_s = 0.0 if request.cancel_after_tokens == 0 else request.cancel_after_s
         try:
@@ -83,7 +86,7 @@ class Target:
                 connection.exchange(prepared, answer)
                 await self._wait(answer, leave_after_s)
                 if answer.is_stale:
-                    answer = Answer(request.cancel_after_tokens or None)
+                    answer = Answer(request.cancel_after_tokens or None, digests=digests)
                     connection = await self._pool.connection(fresh=True)
                     connection.exchange(prepared, answer)
                     await self._wait(answer, leave_after_s)
@@ -94,7 +97,34 @@ class Target:
         finally:
             if connection is not None and (answer.left or not answer.ended.done()):
                 self._pool.forget(connection)
-        return _outcome(request, answer, start_s, sent_s, due_s)
+        outcome = _outcome(request, answer, start_s, sent_s, due_s)
+        if self.options.ignore_eos:
+            return replace(outcome, asked_tokens=request.output_tokens)
+        return outcome
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        timeout_s: float | None = ASK_TIMEOUT_S,
+    ) -> tuple[int, Mapping[str, Any]]:
+        """Status and JSON document of an operator's route. Raises `UnavailableError` if nobody
+        answers."""
+        whole = _Whole()
+        data = b"" if body is None else msgspec.json.encode(body)
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._pool.connection(fresh=True)
+                connection.exchange(self._head(method, path, len(data)) + data, whole)
+                await whole.ended
+            document = _document(whole)
+        except (OSError, TimeoutError, msgspec.DecodeError) as error:
+            raise UnavailableError(
+                f"no OpenAI-compatible server answers at {self.base_url} ({error}); name the right "
+                "one with --url"
+            ) from error
+        return whole.status, document if isinstance(document, dict) else {}
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -144,27 +174,15 @@ class Target:
         except UnicodeEncodeError as error:
             raise ConfigError(f"the URL, the key and headers are plain ASCII: {error}") from error
 
-    async def _get(self, path: str) -> Mapping[str, object]:
-        whole = _Whole()
-        try:
-            async with asyncio.timeout(ASK_TIMEOUT_S):
-                connection = await self._pool.connection(fresh=True)
-                connection.exchange(self._head("GET", path, 0), whole)
-                await whole.ended
-            document = msgspec.json.decode(bytes(whole.data)) if whole.status == 200 else {}
-        except (OSError, TimeoutError, msgspec.DecodeError) as error:
-            raise UnavailableError(
-                f"no OpenAI-compatible server answers at {self.base_url} ({error}); name the right "
-                "one with --url"
-            ) from error
-        if whole.status == 401:
+    async def _get(self, path: str) -> Mapping[str, Any]:
+        status, document = await self.ask("GET", path)
+        if status == 401:
             raise UnavailableError(f"{self.base_url} wants a key; give it with --api-key")
-        if whole.status != 200 and self.model is None:
+        if status != 200 and self.model is None:
             raise UnavailableError(
-                f"{self.base_url}{path} answers with status {whole.status}; name the model with "
-                "--model"
+                f"{self.base_url}{path} answers with status {status}; name the model with --model"
             )
-        return document if isinstance(document, dict) else {}
+        return document if status == 200 else {}
 
 
 class _Whole(Exchange):
@@ -188,6 +206,16 @@ class _Whole(Exchange):
             self.ended.set_result(None)
         else:
             self.ended.set_exception(OSError(str(error)))
+
+
+def _document(whole: _Whole) -> object:
+    """The JSON that was answered; a refusal may come from something that speaks none."""
+    try:
+        return msgspec.json.decode(bytes(whole.data))
+    except msgspec.DecodeError:
+        if whole.status == 200:
+            raise
+        return {}
 
 
 def _outcome(
@@ -216,6 +244,8 @@ def _outcome(
         output_tokens=answer.num_tokens,
         counted_by=answer.counted_by,
         finish_reason=answer.finish_reason,
+        ended_s=time.perf_counter() - start_s,
+        digest=answer.digest,
         failure=answer.failure,
         message=answer.message,
     )

@@ -28,13 +28,15 @@ RemotePools = Callable[[WorkerId, Epoch], tuple[RemotePool, int] | None]
 class Surroundings:
     """What a backend may use of its worker. All but ``jobs`` are called on the node thread; a
     backend whose engine broke says so (``broken``), and its process ends. ``tell`` sends a peer a
-    hint, or drops it."""
+    hint, or drops it. ``slowness``, on any thread: how many times slower the link to a peer is to
+    be."""
 
     jobs: JobThread
     feed: Callable[[Input], None]
     broken: Callable[[BaseException], None]
     remote: RemotePools
     tell: Callable[[WorkerId, LayersWritten], None]
+    slowness: Callable[[WorkerId], float]
 
 
 class Backend(Protocol):

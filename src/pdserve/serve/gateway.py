@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from pdserve.api.gateway import ModelCard
+from pdserve.api.gateway import FaultHooks, ModelCard
 from pdserve.core.commands import Answer, Command, RoleChanged, RolesJudged
 from pdserve.core.effects import (
     BeginDrain,
@@ -46,6 +46,7 @@ from pdserve.obs.logs import log_life_event
 from pdserve.obs.metrics import Metrics
 from pdserve.serve.commands import Commands
 from pdserve.serve.driver import Driver, Machine, Recorder
+from pdserve.serve.faults import LiveFaults
 from pdserve.serve.links import Identity
 from pdserve.serve.roster import Roster, RosterEvents
 from pdserve.serve.streams import TokenStream
@@ -75,6 +76,14 @@ class Supervisor(Protocol):
         """(worker, latest epoch, process id or None) of every slot."""
         ...
 
+    def hold(self, worker: WorkerId, for_s: float | None) -> None:
+        """Start no other process of the slot for so long (None: until `release`)."""
+        ...
+
+    def release(self) -> None:
+        """Hold no slot."""
+        ...
+
 
 @dataclass(slots=True)
 class _Known:
@@ -98,6 +107,7 @@ class LiveGateway:
         supervisor: Supervisor,
         recorder: Recorder | None = None,
         crashed: Callable[[str], None] = lambda reason: None,
+        allow_faults: bool = False,
     ) -> None:
         self.card = card
         self._roles = roles
@@ -128,6 +138,8 @@ class LiveGateway:
             ),
         )
         self._commands = Commands(self._driver.feed)
+        faults = LiveFaults(roles, self._roster.set_faults, supervisor)
+        self.faults: FaultHooks | None = faults if allow_faults else None
         self._driver.feed(Started())
 
     # --- the edge -----------------------------------------------------------------------------
@@ -177,6 +189,7 @@ class LiveGateway:
             "requests": self._num_requests,
             "output_tokens": self._num_tokens,
             "roles": self._judgement,
+            "faults": None if self.faults is None else self.faults.shown(),
             "workers": [
                 self._describe(worker, epoch, pid)
                 for worker, epoch, pid in self._supervisor.slots()

@@ -166,6 +166,12 @@ class InprocCluster:
         if slot.worker is not None and epoch in (None, slot.start.epoch):
             self._spawn(self._kill(slot))
 
+    def hold(self, worker: WorkerId, for_s: float | None) -> None:
+        """Nothing is started here by itself."""
+
+    def release(self) -> None:
+        """As `hold`."""
+
     def slots(self) -> Sequence[tuple[WorkerId, Epoch, int | None]]:
         return tuple(
             (worker, slot.start.epoch, None if slot.worker is None else os.getpid())

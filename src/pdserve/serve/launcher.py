@@ -3,7 +3,7 @@
 One `Launcher` owns the processes of all worker slots. A slot is started with epoch 1; when its
 process ends, whatever the reason, the gateway hears so (`exited`), and the slot is started again
 with the next epoch after a pause that doubles from half a second to half a minute, and starts over
-once a process has been ready for a minute.
+once a process has been ready for a minute. Who wants to see a worker missed may `hold` its slot.
 
 A process is started by exec, never forked into running code, and gets its `WorkerStart` on standard
 input: the cluster secret is in it, so it is in no argument list. Its standard output and standard
@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -153,6 +154,8 @@ class _Slot:
     child: Child | None = None
     restart: asyncio.TimerHandle | None = None
     failures: int = 0
+    hold_s: float | None = None
+    held: bool = False
     ready_since_s: float | None = None
     was_ever_ready: bool = False
 
@@ -216,6 +219,20 @@ class Launcher:
         if slot is not None and slot.epoch == epoch and slot.child is not None:
             slot.child.kill()
 
+    def hold(self, worker: WorkerId, for_s: float | None) -> None:
+        """Start the slot's next process so long after its present one has ended; None: not before
+        `release`. It holds for one end."""
+        self._slots[worker].hold_s = math.inf if for_s is None else for_s
+
+    def release(self) -> None:
+        """Hold no slot any more: what is held is started."""
+        for slot in self._slots.values():
+            slot.hold_s = None
+            if slot.held and slot.child is None and not self._stopping:
+                if slot.restart is not None:
+                    slot.restart.cancel()
+                self._start(slot)
+
     async def stop(self, grace_s: float) -> None:
         """Wait for every process to end by itself, kill what is left after ``grace_s``.
 
@@ -236,6 +253,7 @@ class Launcher:
 
     def _start(self, slot: _Slot) -> None:
         slot.restart = None
+        slot.held = False
         slot.epoch = Epoch(slot.epoch + 1)
         slot.ready_since_s = None
         slot.address = new_address()
@@ -267,6 +285,11 @@ class Launcher:
         self._exited(slot.worker, epoch, child.detail)
 
     def _start_later(self, slot: _Slot) -> None:
+        if slot.hold_s is not None:
+            pause_s, slot.hold_s, slot.held = slot.hold_s, None, True
+            if math.isfinite(pause_s):
+                slot.restart = asyncio.get_running_loop().call_later(pause_s, self._start, slot)
+            return
         ready_s = 0.0 if slot.ready_since_s is None else time.monotonic() - slot.ready_since_s
         if slot.ready_since_s is not None and ready_s >= HEALTHY_AFTER_S:
             slot.failures = 0

@@ -10,6 +10,9 @@ link does not come the peer is reported lost, so that nobody waits for an answer
 never left. A newer process of a peer replaces the older one and its link. The peer's pool stays
 attached while its process is the current one, also over a broken link: transfers that were under
 way may be written on until the machine stops them.
+
+For those who want to see what follows, the gateway may have links fail (`LinkFaults`): one that is
+cut is closed and not made again until it is healed, one that is slow is slow where KV is written.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from pdserve.serve.links import (
     receive_hello,
 )
 from pdserve.transport.base import Pool, PoolExport, RemotePool, Transport
+from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import Peers
 from pdserve.transport.progress import LayersWritten
 from pdserve.transport.wire import WireMessage
@@ -87,6 +91,7 @@ class Mesh:
         self._events = events
         self._entries: dict[WorkerId, _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._faults: dict[WorkerId, float | None] = {}
         self._closed = False
 
     # --- what the driver asks -----------------------------------------------------------------
@@ -105,6 +110,19 @@ class Mesh:
             if entry.epoch == peer.epoch and entry.address is None:
                 entry.address = peer.address
                 self._dial(entry)
+
+    def set_faults(self, faults: LinkFaults) -> None:
+        """What is wrong with links on purpose, from now on."""
+        before, self._faults = self._faults, faults.of(self._identity.worker)
+        for entry in list(self._entries.values()):
+            if self._is_cut(entry.worker):
+                self._unlink(entry, "cut on purpose")
+            elif before.get(entry.worker, 1.0) is None and entry.address is not None:
+                self._dial(entry)
+
+    def slowness(self, worker: WorkerId) -> float:
+        """How many times slower than it is the link to a peer is to be. From any thread."""
+        return self._faults.get(worker, 1.0) or 1.0
 
     def send(self, worker: WorkerId, message: Message) -> None:
         """Send, or keep for the link that is to come. Dropped if there is no such peer."""
@@ -149,8 +167,11 @@ class Mesh:
     # --- making links -------------------------------------------------------------------------
 
     def _dial(self, entry: _Entry) -> None:
-        entry.timer = None
-        if self._identity.worker < entry.worker and not entry.dialling and self._is_current(entry):
+        if entry.timer is not None:
+            entry.timer.cancel()
+            entry.timer = None
+        is_ours = self._identity.worker < entry.worker and not self._is_cut(entry.worker)
+        if is_ours and not entry.dialling and self._is_current(entry):
             entry.dialling = True
             self._spawn(self._connect(entry))
 
@@ -191,6 +212,7 @@ class Mesh:
     def _check(self, peer: Peer) -> None:
         if peer.role is None or not peer.worker < self._identity.worker:
             raise ProtocolError(f"{peer.worker} is not one to connect here")
+        self._refuse_if_cut(peer)
         entry = self._entries.get(peer.worker)
         if entry is not None and entry.epoch > peer.epoch:
             raise ProtocolError(f"process {peer.epoch} of {peer.worker} has been replaced")
@@ -204,6 +226,7 @@ class Mesh:
             remote = await asyncio.to_thread(self._attach, peer.pool)
         elif peer.pool is not None:
             close_fds(peer.pool.fds)
+        self._refuse_if_cut(peer)
         entry = self._entries.get(peer.worker)
         if entry is not None and entry.epoch > peer.epoch:
             raise ProtocolError(f"process {peer.epoch} of {peer.worker} has been replaced")
@@ -216,6 +239,13 @@ class Mesh:
             self._unlink(entry, "replaced by a newer link")
         entry.link, entry.remote, entry.remote_bytes = link, remote, num_bytes
         self._opened(entry, link)
+
+    def _is_cut(self, worker: WorkerId) -> bool:
+        return self._faults.get(worker, 1.0) is None
+
+    def _refuse_if_cut(self, peer: Peer) -> None:
+        if self._is_cut(peer.worker):
+            raise ProtocolError(f"the link to {peer.worker} is cut on purpose")
 
     def _export(self) -> PoolExport | None:
         return None if self._pool is None else self._pool.export()

@@ -72,6 +72,7 @@ class NativeBackend:
             num_blocks=self.settings.num_blocks,
             post=post,
             announce=announce,
+            slowness=surroundings.slowness,
         )
         self._engine = EngineThread(
             surroundings.jobs, self._runner, self._pusher, surroundings.feed

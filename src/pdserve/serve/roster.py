@@ -20,6 +20,7 @@ from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.messages import Message
 from pdserve.serve.links import Identity, Link, Listener, answer, close_fds, receive_hello
+from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import PeerAddress, Peers
 from pdserve.transport.wire import WireMessage
 
@@ -59,6 +60,7 @@ class Roster:
         self._events = events
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._faults = LinkFaults(())
         self._listener = Listener(address, lambda link: self._spawn(self._greet(link)))
 
     def send(self, worker: WorkerId, message: Message) -> None:
@@ -66,6 +68,13 @@ class Roster:
         member = self._members.get(worker)
         if member is not None and member.is_up:
             member.link.send(message)
+
+    def set_faults(self, faults: LinkFaults) -> None:
+        """What is wrong with links on purpose: all hear of it, also those that come later."""
+        self._faults = faults
+        for member in self._members.values():
+            if member.is_up:
+                member.link.send(faults)
 
     def remove(self, worker: WorkerId, epoch: Epoch) -> None:
         """The process has ended: close its link, tell the others."""
@@ -137,6 +146,8 @@ class Roster:
             )
         )
         for member in members:
+            if self._faults.faults:
+                member.link.send(self._faults)
             member.link.send(peers)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

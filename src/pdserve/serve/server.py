@@ -122,6 +122,7 @@ class Server:
             supervisor=self._launcher,
             recorder=recorder_of(self._config.record, self._config.policy, router=settings),
             crashed=self._fail,
+            allow_faults=self._config.allow_faults,
         )
 
     async def run(self, bound: socket.socket) -> int:

@@ -39,6 +39,7 @@ from pdserve.serve.mesh import Mesh, MeshEvents
 from pdserve.serve.recorder import recorder_of
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.base import Transport
+from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import Peers
 from pdserve.transport.wire import WireMessage
 
@@ -106,6 +107,7 @@ class Worker:
                 broken=self._crashed,
                 remote=mesh.remote,
                 tell=mesh.tell,
+                slowness=mesh.slowness,
             )
         )
         settings = backend.settings
@@ -135,6 +137,8 @@ class Worker:
     def _on_gateway_message(self, message: WireMessage) -> None:
         if isinstance(message, Peers) and self._mesh is not None:
             self._mesh.set_peers(message)
+        elif isinstance(message, LinkFaults) and self._mesh is not None:
+            self._mesh.set_faults(message)
         elif isinstance(message, Message) and self._driver is not None:
             self._feed(Received(GATEWAY, Epoch(0), message))
         elif self._gateway is not None:

@@ -43,6 +43,7 @@ from pdserve.core.layout import KvLayout
 from pdserve.core.messages import Ticket
 from pdserve.core.step import StepPlan, StepRow
 from pdserve.transport.base import RemotePool
+from pdserve.transport.link_faults import Throttle
 from pdserve.transport.progress import LayersWritten
 from pdserve.transport.transfer import Destination, PoolView, Transfer
 from pdserve.transport.verify import Arrivals
@@ -56,6 +57,11 @@ class KvRunner(Protocol):
     def write_kv(self, block_ids: Sequence[BlockId]) -> None: ...
 
 
+def _well(peer: WorkerId) -> float:
+    """For a writer whose links are as they are."""
+    return 1.0
+
+
 def _tell_nobody(peer: WorkerId, news: LayersWritten) -> None:
     """For a writer whose receivers hash everything at the end."""
 
@@ -66,7 +72,8 @@ class Pusher:
     ``pool_memory`` is the worker's pool: ``layout.pool_bytes(num_blocks)`` bytes, as given to
     `ModelRunner.attach_pool`. ``post`` gets `TransferSent`, `TransferFailed`, `TransferStopped` and
     `TransferVerified` on the transfer thread, and ``announce`` what to tell a peer, before the
-    `TransferSent` that it leads to; they must neither block nor raise.
+    `TransferSent` that it leads to; they must neither block nor raise. ``slowness`` is asked on the
+    transfer thread how many times slower the link to a peer is to be than it is.
     """
 
     def __init__(
@@ -78,11 +85,13 @@ class Pusher:
         num_blocks: int,
         post: Callable[[Input], None],
         announce: Callable[[WorkerId, LayersWritten], None] = _tell_nobody,
+        slowness: Callable[[WorkerId], float] = _well,
     ) -> None:
         self._runner = runner
         self._pool = PoolView(pool_memory, layout, num_blocks)
         self._post = post
         self._announce = announce
+        self._throttle = Throttle(slowness)
         # Of the engine thread: the step under way, if it has rows to push.
         self._announced: StepId | None = None
         # Of the transfer thread.
@@ -127,6 +136,7 @@ class Pusher:
     def close(self) -> None:
         """Write no more and end the thread. Nothing is posted once this returns."""
         self._closing = True
+        self._throttle.close()
         self._queue.put(None)
         self._thread.join()
 
@@ -200,7 +210,11 @@ class Pusher:
         if self._transfers.get(attempt) is not transfer:
             return  # It failed or was stopped in the middle of a step.
         try:
-            while self._may_write(attempt) and (chunk := transfer.write_next(self._runner.read_kv)):
+            while self._may_write(attempt):
+                begun_s = self._throttle.begin()
+                if (chunk := transfer.write_next(self._runner.read_kv)) is None:
+                    break
+                self._throttle.end(transfer.peer, begun_s)
                 if (news := transfer.news_of(chunk)) is not None:
                     self._announce(transfer.peer, news)
         except Exception as error:  # Whatever broke the write: the attempt is tried again.

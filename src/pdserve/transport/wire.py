@@ -25,10 +25,11 @@ from pdserve.core.effects import WorkerUp
 from pdserve.core.errors import ProtocolError
 from pdserve.core.messages import Message
 from pdserve.transport.handshake import PROTOCOL_VERSION, Hello, Welcome
+from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import Peers
 from pdserve.transport.progress import LayersWritten
 
-WireMessage = Message | Hello | Welcome | WorkerUp | Peers | LayersWritten
+WireMessage = Message | Hello | Welcome | WorkerUp | Peers | LayersWritten | LinkFaults
 """What a frame can hold. `WorkerUp` is how a worker process introduces itself to the gateway."""
 
 KINDS: dict[int, type[Any]] = {
@@ -38,6 +39,7 @@ KINDS: dict[int, type[Any]] = {
     3: WorkerUp,
     4: Peers,
     5: LayersWritten,
+    6: LinkFaults,
     # Router to worker.
     16: messages.StartJob,
     17: messages.AbortAttempt,

@@ -40,7 +40,9 @@ class Outcome:
     ``gaps_s`` are the times between them, one less than there were chunks. ``failure`` says what
     went wrong, as a word that can be counted (``429``, ``timeout``, ``disconnected`` ...);
     ``message`` says it in the server's words. ``response_id`` is what
-    the server calls the answer.
+    the server calls the answer. ``ended_s``: when its end was known, whatever it was.
+    ``asked_tokens``: how long an answer that cannot stop by itself should be. ``digest``: of its
+    tokens, if it was to be kept.
     """
 
     index: int
@@ -56,6 +58,9 @@ class Outcome:
     output_tokens: int = 0
     counted_by: CountedBy = CountedBy.USAGE
     finish_reason: str | None = None
+    ended_s: float | None = None
+    asked_tokens: int | None = None
+    digest: str = ""
     failure: str | None = None
     message: str = ""
 

@@ -15,8 +15,9 @@ Blocks leak if they are neither free nor in quarantine once nothing runs any mor
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,28 +87,21 @@ class ScenarioScore:
         self._shown: list[dict[str, Any]] = []
         self._wrong: int | None = None
 
-    def add(
-        self,
-        outcome: Outcome,
-        ended_s: float,
-        *,
-        asked_tokens: int | None = None,
-        wrong: bool | None = None,
-    ) -> None:
-        """``asked_tokens``: how long the answer should be, unless it stops by itself. ``wrong``:
-        whether it differs from the right one, None if nobody knows."""
-        kind = _kind_of(outcome, asked_tokens)
+    def add(self, outcome: Outcome, *, wrong: bool | None = None) -> None:
+        """``wrong``: whether the answer differs from the right one, None if nobody knows."""
+        kind = _kind_of(outcome)
         self._counts[kind] += 1
         if wrong is not None:
             self._wrong = (self._wrong or 0) + wrong
         if kind == "lost" and len(self._shown) < MAX_SHOWN:
-            failure = outcome.failure or f"{outcome.output_tokens} of {asked_tokens} tokens"
+            tokens = f"{outcome.output_tokens} of {outcome.asked_tokens} tokens"
+            failure = outcome.failure or tokens
             shown = {"index": outcome.index, "failure": failure, "message": outcome.message}
             self._shown.append(shown)
         if kind == "cancelled":
             return
         good = kind == "completed" and (self._slo is None or self._slo.met_by(outcome))
-        self._shares[self._phase(outcome.sent_s, ended_s)].add(good)
+        self._shares[self._phase(outcome)].add(good)
         self._seconds.setdefault(int(outcome.sent_s), Share()).add(good)
 
     def never_ended(self, index: int, sent_s: float) -> None:
@@ -115,7 +109,7 @@ class ScenarioScore:
         lost = Outcome(
             index=index, due_s=sent_s, sent_s=sent_s, ending=Ending.FAILED, failure="no end"
         )
-        self.add(lost, float("inf"))
+        self.add(lost)
 
     def document(self, left: Sequence[BlocksLeft], *, settled: bool) -> dict[str, Any]:
         """Plain data. ``left``: every worker; ``settled``: nothing was under way any more when it
@@ -146,7 +140,9 @@ class ScenarioScore:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _phase(self, sent_s: float, ended_s: float) -> str:
+    def _phase(self, outcome: Outcome) -> str:
+        sent_s = outcome.sent_s
+        ended_s = math.inf if outcome.ended_s is None else outcome.ended_s
         happened = [hit for hit in self._hits if hit.at_s <= ended_s and hit.workers]
         if not happened:
             return "before"
@@ -178,11 +174,41 @@ class ScenarioScore:
         return None
 
 
-def _kind_of(outcome: Outcome, asked_tokens: int | None) -> str:
+def lines_of(document: Mapping[str, Any]) -> list[str]:
+    """The document for people to read, a line for each thing."""
+    lines = [
+        f"scenario {document['name']}: {document['lost']} lost, {document['refused']} refused, "
+        f"{document['completed']} of {document['sent']} completed"
+        + ("" if document["wrong"] is None else f", {document['wrong']} wrong")
+    ]
+    for event in document["events"]:
+        over, recovery = event["over_s"], event["recovery_s"]
+        workers = ", ".join(event["workers"]) or "nobody"
+        lines.append(
+            f"  {event['done_s']:8.2f} s  {event['what']} ({workers})"
+            + ("" if over is None else f": over at {over:.2f} s")
+            + ("" if recovery is None else f", recovered after {recovery:.1f} s")
+            + (f"; {event['detail']}" if event["detail"] else "")
+        )
+    shares = [
+        f"{share['share']:.1%} {phase} ({share['good']} of {share['judged']})"
+        for phase, share in document["attainment"].items()
+        if share["judged"]
+    ]
+    lines.append(f"  objectives {document['slo'] or '(completed)'}: {', '.join(shares)}")
+    down = ", ".join(document["workers_down"])
+    lines.append(
+        f"  in the end: {document['leaked_blocks']} blocks leaked, "
+        f"{document['quarantined_blocks']} in quarantine" + (f"; down: {down}" if down else "")
+    )
+    return lines
+
+
+def _kind_of(outcome: Outcome) -> str:
     if outcome.ending is Ending.CANCELLED:
         return "cancelled"
     if outcome.ending is Ending.COMPLETED:
-        is_short = asked_tokens is not None and outcome.output_tokens < asked_tokens
+        is_short = outcome.output_tokens < (outcome.asked_tokens or 0)
         return "lost" if is_short and outcome.finish_reason != "stop" else "completed"
     is_clean = outcome.failure in _REFUSALS and outcome.first_s is None
     return "refused" if is_clean else "lost"

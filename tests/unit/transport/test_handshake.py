@@ -46,7 +46,7 @@ WELCOME = prove(
     SECRET,
 )
 CHANGES: dict[str, Any] = {
-    "version": 3,
+    "version": 4,
     "worker": WorkerId("prefill-1"),
     "epoch": Epoch(4),
     "role": Role.DECODE,
@@ -99,7 +99,7 @@ def test_an_old_welcome_opens_no_new_link() -> None:
 
 def test_another_version_says_what_to_do() -> None:
     with pytest.raises(ProtocolError, match="run the same build everywhere"):
-        check_hello(prove(replace(HELLO, version=3), SECRET), SECRET)
+        check_hello(prove(replace(HELLO, version=4), SECRET), SECRET)
 
 
 def test_a_short_nonce_is_refused() -> None:

@@ -24,6 +24,7 @@ from pdserve.core.messages import Accepted, DrainWorker, LeaseRenew, OpaquePaylo
 from pdserve.core.step import StepId, StepResult
 from pdserve.transport import wire
 from pdserve.transport.handshake import Hello, Welcome
+from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import Peers
 from pdserve.transport.progress import LayersWritten
 from pdserve.transport.records import RECORD_KINDS, decode_record, encode_record
@@ -67,14 +68,14 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def test_every_message_has_a_kind_and_every_kind_is_a_message() -> None:
-    links = {Hello, Welcome, effects.WorkerUp, Peers, LayersWritten}
+    links = {Hello, Welcome, effects.WorkerUp, Peers, LayersWritten, LinkFaults}
     assert set(KINDS.values()) == set(typing.get_args(messages.Message)) | links
     assert len(set(KINDS.values())) == len(KINDS)
 
 
 def test_kinds_stay_what_they_are() -> None:
     names = {
-        1: "Hello Welcome WorkerUp Peers LayersWritten",
+        1: "Hello Welcome WorkerUp Peers LayersWritten LinkFaults",
         16: "StartJob AbortAttempt WorkerGone DrainWorker",
         20: "SetRole MoveAttempt SendPrefix UndrainWorker",
         32: "Tokens AttemptFailed TicketGranted Life LoadReport",
@@ -89,7 +90,7 @@ def test_kinds_stay_what_they_are() -> None:
 
 def test_a_frame_looks_as_documented() -> None:
     body = msgspec.msgpack.encode({"attempt": {"request_id": "r", "epoch": 1}})
-    assert encode(Accepted(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 2, 54) + body
+    assert encode(Accepted(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 3, 54) + body
 
 
 @pytest.mark.parametrize("cls", MESSAGES)
@@ -128,7 +129,7 @@ def test_byte_by_byte() -> None:
     assert found == sent
 
 
-def frame(body: bytes, kind: int = 54, version: int = 2) -> bytes:
+def frame(body: bytes, kind: int = 54, version: int = 3) -> bytes:
     return struct.pack(">IBB", len(body) + 2, version, kind) + body
 
 
@@ -138,13 +139,13 @@ GOOD_BODY = encode(Accepted(ATTEMPT))[6:]
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (frame(GOOD_BODY, version=1), "version 1 is not 2"),
+        (frame(GOOD_BODY, version=1), "version 1 is not 3"),
         (frame(GOOD_BODY, kind=99), "unknown message kind 99"),
-        (struct.pack(">IBB", 0, 2, 54), "too short"),
-        (struct.pack(">IBB", (16 << 20) + 1, 2, 54), "Accepted frame of 16777217 bytes"),
-        (struct.pack(">IBB", (64 << 20) + 1, 2, 53), "OpaquePayload frame of 67108865 bytes"),
-        (struct.pack(">IBB", (64 << 10) + 1, 2, 1), "Hello frame of 65537 bytes"),
-        (struct.pack(">IBB", 2**32 - 1, 2, 53), "over the limit"),
+        (struct.pack(">IBB", 0, 3, 54), "too short"),
+        (struct.pack(">IBB", (16 << 20) + 1, 3, 54), "Accepted frame of 16777217 bytes"),
+        (struct.pack(">IBB", (64 << 20) + 1, 3, 53), "OpaquePayload frame of 67108865 bytes"),
+        (struct.pack(">IBB", (64 << 10) + 1, 3, 1), "Hello frame of 65537 bytes"),
+        (struct.pack(">IBB", 2**32 - 1, 3, 53), "over the limit"),
         (frame(b""), "body of a Accepted"),
         (frame(b"\x80"), "missing required field `attempt`"),
         (frame(GOOD_BODY + b"\x00"), "trailing"),
@@ -277,10 +278,10 @@ def test_a_random_record_is_refused(body: bytes, kind: int) -> None:
     [
         (b"", "too short"),
         (b"\x01\x40\x80", "version 1"),
-        (b"\x02\x01\x80", "unknown record kind 1"),
-        (b"\x02\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
-        (b"\x02\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
-        (b"\x02\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
+        (b"\x03\x01\x80", "unknown record kind 1"),
+        (b"\x03\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
+        (b"\x03\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
+        (b"\x03\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
     ],
 )
 def test_a_bad_record_is_refused_with_the_reason(record: bytes, what: str) -> None:
