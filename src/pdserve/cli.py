@@ -1,4 +1,4 @@
-"""The command line: ``pdserve serve | pull | bench | replay | top | role | drain | undrain |
+"""The command line: ``pdserve serve | pull | bench | sim | replay | top | role | drain | undrain |
 restart | explain`` (and ``worker``, for serve).
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--json", action="store_true", help="print one JSON document")
     pull.set_defaults(run=_run_pull)
     _add_bench(commands)
+    _add_sim(commands)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
     replay.add_argument("--json", action="store_true", help="print one JSON document")
@@ -111,6 +112,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_arguments(bench)
     bench.set_defaults(run=_run_bench)
+
+
+def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pdserve.sim.arguments import add_arguments
+
+    sim = commands.add_parser(
+        "sim",
+        help="simulate a cluster under a load",
+        description="Run the server's own router and workers in virtual time, on modelled machines.",
+        epilog="docs/simulator.md says what each flag and figure means, and how far to trust it.",
+    )
+    add_arguments(sim)
+    sim.set_defaults(run=_run_sim)
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,6 +215,12 @@ def _run_pull(parsed: argparse.Namespace) -> int:
 
 def _run_bench(parsed: argparse.Namespace) -> int:
     from pdserve.bench.command import run
+
+    return run(parsed)
+
+
+def _run_sim(parsed: argparse.Namespace) -> int:
+    from pdserve.sim.command import run
 
     return run(parsed)
 

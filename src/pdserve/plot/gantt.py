@@ -34,18 +34,18 @@ def gantt_svg(
     num = max((len(row[0]) for row in rows.values()), default=0)
     together = max(1, -(-num * len(rows) * len(kinds) // MAX_BARS))
     axis = even_axis(0.0, max(num * stretch_s, 1e-6))
-    scale = (WIDTH - LEFT - RIGHT) / (axis.high - axis.low)
+    left = max(LEFT, 7 * max(map(len, rows), default=0) + 12)
+    width = WIDTH - left - RIGHT
+    scale = width / (axis.high - axis.low)
     bottom = TOP + ROW_HEIGHT * len(rows)
-    places = [
-        (LEFT + axis.share(tick) * (WIDTH - LEFT - RIGHT), f"{tick:g}") for tick in axis.ticks
-    ]
+    places = [(left + axis.share(tick) * width, f"{tick:g}") for tick in axis.ticks]
     parts = x_axis(places, bottom, "s")
     paths: list[list[str]] = [[] for _ in kinds]
     for number, (name, row) in enumerate(rows.items()):
         base = TOP + ROW_HEIGHT * (number + 1)
-        parts.append(f'<text x="{LEFT - 6}" y="{base - 3}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{base - 3}" text-anchor="end">{escape(name)}</text>')
         for kind, stretches in enumerate(_stacked(row, together)):
-            paths[kind] += _bars(stretches, scale * stretch_s * together, base)
+            paths[kind] += _bars(stretches, left, scale * stretch_s * together, base)
     for path, colour in zip(paths, COLOURS, strict=False):
         parts.append(f'<path fill="{colour}" d="{"".join(path)}"/>')
     parts += legend(zip(kinds, COLOURS, strict=False))
@@ -67,7 +67,9 @@ def _stacked(row: Sequence[Sequence[float]], together: int) -> list[list[tuple[f
     return stacked
 
 
-def _bars(parts: Sequence[tuple[float, float]], width: float, base: float) -> Iterator[str]:
+def _bars(
+    parts: Sequence[tuple[float, float]], left: float, width: float, base: float
+) -> Iterator[str]:
     """Neighbours of equal height become one bar."""
     at = 0
     for (low, high), group in groupby(parts):
@@ -75,7 +77,7 @@ def _bars(parts: Sequence[tuple[float, float]], width: float, base: float) -> It
         if high - low > MIN_SHARE:
             y = base - high * BAR_HEIGHT
             yield (
-                f"M{LEFT + at * width:.1f} {y:.1f}h{num * width:.1f}"
+                f"M{left + at * width:.1f} {y:.1f}h{num * width:.1f}"
                 f"v{(high - low) * BAR_HEIGHT:.1f}h{-num * width:.1f}z"
             )
         at += num

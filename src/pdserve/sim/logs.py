@@ -11,7 +11,7 @@ import csv
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.events import LifeEvent
@@ -34,7 +34,7 @@ class _File(Observer):
         except OSError as error:
             raise ConfigError(f"{flag}: cannot write {path}: {error}") from error
 
-    def __enter__(self) -> _File:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

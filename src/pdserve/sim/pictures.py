@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pdserve.core.request import Role
 from pdserve.plot.axis import even_axis
 from pdserve.plot.cdf import cdfs_svg
-from pdserve.plot.chart import Chart
+from pdserve.plot.chart import COLOURS, Chart
 from pdserve.plot.gantt import gantt_svg
 from pdserve.sim.report import Report
 from pdserve.sim.worker_figures import Kind
@@ -19,6 +19,13 @@ _LATENCIES = {
     "second_token_gap_s": "second token",
 }
 _KINDS = tuple(kind.name.lower() for kind in Kind)
+ROUTER = "router"
+_COLOURS = {
+    Role.PREFILL.value: COLOURS[Kind.PREFILL],
+    Role.MIXED.value: COLOURS[Kind.MIXED],
+    Role.DECODE.value: COLOURS[Kind.DECODE],
+    ROUTER: COLOURS[4],
+}
 
 
 def pictures(report: Report) -> dict[str, str]:
@@ -56,18 +63,20 @@ def pool_pictures(report: Report) -> dict[str, str]:
     times_s = list(pools.times_s)
     if len(times_s) < 2:
         return {}
-    roles = sorted(pools.sums)
-    waiting = {role: pools.series(role, "waiting") for role in roles}
-    decoding = {role: pools.series(role, "decoding") for role in roles}
-    used = {role: pools.used_share(role) for role in roles}
-    workers = {role: pools.series(role, "workers") for role in roles}
+    roles = [role for role in (Role.PREFILL, Role.MIXED, Role.DECODE) if role in pools.sums]
+
+    def by_role(name: str) -> dict[str, list[float]]:
+        return {role.value: pools.series(role, name) for role in roles}
+
+    queues = {ROUTER: pools.queued()} | by_role("waiting")
+    used = {role.value: pools.used_share(role) for role in roles}
     found = {
-        "queue": _over_time("requests that wait at workers", times_s, waiting),
-        "decoding": _over_time("sequences that decode", times_s, decoding),
+        "queue": _over_time("requests that wait", times_s, queues),
+        "decoding": _over_time("sequences that decode", times_s, by_role("decoding")),
         "blocks": _over_time("KV blocks in use", times_s, used, percent=True),
     }
     if report.workers.num_role_changes or report.workers.losses:
-        found["pools"] = _over_time("workers in each pool", times_s, workers)
+        found["pools"] = _over_time("workers in each pool", times_s, by_role("workers"))
     return found
 
 
@@ -77,7 +86,8 @@ def work_pictures(report: Report) -> dict[str, str]:
     num = activity.num_stretches
     if not num:
         return {}
-    rows = {str(worker): activity.shares(worker) for worker in sorted(activity.busy_s, key=_by_number)}
+    workers = sorted(activity.busy_s, key=_by_number)
+    rows = {str(worker): activity.shares(worker) for worker in workers}
     found = {
         "workers": gantt_svg("what each worker did", rows, _KINDS, activity.stretch_s),
     }
@@ -94,15 +104,15 @@ def work_pictures(report: Report) -> dict[str, str]:
 def _over_time(
     title: str,
     times_s: Sequence[float],
-    by_role: dict[Role, list[float]],
+    curves: dict[str, list[float]],
     *,
     percent: bool = False,
 ) -> str:
-    most = max(max(values) for values in by_role.values())
+    most = max(max(values) for values in curves.values())
     x, y = even_axis(times_s[0], times_s[-1]), even_axis(0.0, most or 1.0)
     chart = Chart(title, x, y, x_unit="s", percent=percent)
-    for role, values in by_role.items():
-        chart.curve(list(zip(times_s, values, strict=True)), role.value)
+    for name, values in curves.items():
+        chart.curve(list(zip(times_s, values, strict=True)), name, _COLOURS[name])
     return chart.svg()
 
 
