@@ -207,7 +207,8 @@ class LoadReport:
     done; ``context_tokens`` is their length, all together. ``steps`` and
     ``transfers`` are what ended since the last report, at most a few dozen of each.
     ``role_epoch`` is that of the last `SetRole` (0: none came). ``is_empty``: no request, lease
-    or unsent KV is left.
+    or unsent KV is left. ``num_left_out``: sequences that are here, prompts and decodes, and have no
+    part in the running step.
     """
 
     seq: int
@@ -233,6 +234,7 @@ class LoadReport:
     role: Role = Role.MIXED
     role_epoch: int = 0
     is_empty: bool = False
+    num_left_out: int = 0
     steps: tuple[StepSample, ...] = ()
     transfers: tuple[TransferSample, ...] = ()
 
@@ -247,6 +249,7 @@ class Header:
     ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
     sender's numerics class. ``opaque`` marks a payload that only an engine of the same kind reads:
     no blocks, no layers, the bytes come as `OpaquePayload` messages, in ``payload_format``.
+    ``number`` and ``answer_tokens`` are the `Job`'s.
     """
 
     attempt: AttemptId
@@ -261,6 +264,8 @@ class Header:
     digest_algorithm: str
     opaque: bool = False
     payload_format: str = ""
+    number: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,6 +103,8 @@ class Request:
     """One prompt with its parameters, as the gateway submits it to the router.
 
     ``tenant`` names whose request it is (of API keys: a digest), for fairness between them.
+    ``oracle_output_tokens`` is how long the answer will be, which only a simulation knows, and only
+    a policy that imitates one that knows may read (``policy.splitwisesim``).
     """
 
     request_id: RequestId
@@ -114,6 +116,7 @@ class Request:
     trace_context: str = ""
     service: ServiceClass = DEFAULT_SERVICE
     tenant: str = ""
+    oracle_output_tokens: int | None = None
 
     @property
     def max_tokens_total(self) -> int:
@@ -128,7 +131,9 @@ class Job:
     ``token_ids`` is the prompt followed by the tokens that the gateway has already taken, so a
     first try and a resume are the same thing. All ``choices`` share these tokens: choices that have
     diverged are resumed by jobs of their own. ``route_seq`` counts the jobs that the router has
-    sent to this prefill worker (`LoadReport` repeats it).
+    sent to this prefill worker (`LoadReport` repeats it). ``number``: of the request, in the order
+    in which they came to the router. ``answer_tokens``: for so many output tokens of each choice
+    the route has reserved room where it decodes; 0: for none.
     """
 
     request_id: RequestId
@@ -142,6 +147,8 @@ class Job:
     cache_salt: str = ""
     trace_context: str = ""
     route_seq: int = 0
+    number: int = 0
+    answer_tokens: int = 0
 
     @property
     def attempt(self) -> AttemptId:

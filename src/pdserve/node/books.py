@@ -23,7 +23,7 @@ from pdserve.cost.store import KnownCosts
 from pdserve.node.learned import LearnedCosts, WorkerSteps
 from pdserve.policy.cluster import ClusterView, WorkerView
 
-_UNSEEN = frozenset({"stale", "up", "heard_at_s", "_view"})
+_UNSEEN = frozenset({"stale", "up", "heard_at_s", "given", "_view"})
 """Fields of a book whose setting changes no view."""
 NO_LIMIT = 1 << 62
 
@@ -34,8 +34,8 @@ class WorkerBook:
     report includes yet. ``held``: prompt tokens of jobs that will be sent. ``promised``: blocks
     by attempt, not yet granted. ``role`` and ``drains`` are what the pools say (`node.pools`),
     ``silent`` what the watch does: such a worker gets no work. ``stale`` is the cluster's:
-    workers whose view is not what their book says. Whatever is set in a book makes its view
-    stale."""
+    workers whose view is not what their book says. ``given``: what the router has given it to do
+    (`node.assigned`), as `WorkerView` names it. Whatever is set in a book makes its view stale."""
 
     stale: dict[WorkerId, None]
     up: WorkerUp
@@ -52,6 +52,8 @@ class WorkerBook:
     promised: dict[AttemptId, int] = field(default_factory=dict)
     granted_blocks: int = 0
     num_granted: int = 0
+    role_since_s: float = 0.0
+    given: tuple[int, int, int, int] = (0, 0, 0, 0)
     _view: WorkerView | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -128,9 +130,16 @@ class WorkerBook:
             and not self.held
         )
 
-    def set_role(self, role: Role) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Something runs or waits there, as far as it has reported."""
+        report = self.report
+        return report is not None and report.num_running + report.num_left_out > 0
+
+    def set_role(self, role: Role, now: float) -> None:
         """From the next view on."""
         self.role = role
+        self.role_since_s = now
 
     def set_drains(self, drains: bool) -> None:
         """Take nothing new from the next view on, or take work again."""
@@ -142,6 +151,17 @@ class WorkerBook:
             decoding = 0 if self.report is None else self.report.num_decoding
             return bool(decoding or self.promised or self.num_granted)
         return home is Role.DECODE and self.pending_tokens > 0
+
+    def assign(self, prompt_tokens: int, num: int, num_local: int, kv_tokens: int) -> None:
+        """More of each to do, or less."""
+        prompts, all_given, local, kv = self.given
+        self.given = (
+            prompts + prompt_tokens,
+            all_given + num,
+            local + num_local,
+            kv + kv_tokens,
+        )
+        self._changed()
 
     def debit_job(self, num_tokens: int) -> int:
         """A job is sent: its number."""
@@ -188,6 +208,7 @@ class WorkerBook:
     def view(self) -> WorkerView:
         """What policies see: the same object until something in the book changes."""
         if self._view is None:
+            prompts, num_given, num_local, kv_tokens = self.given
             self._view = WorkerView(
                 worker=self.up.worker,
                 role=self.role,
@@ -201,6 +222,12 @@ class WorkerBook:
                 numerics="" if self.up.layout is None else self.up.layout.numerics,
                 steps=self.steps,
                 mixes=self.mixes,
+                role_since_s=self.role_since_s,
+                num_left_out=0 if self.report is None else self.report.num_left_out,
+                given_prompt_tokens=prompts,
+                num_given=num_given,
+                num_given_local=num_local,
+                given_kv_tokens=kv_tokens,
             )
         return self._view
 

@@ -13,6 +13,7 @@ from pdserve.core.ids import Epoch, RequestId, WorkerId
 from pdserve.core.messages import AbortAttempt, CacheChanged, Message, PrefixSent
 from pdserve.core.request import Job
 from pdserve.node.answer_lengths import AnswerLengths
+from pdserve.node.assigned import Assignments
 from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.fetches import Fetches
 from pdserve.node.flights import Flights
@@ -38,11 +39,12 @@ class Dispatch:
         self.waiting = WaitingRoom(patience_s)
         self.answers = AnswerLengths()
         self.flights = Flights(self.lives, self.answers)
+        self.assigned = Assignments()
         self.prefixes = Prefixes(books)
         self.fetches = Fetches(books, self.prefixes)
         self._books = books
         self._pools = pools
-        self._num_asked = 0
+        self._num_asked = self._num_requests = 0
         self._policy = policy
         self._stirred = False
 
@@ -58,6 +60,8 @@ class Dispatch:
 
     def wait(self, life: Life, now: float) -> None:
         """A new request."""
+        self._num_requests += 1
+        life.number = self._num_requests
         self.waiting.add(life.request, self.answers.expect(life.request), now)
         self.stir()
 
@@ -127,6 +131,7 @@ class Dispatch:
         if attempt.moving_to is not None:
             self._books.forget(attempt.job.attempt, attempt.moving_to)
         self.flights.end(attempt.job.decode_worker, attempt.job.attempt)
+        self.assigned.end(attempt.job.attempt)
         self.fetches.forget(attempt)
         self.stir()
 
@@ -158,6 +163,7 @@ class Dispatch:
             service=request.service,
             number=self._num_asked,
             waited_s=now - life.submitted_at_s,
+            oracle_output_tokens=request.oracle_output_tokens,
         )
 
     def _begin(
@@ -179,6 +185,8 @@ class Dispatch:
             decode_worker=route.decode,
             cache_salt=request.cache_salt,
             trace_context=request.trace_context,
+            number=life.number,
+            answer_tokens=route.answer_tokens,
         )
         for worker in route.draws:
             self._pools.draw(worker, out)
@@ -193,6 +201,7 @@ class Dispatch:
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.decision = Decision.of(route) if epoch == 1 else None
         self.flights.begin(route.decode, job.attempt, ready_s)
+        self.assigned.begin(job, prefill, decode)
         life.last_prefill = route.prefill
         life.numerics = prefill.view().numerics
         for index in group:

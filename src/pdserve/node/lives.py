@@ -61,7 +61,7 @@ class Attempt:
 class Life:
     """One request. ``avoid`` holds the decode workers to which a hand-off failed. ``decision``: of
     the one attempt that it needed. ``hashes``: of its blocks, by kind of worker, of the prompt
-    (None) and of what choices have beyond it (`node.prefixes`)."""
+    (None) and of what choices have beyond it (`node.prefixes`). ``number``: in order of arrival."""
 
     request: Request
     submitted_at_s: float
@@ -74,6 +74,7 @@ class Life:
     first_token_at_s: float | None = None
     decision: Decision | None = None
     hashes: dict[tuple[BlockHash, int | None], list[BlockHash]] = field(default_factory=dict)
+    number: int = 0
 
     @classmethod
     def of(cls, request: Request, now: float) -> Life:

@@ -6,7 +6,7 @@ finishes, and the worker itself only switches how it batches. Each change has a 
 epoch; the worker's next report repeats it. Roles change on three grounds: an operator's command,
 the role controller's proposal, and a route that draws a worker of the other pool into the mixed one
 because its own pools are full (Splitwise, sec. IV-A). Who was drawn goes home as soon as it has
-none of the other pool's work left.
+none of the other pool's work left, or has run empty, as the return rule says.
 
 A drain takes a worker out of all pools until it holds nothing; its command is answered then. A slot
 keeps its role when its process is replaced, and loses its drain.
@@ -32,7 +32,7 @@ from pdserve.core.request import Role
 from pdserve.node.books import ClusterBooks, WorkerBook
 from pdserve.node.demand import Demand
 from pdserve.node.outbox import Outbox
-from pdserve.node.settings import RoleControl
+from pdserve.node.settings import ReturnRule, RoleControl
 from pdserve.policy.roles import LoadBalancedRoles, RolePolicy, RolesView, target_sign
 
 ROLES_TIMER = "roles"
@@ -42,19 +42,25 @@ ROLES_INTERVAL_S = 0.5
 @dataclass(slots=True)
 class Slot:
     """A worker's place; it outlives the process. ``drains``: commands that wait for it to be
-    empty, and whether each wants the process replaced then."""
+    empty, and whether each wants the process replaced then. ``was_busy``: it was, when its return
+    was last thought about."""
 
     role: Role
     role_epoch: int = 0
     changed_s: float | None = None
     drains: list[tuple[int, bool]] = field(default_factory=list)
+    was_busy: bool = False
 
 
 class Pools:
     """All roles and drains. Owned by the router."""
 
     def __init__(
-        self, books: ClusterBooks, control: RoleControl, policy: RolePolicy | None = None
+        self,
+        books: ClusterBooks,
+        control: RoleControl,
+        policy: RolePolicy | None = None,
+        return_rule: ReturnRule = ReturnRule.DONE,
     ) -> None:
         self.slots: dict[WorkerId, Slot] = {}
         self._drawn: set[WorkerId] = set()
@@ -62,6 +68,7 @@ class Pools:
         self._books = books
         self._control = control
         self._policy = policy or LoadBalancedRoles()
+        self._return_rule = return_rule
         self._target: int | None = None
         self._target_since_s = 0.0
 
@@ -76,7 +83,7 @@ class Pools:
         worker = book.up.worker
         slot = self.slots.setdefault(worker, Slot(book.up.role))
         if slot.role is not book.up.role:
-            book.set_role(slot.role)
+            book.set_role(slot.role, slot.changed_s or 0.0)
             out.send(worker, SetRole(slot.role, slot.role_epoch))
 
     def worker_lost(self, worker: WorkerId, out: Outbox) -> None:
@@ -111,13 +118,22 @@ class Pools:
         if slot is not None and book is not None and slot.role is not Role.MIXED:
             self._set(book, slot, Role.MIXED, "its own pool has room and the other has none", out)
             self._drawn.add(worker)
+            slot.was_busy = book.is_busy
 
     def send_home(self, out: Outbox) -> None:
-        """Whoever was drawn and has nothing of the other pool's work left."""
+        """Whoever was drawn and may go, as the return rule says."""
         for worker in sorted(self._drawn):
             book = self._books.workers.get(worker)
-            if book is not None and not book.has_work_against(book.up.role):
+            if book is None:
+                continue
+            if self._return_rule is ReturnRule.IDLE:
+                slot = self.slots[worker]
+                was_busy, slot.was_busy = slot.was_busy, book.is_busy
+                goes, reason = was_busy and not slot.was_busy, "it has run empty"
+            else:
+                goes = not book.has_work_against(book.up.role)
                 reason = "nothing of the other pool's work is left"
+            if goes:
                 self._set(book, self.slots[worker], book.up.role, reason, out)
 
     def timer_fired(self, out: Outbox) -> None:
@@ -156,7 +172,7 @@ class Pools:
         slot.role = role
         slot.role_epoch += 1
         slot.changed_s = out.now
-        book.set_role(role)
+        book.set_role(role, out.now)
         worker = book.up.worker
         out.send(worker, SetRole(role, slot.role_epoch))
         out.add(RoleChanged(worker=worker, role=role, role_epoch=slot.role_epoch, reason=reason))

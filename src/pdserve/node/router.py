@@ -69,7 +69,7 @@ class RouterNode:
     def __init__(self, settings: RouterSettings, policy: RoutePolicy | None = None) -> None:
         self.settings = settings
         self.books = ClusterBooks(settings.costs)
-        self.pools = Pools(self.books, settings.roles)
+        self.pools = Pools(self.books, settings.roles, return_rule=settings.return_rule)
         self.dispatch = Dispatch(
             self.books, self.pools, policy or ShortestQueue(), settings.patience_s
         )
@@ -208,7 +208,8 @@ class RouterNode:
             case LoadReport():
                 self.books.take_report(book, message, out.now)
                 self.pools.drained(book, out)
-                self.moves.consider(book, out)
+                if self.settings.moves:
+                    self.moves.consider(book, out)
             case MoveFailed():
                 self.moves.failed(message, book, out)
             case LifeMessage(events):
@@ -241,6 +242,7 @@ class RouterNode:
                 self.pools.demand.first_token(out.now, out.now - life.submitted_at_s, service)
             out.add(Deliver(request_id, tuple(mine)))
             for epoch in dict.fromkeys(delta.epoch for delta in mine):
+                self.dispatch.assigned.prefilled(life.attempt_id(epoch))
                 if not life.live_choices(epoch):
                     self.dispatch.end(life, epoch)
             self._finish_if_done(life, out)
@@ -266,6 +268,7 @@ class RouterNode:
             return
         attempt.owner = worker
         attempt.accepted = True
+        self.dispatch.assigned.accepted(attempt_id, book)
         live = life.live_choices(attempt_id.epoch)
         gone = tuple(index for index in attempt.job.choices if index not in live)
         if gone:

@@ -86,6 +86,14 @@ class RoleControl(StrEnum):
     ADVISE = "advise"
 
 
+class ReturnRule(StrEnum):
+    """When a worker that was drawn into the mixed pool goes home: when it has none of the other
+    pool's work left (Splitwise, sec. IV-A), or not before it has run empty (as in SplitwiseSim)."""
+
+    DONE = "done"
+    IDLE = "idle"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     """Settings of the router. Durations are seconds.
@@ -97,7 +105,8 @@ class RouterSettings:
     ``max_attempts`` bounds the resumes that one choice may need because of failures (not of
     preemption). ``admission`` names the policy that refuses early (``policy.admission``);
     ``patience_s`` is for how long a request lets others pass (``waiting``). ``costs``: what is
-    known of steps and links at birth.
+    known of steps and links at birth. ``moves``: requests that decode may move from a crowded
+    worker to another (`node.moves`).
     """
 
     queue_timeout_s: float = 30.0
@@ -111,3 +120,5 @@ class RouterSettings:
     no_worker_timeout_s: float = 15.0
     costs: KnownCosts = field(default_factory=KnownCosts)
     roles: RoleControl = RoleControl.FIXED
+    return_rule: ReturnRule = ReturnRule.DONE
+    moves: bool = True

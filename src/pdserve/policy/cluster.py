@@ -24,6 +24,13 @@ class WorkerView:
     ``num_decoding``: sequences that it decodes or is promised; ``context_tokens``: their length,
     all together. ``free_blocks``: blocks not used and not promised. ``steps``: how long its steps
     take. ``mixes``: it can prefill and decode at once, as every native worker can.
+    ``role_since_s``: when it came into its pool; 0: it was born there. ``num_left_out``: sequences
+    that are there and had no part in its last step.
+
+    What the router has given it and it has not finished (`node.assigned`): ``given_prompt_tokens``,
+    of prompts whose first token has not come; ``num_given``, attempts that it decodes or will;
+    ``num_given_local``, attempts that it prefills and will then decode; ``given_kv_tokens``, tokens
+    of KV that it holds or will hold for attempts, with what their routes reserve for answers.
     """
 
     worker: WorkerId
@@ -39,6 +46,12 @@ class WorkerView:
     steps: StepModel | None = None
     mixes: bool = True
     mixed_chunk_tokens: int = 512
+    role_since_s: float = 0.0
+    num_left_out: int = 0
+    given_prompt_tokens: int = 0
+    num_given: int = 0
+    num_given_local: int = 0
+    given_kv_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,8 @@ class RouteAsk:
     ``cached_tokens``: how many of the first tokens each worker has, if any. ``max_output_tokens``
     is what the client allows, ``output_tokens`` what answers of its kind have had. ``number``
     counts the decisions: what is random takes its seed from it. ``waited_s``: time since arrival.
+    ``oracle_output_tokens`` is the request's: None but in simulations, and to be read by nobody but
+    ``policy.splitwisesim``.
     """
 
     num_tokens: int
@@ -79,6 +94,7 @@ class RouteAsk:
     service: ServiceClass = DEFAULT_SERVICE
     number: int = 0
     waited_s: float = 0.0
+    oracle_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +131,8 @@ class Route:
     ``draws``: workers to be taken into the mixed pool for this (Splitwise, sec. IV-A).
     ``candidates``: what was compared, best first; ``candidates[0]`` is this route, the next one the
     runner-up. Policies that do not predict leave it empty.
+    ``answer_tokens``: the decode worker is to keep room for so many output tokens of each choice,
+    if its batch policy reserves answers.
     """
 
     prefill: WorkerId
@@ -123,6 +141,7 @@ class Route:
     fetch_from: WorkerId | None = None
     draws: tuple[WorkerId, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    answer_tokens: int = 0
 
 
 class RoutePolicy(Protocol):
