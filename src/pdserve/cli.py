@@ -1,5 +1,5 @@
-"""The command line: ``pdserve serve | pull | bench | sim | replay | top | role | drain | undrain |
-restart | explain`` (and ``worker``, for serve).
+"""The command line: ``pdserve serve | pull | bench | sim | calibrate | replay | top | role |
+drain | undrain | restart | explain`` (and ``worker``, for serve).
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
 prints one JSON document on stdout and nothing else. Each command imports what it needs when it
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.set_defaults(run=_run_pull)
     _add_bench(commands)
     _add_sim(commands)
+    _add_calibrate(commands)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
     replay.add_argument("--json", action="store_true", help="print one JSON document")
@@ -125,6 +126,19 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     add_arguments(sim)
     sim.set_defaults(run=_run_sim)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pdserve.calibrate.arguments import add_arguments
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a live server for the simulator",
+        description="Start a server, measure its steps and links, and write them as a profile.",
+        epilog="docs/calibration.md says what is measured and how far to trust it.",
+    )
+    add_arguments(calibrate)
+    calibrate.set_defaults(run=_run_calibrate)
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -221,6 +235,12 @@ def _run_bench(parsed: argparse.Namespace) -> int:
 
 def _run_sim(parsed: argparse.Namespace) -> int:
     from pdserve.sim.command import run
+
+    return run(parsed)
+
+
+def _run_calibrate(parsed: argparse.Namespace) -> int:
+    from pdserve.calibrate.command import run
 
     return run(parsed)
 

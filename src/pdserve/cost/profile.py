@@ -28,6 +28,8 @@ from pdserve.cost.step import StepModel
 
 FORMAT = 1
 LARGEST = 1e18
+UNMEASURED_LINK = LinkSpec(bytes_per_s=1e9, fixed_s=1e-3)
+"""Of mixed workers without a measured one: they hand over only to be drained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +113,11 @@ def machine_from_profile(
     profile: Profile, role: Role = Role.MIXED, link: LinkSpec | None = None
 ) -> MachineModel:
     """A simulated worker as the measured ones of this role. ``link``: in place of the measured one,
-    and needed if none was (`ConfigError`)."""
+    and needed by a worker that is to hand over if none was measured (`ConfigError`)."""
     machine = profile.machine(role)
     spec = link or (profile.link.spec if profile.link is not None else None)
+    if spec is None and role is Role.MIXED:
+        spec = UNMEASURED_LINK
     if spec is None:
         raise ConfigError(
             f"the profile {profile.name} was measured without a hand-off, so it knows no link: "

@@ -1,0 +1,241 @@
+"""From a recording, and what the client saw, to a profile.
+
+Steps are grouped by the kind of worker that ran them (weights, engine, device, numerics class: what
+`cost.store.StepKey` says takes the same time), whatever their roles. Each step knows for how long
+neighbours on the host computed beside it. Transfers give the link, messages and the edge their mean
+delays, the slowest hundredth left out: those are held up by something else.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from pdserve.calibrate.live import Asked
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.request import Role
+from pdserve.cost.machine import ClusterTimes, LinkSpec
+from pdserve.cost.measured_fit import FitError, StepsFit, TimedStep, TooFewStepsError, fit_steps
+from pdserve.cost.nonnegative import Moments, nonnegative_fit
+from pdserve.cost.pace import DECODE, PROMPT, kind_of
+from pdserve.cost.profile import Host, LinkFit, Machine, Profile
+from pdserve.cost.store import StepKey
+from pdserve.serve.recorded import RanStep, RanTransfer, RecordedRun
+
+URGENT = {"StartJob", "Tokens", "Header", "Ticket", "Trailer", "Accepted"}
+"""Messages that a request waits for."""
+LEAST_TRANSFERS = 4
+UNEVEN = 0.25
+"""A median error above this says that something else used the machine, or that it is out of what
+the fit can say."""
+
+
+def profile_of(
+    run: RecordedRun,
+    asked: Asked,
+    *,
+    name: str,
+    made: str,
+    model: str,
+    host: Host,
+    flags: tuple[str, ...],
+    threads: int,
+) -> Profile:
+    """Raises `ConfigError` if the recording says too little, or is of an engine that batches for
+    itself."""
+    if run.foreign or not run.steps:
+        raise ConfigError(
+            "calibrate measures the steps of engines that batch by our policies, and this engine "
+            "batches for itself"
+        )
+    steps = [step for step in run.steps if not step.failed and step.asked_s >= asked.since_s]
+    beside = Neighbours(steps)
+    machines = []
+    for workers in _alike(run):
+        own = [step for step in steps if step.worker in workers]
+        if own:
+            machines.append(_machine(run, workers, own, beside, threads))
+    transfers = [t for t in run.transfers.values() if t.opened_s >= asked.since_s]
+    layers = machines[0].num_layers
+    workers_by_role: dict[str, int] = defaultdict(int)
+    for worker in run.births:
+        workers_by_role[run.settings(worker).role.value] += 1
+    return Profile(
+        name=name,
+        made=made,
+        model=model,
+        host=host,
+        flags=flags,
+        workers=dict(workers_by_role),
+        machines=tuple(machines),
+        link=link_of(transfers, layers),
+        times=times_of(run, asked),
+        warnings=tuple(_warnings(machines)),
+    )
+
+
+def _alike(run: RecordedRun) -> list[set[WorkerId]]:
+    groups: dict[StepKey, set[WorkerId]] = defaultdict(set)
+    for worker, up in sorted(run.workers.items()):
+        assert up.layout is not None
+        key = StepKey(up.layout.weights_digest, up.engine, up.device, up.layout.numerics)
+        groups[key].add(worker)
+    return list(groups.values())
+
+
+def _machine(
+    run: RecordedRun,
+    workers: set[WorkerId],
+    steps: Sequence[RanStep],
+    beside: Neighbours,
+    threads: int,
+) -> Machine:
+    samples = [beside.timed(step) for step in steps]
+    fit = _fit(samples, workers)
+    any_worker = min(workers)
+    up, settings = run.workers[any_worker], run.settings(any_worker)
+    layout = settings.layout
+    roles = {run.settings(worker).role for worker in workers}
+    return Machine(
+        roles=tuple(role for role in Role if role in roles),
+        device=up.device,
+        engine=up.engine,
+        numerics=layout.numerics,
+        threads=threads,
+        num_layers=layout.num_layers,
+        token_kv_bytes=layout.pool_bytes(1) // layout.block_size,
+        block_size=layout.block_size,
+        num_blocks=settings.num_blocks,
+        max_model_tokens=settings.max_model_tokens,
+        prompt=fit.steps.kinds[PROMPT],
+        decode=fit.steps.kinds[DECODE],
+        mixed=fit.steps.kinds.get("mixed"),
+        linear=fit.linear,
+        measured=fit.measured,
+        errors=fit.errors,
+        spreads=fit.spreads,
+        lost=fit.lost,
+    )
+
+
+def _fit(samples: list[TimedStep], workers: set[WorkerId]) -> StepsFit:
+    try:
+        return fit_steps(samples)
+    except TooFewStepsError as error:
+        raise ConfigError(
+            f"{', '.join(sorted(workers))} ran too few {error} steps to be measured; calibrate for "
+            "longer (--seconds), or with the same dtypes on both sides"
+        ) from error
+
+
+def _warnings(machines: Iterable[Machine]) -> Iterable[str]:
+    for machine in machines:
+        for kind, error in machine.errors.items():
+            if error.median > UNEVEN:
+                yield (
+                    f"{kind} steps are off by {error.median:.0%} in the median: was anything else "
+                    "running on this machine?"
+                )
+
+
+class Neighbours:
+    """For how long other workers computed beside a step."""
+
+    def __init__(self, steps: Sequence[RanStep]) -> None:
+        """All steps of all workers."""
+        self._steps: dict[WorkerId, list[RanStep]] = defaultdict(list)
+        for step in sorted(steps, key=lambda step: step.done_s):
+            self._steps[step.worker].append(step)
+        self._ends = {w: [step.done_s for step in of] for w, of in self._steps.items()}
+
+    def timed(self, step: RanStep) -> TimedStep:
+        """The step with what was beside it."""
+        beside = {True: 0.0, False: 0.0}
+        for worker, others in self._steps.items():
+            if worker == step.worker:
+                continue
+            for other in others[bisect_left(self._ends[worker], step.begun_s) :]:
+                if other.begun_s >= step.done_s:
+                    break
+                together_s = min(other.done_s, step.done_s) - max(other.begun_s, step.begun_s)
+                beside[kind_of(other.shape) == DECODE] += max(0.0, together_s)
+        return TimedStep(step.shape, step.elapsed_s, beside[False], beside[True])
+
+
+# --- links, messages, the edge -----------------------------------------------------------------
+
+
+def link_of(transfers: Sequence[RanTransfer], num_layers: int) -> LinkFit | None:
+    """What was still to be sent when the prompt was computed, over how long that took: all of it in
+    one shot, the last layer if layer by layer (whose earlier ones went while others computed)."""
+    samples: list[tuple[float, float]] = []
+    for transfer in transfers:
+        if transfer.sent_s is None or transfer.bound_s is None or not transfer.num_bytes:
+            continue
+        since_s = max(transfer.bound_s, transfer.computed_s or 0.0)
+        share = 1.0 if transfer.one_shot or transfer.computed_s is None else 1.0 / num_layers
+        samples.append((share * transfer.num_bytes, max(0.0, transfer.sent_s - since_s)))
+    if len(samples) < LEAST_TRANSFERS:
+        return None
+    fixed_s, byte_s = _line(samples)
+    errors = []
+    for place, (num_bytes, seconds) in enumerate(samples):
+        rest_fixed_s, rest_byte_s = _line(samples[:place] + samples[place + 1 :])
+        errors.append(abs(rest_fixed_s + rest_byte_s * num_bytes - seconds))
+    spec = LinkSpec(bytes_per_s=1.0 / max(byte_s, 1e-12), fixed_s=fixed_s)
+    return LinkFit(spec=spec, num_transfers=len(samples), error_s=statistics.median(errors))
+
+
+def _line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(constant, slope), neither below 0, by least absolute errors."""
+    found = [statistics.median(seconds for _, seconds in samples), 0.0]
+    floor_s = 1e-4
+    for _ in range(8):
+        moments = Moments(2)
+        for num_bytes, seconds in samples:
+            off_s = abs(found[0] + found[1] * num_bytes - seconds)
+            moments.add((1.0, num_bytes), seconds, 1.0 / max(off_s, floor_s))
+        found = nonnegative_fit(moments)
+    return found[0], found[1]
+
+
+def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
+    """Mean delays of what a request waits for."""
+    since_s = asked.since_s
+    mail_s = [m.delay_s for m in run.mail if m.kind in URGENT and m.sent_s >= since_s]
+    gaps_s = [step.gap_s for step in run.steps if step.asked_s >= since_s]
+    edge_in_s, edge_out_s = [], []
+    for outcome in asked.outcomes:
+        request = run.requests.get(RequestId(outcome.response_id))
+        if request is None or not request.delivered_s or outcome.first_s is None:
+            continue
+        edge_in_s.append(max(0.0, request.submitted_s - outcome.sent_s))
+        edge_out_s.append(max(0.0, outcome.first_s - request.delivered_s[0]))
+    checks = [
+        (float(t.num_bytes), t.verified_s - t.verify_asked_s)
+        for t in run.transfers.values()
+        if t.verified_s is not None and t.verify_asked_s is not None and t.opened_s >= since_s
+    ]
+    verify_s, verify_byte_s = _line(checks) if len(checks) >= LEAST_TRANSFERS else (0.0, 0.0)
+    return ClusterTimes(
+        message_s=_usual(mail_s),
+        edge_in_s=_usual(edge_in_s),
+        edge_out_s=_usual(edge_out_s),
+        step_gap_s=_usual(gaps_s),
+        verify_byte_s=verify_byte_s,
+        verify_s=verify_s,
+    )
+
+
+def _usual(values: Sequence[float]) -> float:
+    """The mean without the largest hundredth; 0 of none."""
+    kept = sorted(values)[: max(1, round(0.99 * len(values)))]
+    return max(0.0, statistics.fmean(kept)) if kept else 0.0
+
+
+def errors_of(profile: Profile) -> list[tuple[Machine, str, FitError]]:
+    """Every error of the profile, to be shown."""
+    return [(m, kind, error) for m in profile.machines for kind, error in m.errors.items()]
