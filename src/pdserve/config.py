@@ -13,9 +13,7 @@ small for ``--max-model-len``) or an import (an engine that is not there) is ref
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -37,6 +35,7 @@ from pdserve.policy.registry import (
     make_policy,
 )
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
+from pdserve.toml_flags import read_table
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 MAX_WORKERS = 64
@@ -357,7 +356,7 @@ def resolve(
         sources[name] = source
 
     if file is not None:
-        for name, raw in _read_table(file).items():
+        for name, raw in read_table(file, "serve", OPTIONS).items():
             take(name, raw, "file", f"{name} in {file}")
     for name in OPTIONS:
         variable = ENVIRONMENT_PREFIX + name.upper()
@@ -371,25 +370,3 @@ def resolve(
         for name in counts:
             values.setdefault(name, 0)
     return Resolved(config=ServeConfig(**values), sources=sources)
-
-
-def _read_table(file: Path) -> dict[str, object]:
-    try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
-    table = document.get("serve", {})
-    strangers = sorted(set(document) - {"serve"})
-    if strangers or not isinstance(table, dict):
-        raise ConfigError(
-            f"{file} must hold one table, [serve], with the options in it"
-            + (f"; it also has {', '.join(strangers)}" if strangers else "")
-        )
-    for name in table:
-        if name not in OPTIONS:
-            near = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{file} has an unknown option {name!r}{hint}")
-    return table

@@ -21,7 +21,9 @@ from pdserve.policy.registry import (
     make_policy,
 )
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
+from pdserve.sim.machines import MachineOptions
 from pdserve.sim.settings import SimSettings
+from pdserve.sim.spec import ClusterSpec, parse_cluster
 from pdserve.toml_flags import leave_out_defaults, with_file
 from pdserve.workload.arguments import add_contents, add_times, check_numbers, workload_options
 from pdserve.workload.options import WorkloadOptions
@@ -176,8 +178,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 class SimOptions:
     """All that was asked for. ``parsed``: the flags that need no more than reading."""
 
-    cluster: str
-    model: str
+    cluster: ClusterSpec
+    machines: MachineOptions
     workload: WorkloadOptions
     classes: ServiceClasses
     service_of: Callable[[object], ServiceClass] | None
@@ -189,17 +191,13 @@ class SimOptions:
     def of(cls, typed: argparse.Namespace) -> SimOptions:
         """Raises `ConfigError` for what cannot be."""
         parsed = with_file(typed, add_flags, TABLE, getattr(typed, "config", None))
-        for name, example in (
-            ("cluster", "2xh100:prefill,2xh100:decode"),
-            ("model", "llama-3-70b"),
-        ):
-            if not getattr(parsed, name):
-                raise ConfigError(f"say which {name} is simulated, as --{name} {example}")
+        if not parsed.cluster:
+            raise ConfigError("say what is simulated, as --cluster 2xh100:prefill,2xh100:decode")
         _check(parsed)
         classes = _classes(parsed.classes)
         return cls(
-            cluster=parsed.cluster,
-            model=parsed.model,
+            cluster=parse_cluster(parsed.cluster),
+            machines=machine_options(parsed),
             workload=workload_options(parsed),
             classes=classes,
             service_of=_service_of(classes, parsed.class_shares, parsed.seed),
@@ -207,6 +205,17 @@ class SimOptions:
             slo=parse_slo(parsed.slo, "--slo") if parsed.slo else None,
             parsed=parsed,
         )
+
+
+def machine_options(parsed: argparse.Namespace) -> MachineOptions:
+    """Of the flags that `add_machines` and `add_decisions` add."""
+    return MachineOptions(
+        model=parsed.model or "",
+        profile=parsed.profile or "",
+        perf_table=parsed.perf_table,
+        link=parsed.link or "",
+        max_step_tokens=parsed.max_step_tokens,
+    )
 
 
 def _check(parsed: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from pdserve.cost.roofline import check_slo
 from pdserve.plot.files import write_pictures
 from pdserve.sim.arguments import SimOptions, check_blocks
 from pdserve.sim.logs import EventFile, RequestFile
-from pdserve.sim.machines import MachineOptions, machines_of
+from pdserve.sim.machines import Machines
 from pdserve.sim.observe import Observer
 from pdserve.sim.pictures import pictures
 from pdserve.sim.progress import Bar
@@ -29,7 +29,6 @@ from pdserve.sim.report import Report
 from pdserve.sim.report_text import print_report
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
-from pdserve.sim.spec import parse_cluster
 from pdserve.workload.build import build_open
 from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
@@ -45,6 +44,7 @@ HASHED_BLOCK_TOKENS = 512
 def run(typed: argparse.Namespace) -> int:
     """Gives the exit status: 0 if any request completed."""
     options = SimOptions.of(typed)
+    check_place(options.parsed.json)
     head, requests = peeked(build_open(options.workload).requests)
     if not head:
         raise ConfigError("no request is left to simulate: widen --window, --duration or the trace")
@@ -69,26 +69,17 @@ def run(typed: argparse.Namespace) -> int:
 def settings_of(options: SimOptions, head: Sequence[TraceRequest]) -> SimSettings:
     """What is simulated. ``head``: the first requests. Raises `ConfigError`."""
     parsed = options.parsed
-    cluster = parse_cluster(options.cluster)
-    block_size = parsed.block_size or (HASHED_BLOCK_TOKENS if _is_hashed(head) else BLOCK_TOKENS)
+    machines = Machines(options.machines)
+    usual = machines.block_size or (HASHED_BLOCK_TOKENS if _is_hashed(head) else BLOCK_TOKENS)
+    block_size = parsed.block_size or usual
     check_blocks(parsed, block_size)
-    machines = machines_of(
-        cluster,
-        MachineOptions(
-            model=options.model,
-            profile=parsed.profile or "",
-            perf_table=parsed.perf_table,
-            link=parsed.link or "",
-            block_size=block_size,
-            max_step_tokens=parsed.max_step_tokens,
-        ),
-    )
     admission = parsed.admission
     if admission == "auto":
         admission = "predicted" if options.classes.are_bounded else "none"
     return SimSettings(
-        cluster=cluster,
-        machines=machines,
+        cluster=options.cluster,
+        machines=machines.of(options.cluster, block_size),
+        times=machines.times,
         policy=parsed.policy,
         batching=parsed.batching or "",
         service_of=options.service_of,
@@ -130,6 +121,12 @@ def load_document(options: WorkloadOptions) -> dict[str, Any]:
     return {
         name: _plain(value) for name, value in asdict(options).items() if value not in (None, ())
     }
+
+
+def check_place(place: str | None) -> None:
+    """Raises `ConfigError` for a folder that is not there, before the work is done."""
+    if place not in (None, "-") and not Path(place).absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder for {place}")
 
 
 def write_json(place: str, document: dict[str, Any]) -> None:
