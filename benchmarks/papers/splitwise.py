@@ -1,0 +1,434 @@
+"""Splitwise (ISCA 2024, sec. VI): the load that clusters of equal power, or equal cost, bear.
+
+A cluster bears a rate if a Poisson load of it keeps all nine of the paper's objectives: slowdowns
+against an idle machine of A100s, of TTFT under 2, 3 and 6 at P50, P90 and P99, of TBT and E2E under
+1.25, 1.5 and 5. The highest such rate is searched on a grid. Sizes are drawn from the Azure traces
+of 2023, prompt and answer each by itself, as the authors' generator does. Clusters and machine
+counts are those of their artifact. Two ways of looking at it:
+
+``splitwisesim``  the rules of the authors' simulator, to which the published figures belong
+``pdserve``       the policies of the server, which know no answer's length, on the same table of
+                  measurements, read as it was measured; KV in its real size, links of 200 and 400
+                  Gbit/s a GPU that transfers share
+
+    python benchmarks/papers/splitwise.py --data DIR [--ways pdserve] [--loads conversation]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lab import EnoughError, Lab, highest, lowest, parser_of, patient, plain, simulate
+from show import Cell, apart, bars_svg, table, write
+
+from pdserve.core.step import StepShape
+from pdserve.cost.links import LINKS
+from pdserve.cost.machine import MachineModel
+from pdserve.cost.table import PerfTable
+from pdserve.cost.table_machine import machine_of_table
+from pdserve.sim.observe import Ended, Observer
+from pdserve.sim.settings import SimSettings
+from pdserve.sim.spec import parse_cluster
+from pdserve.workload.arrivals import arrivals
+from pdserve.workload.request import TraceRequest
+from pdserve.workload.summary import percentile
+from pdserve.workload.synthetic import drawn
+from pdserve.workload.traces import read_trace
+
+MODEL = "bloom-176b"
+LOADS = {"conversation": "azure_2023_conv.csv", "code": "azure_2023_code.csv"}
+GUESSES = {"conversation": 100, "code": 70}
+SLOWDOWNS = {
+    "ttft": ((50, 2.0), (90, 3.0), (99, 6.0)),
+    "tbt": ((50, 1.25), (90, 1.5), (99, 5.0)),
+    "e2e": ((50, 1.25), (90, 1.5), (99, 5.0)),
+}
+COST = {"a100": 8 * 2.21, "h100": 8 * 4.76, "h100cap": 8 * 4.76}
+"""Of a machine, per hour: the artifact's notebooks/utils.py."""
+POWER = {"a100": 24.8, "h100": 44.0, "h100cap": 30.8}
+"""Of a machine, in the artifact's unit."""
+NETWORK = {"a100": "ib-200", "h100": "ib-400", "h100cap": "ib-400"}
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """``prompt``, ``token``: the hardware of the two pools; the same and ``mixed``: a baseline."""
+
+    prompt: str
+    token: str
+    mixed: bool = False
+
+    def cluster(self, counts: Sequence[int]) -> str:
+        if self.mixed:
+            return f"{counts[0]}x{self.prompt}:mixed"
+        return f"{counts[0]}x{self.prompt}:prefill,{counts[1]}x{self.token}:decode"
+
+    def total(self, counts: Sequence[int], of: dict[str, float]) -> float:
+        return sum(n * of[name] for n, name in zip(counts, (self.prompt, self.token), strict=False))
+
+
+DESIGNS = {
+    "Baseline-A100": Design("a100", "a100", mixed=True),
+    "Baseline-H100": Design("h100", "h100", mixed=True),
+    "AA": Design("a100", "a100"),
+    "HH": Design("h100", "h100"),
+    "HA": Design("h100", "a100"),
+    "HHcap": Design("h100", "h100cap"),
+}
+COUNTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    ("equal power", "conversation"): {
+        "Baseline-A100": (70,), "Baseline-H100": (40,),
+        "AA": (45, 25), "HH": (25, 15), "HA": (25, 26), "HHcap": (25, 21),
+    },
+    ("equal power", "code"): {
+        "Baseline-A100": (70,), "Baseline-H100": (40,),
+        "AA": (55, 15), "HH": (35, 5), "HA": (35, 8), "HHcap": (35, 7),
+    },
+    ("equal cost", "conversation"): {
+        "Baseline-A100": (86,), "Baseline-H100": (40,),
+        "AA": (51, 35), "HH": (25, 15), "HA": (30, 21), "HHcap": (30, 10),
+    },
+    ("equal cost", "code"): {
+        "Baseline-A100": (86,), "Baseline-H100": (40,),
+        "AA": (66, 20), "HH": (35, 5), "HA": (35, 10), "HHcap": (35, 7),
+    },
+}  # fmt: skip
+ROBUST = ("AA", "HH", "HA", "HHcap")
+"""Designs that serve conversation on the cluster that is sized for code (sec. VI-D)."""
+PAPER_CHANGE = {"AA": 0.0, "HH": 0.0, "HA": -0.07, "HHcap": -0.07}
+CLAIMS: tuple[tuple[str, str, str, str, float], ...] = (
+    ("equal power", "conversation", "AA", "Baseline-A100", 2.15),
+    ("equal cost", "conversation", "AA", "Baseline-H100", 1.4),
+)
+"""(setting, load, design, against, the paper's ratio): those that the text gives a number for."""
+WAYS = ("splitwisesim", "pdserve")
+
+
+# --- what is asked of a run -------------------------------------------------------------------
+
+
+class Slowdowns(Observer):
+    """Of each request, TTFT, TBT and E2E over those of an idle A100 machine. Stops the run as soon
+    as one of the nine objectives cannot be kept any more."""
+
+    def __init__(self, idle: MachineModel, num_requests: int, *, count_all: bool) -> None:
+        self.values: dict[str, list[float]] = {name: [] for name in SLOWDOWNS}
+        self._step_s = idle.steps.step_s
+        self._num = num_requests
+        self._count_all = count_all
+        self._over = {
+            (name, percent): 0 for name, bounds in SLOWDOWNS.items() for percent, _ in bounds
+        }
+
+    def ended(self, at_s: float, request: Ended) -> None:
+        tokens, answer = request.prompt_tokens, request.output_tokens
+        ttft_s = self._step_s(StepShape(tokens, tokens * tokens))
+        tbt_s = self._step_s(StepShape(num_decoding=1, context_tokens=tokens + answer // 2))
+        idle = {"ttft": ttft_s, "tbt": tbt_s, "e2e": ttft_s + (answer - 1) * tbt_s}
+        seen = {"ttft": request.ttft_s, "tbt": request.tpot_s, "e2e": request.e2e_s}
+        for name, bounds in SLOWDOWNS.items():
+            value = seen[name]
+            if name == "tbt" and answer < 2 and request.failure is None:
+                continue
+            slowdown = float("inf") if value is None or request.failure else value / idle[name]
+            self.values[name].append(slowdown)
+            for percent, bound in bounds:
+                if slowdown >= bound:
+                    self._over[name, percent] += 1
+        if not self._count_all:
+            for (_, percent), over in self._over.items():
+                if over > self._num * (1 - percent / 100) + 1:
+                    raise EnoughError
+
+    def violated(self) -> list[str]:
+        """The objectives that are not kept, as ``ttft_p90``."""
+        found = []
+        for name, bounds in SLOWDOWNS.items():
+            values = sorted(self.values[name])
+            found += [
+                f"{name}_p{percent}"
+                for percent, bound in bounds
+                if values and percentile(values, percent) >= bound
+            ]
+        return found
+
+    def percentiles(self) -> dict[str, list[float]]:
+        return {
+            name: [percentile(sorted(self.values[name]), percent) for percent, _ in bounds]
+            for name, bounds in SLOWDOWNS.items()
+            if self.values[name]
+        }
+
+
+class Study:
+    """``table``: the measurements. ``grid``: of the rates, in requests per second."""
+
+    def __init__(
+        self, lab: Lab, data: Path, *, duration_s: float, grid: int, seed: int, model: str = MODEL
+    ) -> None:
+        self.lab = lab
+        self.duration_s, self.grid, self.seed, self.model = duration_s, grid, seed, model
+        path = data / "splitwise_perf_model.csv"
+        self._table = PerfTable.read(path.read_text(), path.name)
+        self._traces = {name: data / file for name, file in LOADS.items()}
+        self._sizes: dict[str, list[TraceRequest]] = {}
+
+    def load(self, name: str, rate: float) -> list[TraceRequest]:
+        """A Poisson load with sizes of the trace; the same for every cluster."""
+        if name not in self._sizes:
+            self._sizes[name] = read_trace(self._traces[name])
+        times = arrivals("poisson", rate, 1.0, self.seed)
+        requests: Iterator[TraceRequest] = drawn(self._sizes[name], times, self.seed, pairs=False)
+        return list(itertools.takewhile(lambda r: r.at_s < self.duration_s, requests))
+
+    def settings(self, design: Design, counts: Sequence[int]) -> SimSettings:
+        """Of the way ``pdserve``: the policies of the server."""
+        cluster = parse_cluster(design.cluster(counts))
+        return patient(
+            SimSettings(
+                cluster=cluster,
+                machines=tuple(self.machine(group.hardware) for group in cluster.groups),
+                policy="aggregated" if design.mixed else "splitwise",
+                batching="splitwise",
+                max_running=512,
+                prefix_cache=False,
+                seed=self.seed,
+            )
+        )
+
+    def machine(self, hardware: str) -> MachineModel:
+        machine = machine_of_table(self._table, hardware, self.model)
+        return replace(machine, link=LINKS[NETWORK[hardware]].of_worker(machine.num_devices))
+
+    def bears(self, way: str, load: str, name: str, counts: Sequence[int], rate: int) -> bool:
+        """Whether the cluster keeps all nine objectives."""
+        run = _WAYS[way]
+        return bool(run(self, load, DESIGNS[name], counts, rate)["kept"])
+
+    def most(self, way: str, load: str, name: str, counts: Sequence[int], guess: int) -> int:
+        """The highest rate of the grid that it bears, 0 if there is none."""
+        grid = self.grid
+
+        def passes(number: int) -> bool:
+            return self.bears(way, load, name, counts, number * grid)
+
+        return grid * highest(passes, max(1, round(guess / grid)))
+
+
+def run_pdserve(
+    study: Study, load: str, design: Design, counts: Sequence[int], rate: int
+) -> dict[str, Any]:
+    settings = study.settings(design, counts)
+    asked = plain(settings) | {
+        "way": "pdserve", "load": load, "rate": rate, "duration_s": study.duration_s,
+    }  # fmt: skip
+
+    def work() -> dict[str, Any]:
+        requests = study.load(load, rate)
+        slowdowns = Slowdowns(study.machine("a100"), len(requests), count_all=False)
+        whole = simulate(settings, iter(requests), [slowdowns])
+        violated = slowdowns.violated() if whole else ["stopped: one cannot be kept"]
+        answer: dict[str, Any] = {"kept": not violated, "violated": violated}
+        if whole:
+            answer["slowdowns"] = slowdowns.percentiles()
+        return answer
+
+    return study.lab.result(asked, work)
+
+
+Run = Callable[[Study, str, Design, Sequence[int], int], dict[str, Any]]
+_WAYS: dict[str, Run] = {"pdserve": run_pdserve}
+
+
+# --- the paper's questions --------------------------------------------------------------------
+
+
+def throughputs(
+    study: Study, way: str, loads: Sequence[str], names: Sequence[str]
+) -> dict[tuple[str, str, str], int]:
+    """Highest rates by (setting, load, design)."""
+    found: dict[tuple[str, str, str], int] = {}
+    known: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for (setting, load), counts_of in COUNTS.items():
+        for name in names if load in loads else ():
+            counts = counts_of[name]
+            if (load, name, counts) not in known:
+                guess = max((rate for (_, of, _), rate in found.items() if of == load), default=0)
+                known[load, name, counts] = study.most(
+                    way, load, name, counts, guess or GUESSES[load]
+                )
+            found[setting, load, name] = known[load, name, counts]
+    return found
+
+
+def robustness(
+    study: Study, way: str, names: Sequence[str], own: dict[str, int]
+) -> dict[str, tuple[int, int]]:
+    """Conversation on clusters that are sized for it, and for code, by design."""
+    sized = COUNTS["equal power", "code"]
+    return {
+        name: (own[name], study.most(way, "conversation", name, sized[name], own[name]))
+        for name in names
+    }
+
+
+def equal_throughput(study: Study, way: str, name: str, rate: int) -> tuple[int, ...] | None:
+    """The smallest cluster, of the proportions that it has at equal power, that bears this rate of
+    conversation."""
+    full = COUNTS["equal power", "conversation"][name]
+    total = sum(full)
+
+    def counts_of(machines: int) -> tuple[int, ...]:
+        prompt = max(1, min(machines - 1, round(machines * full[0] / total)))
+        return prompt, machines - prompt
+
+    found = lowest(
+        lambda n: n > 1 and study.bears(way, "conversation", name, counts_of(n), rate),
+        round(total * 0.8),
+        2 * total,
+    )
+    return None if found is None else counts_of(found)
+
+
+# --- what is shown ----------------------------------------------------------------------------
+
+
+def report(
+    ways: dict[str, dict[tuple[str, str, str], int]],
+    robust: dict[str, dict[str, tuple[int, int]]],
+    equal: dict[str, list[list[Cell]]],
+    said: str,
+) -> str:
+    parts = [f"{said}\n"]
+    for setting, load in COUNTS:
+        rows: list[list[Cell]] = []
+        for name, counts in COUNTS[setting, load].items():
+            rates = [ways[way].get((setting, load, name)) for way in ways]
+            if any(rate is not None for rate in rates):
+                machines = " + ".join(map(str, counts))
+                design = DESIGNS[name]
+                cost, power = design.total(counts, COST), design.total(counts, POWER)
+                rows.append([name, machines, round(cost), round(power), *rates])
+        if rows:
+            head = ["design", "machines", "$/h", "power", *(f"{way}, rps" for way in ways)]
+            parts.append(f"### {setting}, {load}\n\n{table(head, rows)}")
+    rows = []
+    for setting, load, name, against, paper in CLAIMS:
+        row: list[Cell] = [f"{name} / {against}", setting, load, paper]
+        for rates_of in ways.values():
+            one, other = rates_of.get((setting, load, name)), rates_of.get((setting, load, against))
+            ratio = one / other if one and other else None
+            row += [ratio, apart(ratio, paper)]
+        rows.append(row)
+    head = ["ratio", "setting", "load", "paper"]
+    head += [part for way in ways for part in (way, "apart")]
+    parts.append(f"### Ratios that the paper states\n\n{table(head, rows)}")
+    if any(robust.values()):
+        rows = []
+        for name in ROBUST:
+            row = [name, f"{100 * PAPER_CHANGE[name]:+.0f} %"]
+            for found in robust.values():
+                own, sized = found.get(name, (None, None))
+                row += [own, sized, f"{100 * (sized / own - 1):+.0f} %" if own and sized else None]
+            rows.append(row)
+        head = ["design", "paper"]
+        head += [f"{way}: {part}" for way in robust for part in ("own", "code's", "change")]
+        title = "### Conversation on the cluster that is sized for code"
+        parts.append(f"{title}\n\n{table(head, rows)}")
+    if any(equal.values()):
+        head = ["way", "design", "rate of", "rps", "machines", "cost", "power", "paper"]
+        rows = [row for found in equal.values() for row in found]
+        parts.append(f"### The same throughput with less\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
+SAVERS = (
+    ("HHcap", "Baseline-H100", "equal cost, 25 % less power"),
+    ("AA", "Baseline-H100", "25 % less cost"),
+)
+
+
+def savings(study: Study, way: str, rates: dict[tuple[str, str, str], int]) -> list[list[Cell]]:
+    rows: list[list[Cell]] = []
+    for name, against, paper in SAVERS:
+        rate = rates.get(("equal power", "conversation", against))
+        counts = equal_throughput(study, way, name, rate) if rate else None
+        if not rate or counts is None:
+            continue
+        base = COUNTS["equal power", "conversation"][against]
+        one, other = DESIGNS[name], DESIGNS[against]
+        changes = [
+            f"{100 * (one.total(counts, of) / other.total(base, of) - 1):+.0f} %"
+            for of in (COST, POWER)
+        ]
+        rows.append([way, name, against, rate, " + ".join(map(str, counts)), *changes, paper])
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of("splitwise", __doc__)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--loads", nargs="+", choices=tuple(LOADS), default=list(LOADS))
+    parser.add_argument("--designs", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
+    parser.add_argument("--duration", type=float, help="of each load in s (default: 120)")
+    parser.add_argument("--grid", type=int, help="of the rates in requests/s (default: 5)")
+    parser.add_argument("--only-rates", action="store_true", help="no robustness, no savings")
+    chosen = parser.parse_args(arguments)
+    if chosen.quick:
+        chosen.loads, chosen.only_rates = ["conversation"], True
+        chosen.designs = ["Baseline-A100", "AA"]
+    study = Study(
+        Lab(chosen.out, fresh=chosen.fresh),
+        chosen.data,
+        duration_s=chosen.duration or (10.0 if chosen.quick else 120.0),
+        grid=chosen.grid or (20 if chosen.quick else 5),
+        seed=chosen.seed,
+    )
+    for path in answer(study, chosen):
+        print(path)
+
+
+def answer(study: Study, chosen: argparse.Namespace) -> list[Path]:
+    """Asks everything that was chosen, and writes it down."""
+    ways = {way: throughputs(study, way, chosen.loads, chosen.designs) for way in chosen.ways}
+    robust: dict[str, dict[str, tuple[int, int]]] = {}
+    equal: dict[str, list[list[Cell]]] = {}
+    if not chosen.only_rates and "conversation" in chosen.loads:
+        for way, rates in ways.items():
+            own = {
+                n: rates["equal power", "conversation", n] for n in ROBUST if n in chosen.designs
+            }
+            robust[way] = robustness(study, way, list(own), own)
+            equal[way] = savings(study, way, rates)
+    said = (
+        f"{MODEL}, Poisson loads of {study.duration_s:g} s, grid {study.grid} requests/s, seed "
+        f"{study.seed}; made by revision {', '.join(sorted(study.lab.revisions))}."
+    )
+    markdown = report(ways, robust, equal, said)
+    pictures = {}
+    for setting, load in COUNTS:
+        groups = {
+            name: {way: rates.get((setting, load, name)) for way, rates in ways.items()}
+            for name in chosen.designs
+        }
+        if any(value for bars in groups.values() for value in bars.values()):
+            slug = f"splitwise-{setting}-{load}".replace(" ", "-")
+            pictures[slug] = bars_svg(f"{load}, {setting}", groups, "requests/s")
+    document = {
+        "rates": {w: {" | ".join(k): v for k, v in r.items()} for w, r in ways.items()},
+        "robustness": robust,
+        "equal_throughput": equal,
+        "revisions": sorted(study.lab.revisions),
+    }
+    print(markdown)
+    return write(study.lab.folder, "splitwise", markdown, document, pictures)
+
+
+if __name__ == "__main__":
+    main()
