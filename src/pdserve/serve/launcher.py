@@ -2,8 +2,7 @@
 
 One `Launcher` owns the processes of all worker slots. A slot is started with epoch 1; when its
 process ends, whatever the reason, the gateway hears so (`exited`), and the slot is started again
-with the next epoch after a pause that doubles from half a second to half a minute, and starts over
-once a process has been ready for a minute. Who wants to see a worker missed may `hold` its slot.
+with the next epoch, after a pause by the rule of ``core.restarts``.
 
 A process is started by exec, never forked into running code, and gets its `WorkerStart` on standard
 input: the cluster secret is in it, so it is in no argument list. Its standard output and standard
@@ -28,16 +27,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.restarts import Restarts
 from pdserve.serve.links import new_address
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-HEALTHY_AFTER_S = 60.0
 USER_ERROR_STATUS = 2
 """Exit status by which a worker says that its options, not its luck, are at fault."""
 
@@ -153,9 +150,8 @@ class _Slot:
     address: str = ""
     child: Child | None = None
     restart: asyncio.TimerHandle | None = None
-    failures: int = 0
-    hold_s: float | None = None
-    held: bool = False
+    restarts: Restarts = field(default_factory=Restarts)
+    waits: bool = False
     ready_since_s: float | None = None
     was_ever_ready: bool = False
 
@@ -222,13 +218,13 @@ class Launcher:
     def hold(self, worker: WorkerId, for_s: float | None) -> None:
         """Start the slot's next process so long after its present one has ended; None: not before
         `release`. It holds for one end."""
-        self._slots[worker].hold_s = math.inf if for_s is None else for_s
+        self._slots[worker].restarts.hold(for_s)
 
     def release(self) -> None:
-        """Hold no slot any more: what is held is started."""
+        """Hold no slot any more: whoever waits is started."""
         for slot in self._slots.values():
-            slot.hold_s = None
-            if slot.held and slot.child is None and not self._stopping:
+            slot.restarts.release()
+            if slot.waits and not self._stopping:
                 if slot.restart is not None:
                     slot.restart.cancel()
                 self._start(slot)
@@ -253,7 +249,7 @@ class Launcher:
 
     def _start(self, slot: _Slot) -> None:
         slot.restart = None
-        slot.held = False
+        slot.waits = False
         slot.epoch = Epoch(slot.epoch + 1)
         slot.ready_since_s = None
         slot.address = new_address()
@@ -285,17 +281,11 @@ class Launcher:
         self._exited(slot.worker, epoch, child.detail)
 
     def _start_later(self, slot: _Slot) -> None:
-        if slot.hold_s is not None:
-            pause_s, slot.hold_s, slot.held = slot.hold_s, None, True
-            if math.isfinite(pause_s):
-                slot.restart = asyncio.get_running_loop().call_later(pause_s, self._start, slot)
-            return
-        ready_s = 0.0 if slot.ready_since_s is None else time.monotonic() - slot.ready_since_s
-        if slot.ready_since_s is not None and ready_s >= HEALTHY_AFTER_S:
-            slot.failures = 0
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**slot.failures)
-        slot.failures += 1
-        slot.restart = asyncio.get_running_loop().call_later(pause_s, self._start, slot)
+        ready_s = None if slot.ready_since_s is None else time.monotonic() - slot.ready_since_s
+        pause_s = slot.restarts.pause_s(ready_s)
+        slot.waits = True
+        if math.isfinite(pause_s):
+            slot.restart = asyncio.get_running_loop().call_later(pause_s, self._start, slot)
 
     def _check_all_gone(self) -> None:
         gone = self._all_gone

@@ -38,15 +38,13 @@ from pdserve.serve.links import (
 )
 from pdserve.transport.base import Pool, PoolExport, RemotePool, Transport
 from pdserve.transport.link_faults import LinkFaults
-from pdserve.transport.peers import Peers
+from pdserve.transport.peers import LINK_TIMEOUT_S, Peers
 from pdserve.transport.progress import LayersWritten
 from pdserve.transport.wire import WireMessage
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING_MESSAGES = 4096
-LINK_TIMEOUT_S = 2.0
-"""How long a message may wait for a link before the peer counts as lost."""
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 2.0
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from pdserve.core.ids import Epoch, WorkerId
 
+LINK_TIMEOUT_S = 2.0
+"""How long a message may wait for a link before the peer counts as lost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAddress:

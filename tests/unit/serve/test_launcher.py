@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.core import restarts as restarts_module
 from pdserve.core.ids import Epoch, WorkerId
-from pdserve.serve import launcher as launcher_module
 from pdserve.serve.launcher import Launcher
 
 A, B = WorkerId("a"), WorkerId("b")
@@ -70,7 +70,7 @@ class Office:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(restarts_module, "FIRST_PAUSE_S", 0.001)
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -126,13 +126,13 @@ def test_the_pause_doubles_and_starts_over_after_a_minute_of_health(
         launcher = office.launcher
         launcher.start()
         await office.until(lambda: ("a", 9) in office.told)
-        monkeypatch.setattr(launcher_module, "HEALTHY_AFTER_S", 0.0)
+        monkeypatch.setattr(restarts_module, "HEALTHY_AFTER_S", 0.0)
         launcher.ready(A, Epoch(9))
         launcher.kill(A, Epoch(9))
         await office.until(lambda: ("a", 10) in office.told)
         await launcher.stop(0)
 
-    monkeypatch.setattr(launcher_module, "FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr(restarts_module, "FIRST_PAUSE_S", 0.5)
     run(work)
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 0.5]
 
@@ -183,7 +183,7 @@ def test_stopping_waits_for_those_that_leave_and_kills_those_that_do_not() -> No
 
 
 def test_stopping_in_a_pause_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher_module, "FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr(restarts_module, "FIRST_PAUSE_S", 30.0)
 
     async def work() -> None:
         office = Office(lambda worker, epoch: "leave", A)
