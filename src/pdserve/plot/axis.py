@@ -63,4 +63,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     first = max(i for i, tick in enumerate(ticks) if tick <= low)
     last = min(i for i, tick in enumerate(ticks) if tick >= high)
     chosen = ticks[first : last + 1]
-    return chosen if len(chosen) <= _MAX_LOG_TICKS else [*chosen[:-1:3], chosen[-1]]
+    step = 1
+    while len(chosen[:-1:step]) >= _MAX_LOG_TICKS:
+        step = 3 if step == 1 else step + 3  # whole decades
+    return [*chosen[:-1:step], chosen[-1]]

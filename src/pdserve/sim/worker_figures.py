@@ -104,7 +104,7 @@ class WorkerFigures(Observer):
         work.decoded_tokens += shape.num_decoding * count
         measured = work.machine.measured
         if measured is not None and not measured.holds(shape):
-            work.outside += _num_outside(measured, shape, count)
+            work.outside += num_outside(measured, shape, count)
 
     def sent(
         self, sender: WorkerId, receiver: WorkerId, num_bytes: int, begun_s: float, ended_s: float
@@ -184,7 +184,7 @@ class WorkerFigures(Observer):
         }
 
 
-def _num_outside(measured: StepRange, shape: StepShape, count: int) -> int:
+def num_outside(measured: StepRange, shape: StepShape, count: int) -> int:
     """Of so many steps, of which ``shape`` is the last and largest: each one before has one token
     of context less for each of its sequences."""
     if count == 1 or shape.num_decoding > measured.num_decoding:
