@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab import Clients, Lab, figures, parser_of, patient, plain, promised, simulate
-from show import Cell, apart, bars_svg, table, write
+from paper_runs import Clients, Lab, figures, parser_of, patient, plain, promised, simulate
+from paper_tables import Cell, apart, bars_svg, table, write
 
 from pdserve.cost.machine import LinkSpec, MachineModel
 from pdserve.cost.roofline import machine_of
@@ -173,8 +173,10 @@ def report(
                     missed, found["refused"], missed - found["refused"],
                 ]
             )  # fmt: skip
-        head = ["", "paper: rejected", "ours: not served as promised", "requests", "of them refused",
-                "of them late"]  # fmt: skip
+        head = [
+            "", "paper: rejected", "ours: not served as promised", "requests", "of them refused",
+            "of them late",
+        ]  # fmt: skip
         parts.append(f"### Overload, the trace {speed:g} times as fast\n\n{table(head, rows)}")
     return "\n".join(parts)
 

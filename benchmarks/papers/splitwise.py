@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lab import EnoughError, Lab, highest, lowest, parser_of, patient, plain, simulate
-from show import Cell, apart, bars_svg, table, write
+from paper_runs import EnoughError, Lab, highest, lowest, parser_of, patient, plain, simulate
+from paper_tables import Cell, apart, bars_svg, table, write
 
 from pdserve.core.step import StepShape
 from pdserve.cost.links import LINKS
