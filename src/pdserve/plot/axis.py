@@ -39,8 +39,8 @@ class Axis:
 def axis_of(low: float, high: float, *bounds: float) -> Axis:
     """For values from low to high; logarithmic if they span more than `LOG_SPAN`. ``bounds`` are
     shown as well, but do not count for that."""
-    high = max(high, low + 1e-6)
-    is_log = low > 0 and high / low > LOG_SPAN
+    high = _above(low, high)
+    is_log = low > 1e-9 and high / low > LOG_SPAN
     shown = [bound for bound in bounds if bound > 0]
     low, high = min([low, *shown]), max([high, *shown])
     return Axis(tuple(_log_ticks(low, high)), True) if is_log else even_axis(low, high)
@@ -48,7 +48,7 @@ def axis_of(low: float, high: float, *bounds: float) -> Axis:
 
 def even_axis(low: float, high: float) -> Axis:
     """Some five round numbers that enclose low and high."""
-    high = max(high, low + 1e-6)
+    high = _above(low, high)
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     first = math.floor(low / step)
@@ -56,9 +56,14 @@ def even_axis(low: float, high: float) -> Axis:
     return Axis(tuple(round(index * step, 12) for index in range(first, last + 1)))
 
 
+def _above(low: float, high: float) -> float:
+    """The high end, at least so far from the low one that ticks between them differ."""
+    return max(high, low + 1e-6 * max(1.0, abs(low)))
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... from the last at or under low to the first at or over high."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     ticks = [round(factor * 10.0**decade, 12) for decade in decades for factor in (1, 2, 5)]
     first = max(i for i, tick in enumerate(ticks) if tick <= low)
     last = min(i for i, tick in enumerate(ticks) if tick >= high)
