@@ -213,11 +213,11 @@ def answer(study: Study, loads: Sequence[str], guess: int) -> list[Path]:
     found = {load: fleets(study, load, guess) for load in loads}
     equal = {
         load: {
-            fleet: study.latencies(load, fleet, by_fleet["aggregated"].workers, each.share)
+            fleet: study.latencies(load, fleet, max(2, workers), each.share)
             for fleet, each in by_fleet.items()
         }
         for load, by_fleet in found.items()
-        if by_fleet["aggregated"].workers
+        if (workers := by_fleet["aggregated"].workers)
     }
     said = (
         f"{MODEL} on {study.hardware}, seconds {study.window_s[0]:g} to {study.window_s[1]:g} of "

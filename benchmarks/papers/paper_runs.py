@@ -156,10 +156,12 @@ class Lab:
         if fresh:
             self._path.unlink(missing_ok=True)
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
-                if line.endswith("}"):  # the last one may have been cut off
-                    kept = json.loads(line)
-                    self._known[_key(kept["asked"])] = kept
+            whole, _, cut_off = self._path.read_text().rpartition("\n")
+            for line in whole.splitlines():
+                kept = json.loads(line)
+                self._known[_key(kept["asked"])] = kept
+            if cut_off:
+                self._path.write_text(whole + "\n" if whole else "")
 
     def result(self, asked: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``work`` gives; it is done once for all that is ``asked``. Both are plain data."""
