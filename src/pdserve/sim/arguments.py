@@ -27,6 +27,7 @@ from pdserve.sim.spec import ClusterSpec, parse_cluster
 from pdserve.toml_flags import leave_out_defaults, with_file
 from pdserve.workload.arguments import add_contents, add_times, check_numbers, workload_options
 from pdserve.workload.options import WorkloadOptions
+from pdserve.workload.scenario import Scenario, read_scenario
 from pdserve.workload.slo import Slo, parse_slo
 
 TABLE = "sim"
@@ -52,6 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_decisions(parser.add_argument_group("how it decides"))
     add_contents(parser.add_argument_group("what is sent"))
     add_times(parser.add_argument_group("when it is sent"))
+    _add_faults(parser.add_argument_group("what goes wrong"))
     _add_output(parser.add_argument_group("what is shown"))
 
 
@@ -149,7 +151,23 @@ def add_decisions(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="the router learns step and link times, as live; default: it is told them",
     )
-    add("--scenario", type=Path, metavar="FILE", help="TOML: what fails when (docs/failures.md)")
+
+
+def _add_faults(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--scenario",
+        type=Path,
+        metavar="FILE",
+        help="kills, hangs and link faults to have happen (docs/failures.md)",
+    )
+    add(
+        "--load-time",
+        type=float,
+        default=_DEFAULTS["load_s"],
+        metavar="S",
+        help="from the start of a new process until it can serve (default: %(default)s)",
+    )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -185,6 +203,7 @@ class SimOptions:
     service_of: Callable[[object], ServiceClass] | None
     declared_tokens: int | None
     slo: Slo | None
+    scenario: Scenario | None
     parsed: argparse.Namespace
 
     @classmethod
@@ -203,6 +222,7 @@ class SimOptions:
             service_of=_service_of(classes, parsed.class_shares, parsed.seed),
             declared_tokens=_declared(parsed.declared_tokens),
             slo=parse_slo(parsed.slo, "--slo") if parsed.slo else None,
+            scenario=read_scenario(parsed.scenario) if parsed.scenario else None,
             parsed=parsed,
         )
 
@@ -223,7 +243,7 @@ def _check(parsed: argparse.Namespace) -> None:
         parsed,
         above_0=("block_size", "max_step_tokens", "mixed_chunk_tokens", "max_running",
                  "max_queued_requests", "sample_interval"),
-        from_0=("one_shot_tokens", "queue_timeout"),
+        from_0=("one_shot_tokens", "queue_timeout", "load_time"),
     )  # fmt: skip
     make_policy(parsed.policy)
     if parsed.batching:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,20 @@ from pdserve.sim.pictures import pictures
 from pdserve.sim.progress import Bar
 from pdserve.sim.report import Report
 from pdserve.sim.report_text import print_report
+from pdserve.sim.scenario import ScenarioPlayer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
 from pdserve.workload.build import build_open
 from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
+from pdserve.workload.scenario_score import lines_of
 from pdserve.workload.shaping import peeked
 from pdserve.workload.slo import Slo
 
 NOTHING_COMPLETED_STATUS = 1
 BLOCK_TOKENS = 16
+LIVE_HEARTBEAT_S = 0.5
+"""With failures, hangs are to be noticed as soon as live (`WorkerSettings.heartbeat_s`)."""
 HASHED_BLOCK_TOKENS = 512
 """Traces with block hashes say nothing of what is inside a block: it is reused whole or not."""
 
@@ -49,16 +53,23 @@ def run(typed: argparse.Namespace) -> int:
     if not head:
         raise ConfigError("no request is left to simulate: widen --window, --duration or the trace")
     settings = settings_of(options, head)
+    if options.scenario is not None:
+        settings = replace(settings, heartbeat_s=LIVE_HEARTBEAT_S)
     if options.slo is not None:
         refuse_impossible(options.slo, settings.machines, head)
     report = Report(settings, options.slo)
-    wall_s = _simulate(options, settings, requests, report)
+    player = ScenarioPlayer(options.scenario, options.slo) if options.scenario else None
+    wall_s = _simulate(options, settings, requests, report, player)
     document = report.document(wall_s, load_document(options.workload))
+    if player is not None:
+        document["scenario"] = player.document
     parsed = options.parsed
     if parsed.json is not None:
         write_json(parsed.json, document)
     if parsed.json != "-":
         print_report(Console(highlight=False), document)
+        for line in () if player is None else lines_of(player.document):
+            print(line)
     if parsed.plot is not None:
         for path in write_pictures(parsed.plot, pictures(report)):
             if parsed.json != "-":
@@ -95,6 +106,7 @@ def settings_of(options: SimOptions, head: Sequence[TraceRequest]) -> SimSetting
         queue_timeout_s=parsed.queue_timeout,
         max_queued_requests=parsed.max_queued_requests,
         sample_interval_s=parsed.sample_interval,
+        load_s=parsed.load_time,
         seed=parsed.seed,
     )
 
@@ -142,7 +154,11 @@ def write_json(place: str, document: dict[str, Any]) -> None:
 
 
 def _simulate(
-    options: SimOptions, settings: SimSettings, requests: Iterator[TraceRequest], report: Report
+    options: SimOptions,
+    settings: SimSettings,
+    requests: Iterator[TraceRequest],
+    report: Report,
+    player: ScenarioPlayer | None,
 ) -> float:
     """Gives the seconds that it took."""
     parsed, workload = options.parsed, options.workload
@@ -158,7 +174,11 @@ def _simulate(
             num_requests=workload.num_requests,
         )
         observers.append(files.enter_context(bar))
+        if player is not None:
+            observers.append(player)
         simulation = Simulation(settings, requests, observers)
+        if player is not None:
+            player.begin(simulation)
         begun_s = time.perf_counter()
         simulation.run()
         return time.perf_counter() - begun_s

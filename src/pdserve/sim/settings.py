@@ -26,6 +26,7 @@ class SimSettings:
     ``service``: the class of every request, unless ``service_of`` says which one each has.
     ``learns``: the router fits its step and link models to what it sees, as live; if not, it is
     told the `MachineModel.linear` of each worker from the start.
+    ``load_s``: from the start of a process to the moment at which it can serve.
     """
 
     cluster: ClusterSpec
@@ -51,6 +52,7 @@ class SimSettings:
     heartbeat_s: float = 5.0
     report_interval_s: float = 0.01
     sample_interval_s: float = 1.0
+    load_s: float = 5.0
     seed: int = 0
 
     def machine(self, group: Group) -> MachineModel:

@@ -27,18 +27,20 @@ from pdserve.core.effects import (
     WorkerLost,
 )
 from pdserve.core.events import LifeEvent, LifeName
-from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.ids import GATEWAY, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message, StartJob
 from pdserve.core.step import StepShape
 from pdserve.node.router import RouterNode
 from pdserve.policy.batch import BatchPolicy
 from pdserve.policy.registry import default_batching, make_batching, make_policy
 from pdserve.sim.births import router_settings, worker_settings
-from pdserve.sim.clients import Clients
+from pdserve.sim.clients import Client, Clients
 from pdserve.sim.clock import Clock
 from pdserve.sim.gateway import VirtualGateway
+from pdserve.sim.launcher import VirtualLauncher
 from pdserve.sim.network import End, Network
 from pdserve.sim.observe import Observer, Told, WorkerLoad
+from pdserve.sim.peer_links import PeerLinks
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import Group
 from pdserve.sim.worker import VirtualWorker
@@ -49,8 +51,9 @@ SETTLE_S = 30.0
 
 
 class Simulation:
-    """``workers``: the living process of each slot. Implements `sim.worker.World` and
-    `sim.gateway.Edge`."""
+    """``workers``: the living process of each slot. ``links``: what is wrong between them.
+    ``when_over``: called when all requests are over. ``on_answer``: hears what comes of an
+    operator's command. Implements `sim.worker.World` and `sim.gateway.Edge`."""
 
     def __init__(
         self,
@@ -66,6 +69,10 @@ class Simulation:
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
         self._epochs: dict[WorkerId, Epoch] = {}
+        self.links = PeerLinks(self)
+        self.launcher = VirtualLauncher(self.clock, self.start, settings.load_s)
+        self.when_over: list[Callable[[], None]] = []
+        self.on_answer: Callable[[Answer], None] = lambda answer: None
         policy = settings.make_policy() if settings.make_policy else make_policy(settings.policy)
         self.router = RouterNode(router_settings(settings), policy)
         self.gateway = VirtualGateway(self.router, self.clock, self)
@@ -90,6 +97,8 @@ class Simulation:
             self._sample()
         self.clock.run(lambda: not self.is_over)
         ended_s = self.clock.now
+        for call in self.when_over:
+            call()
         self.clock.run(lambda: not self.is_settled, until_s=ended_s + SETTLE_S)
         for tell in self._told.done:
             tell(ended_s)
@@ -105,6 +114,10 @@ class Simulation:
         return self.router.num_requests == 0 and all(
             worker.node.is_empty for worker in self.workers.values()
         )
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
 
     def at(self, at_s: float, call: Callable[..., object], *arguments: object) -> None:
         """Have something happen at that time."""
@@ -153,30 +166,37 @@ class Simulation:
 
     # --- the world of a worker ----------------------------------------------------------------
 
-    def is_last(self, attempt: AttemptId, index: int) -> bool:
-        client = self.clients.open.get(attempt.request_id)
-        return client is not None and index >= client.last_index
+    @property
+    def open_clients(self) -> dict[RequestId, Client]:
+        return self.clients.open
 
-    def drawn(self, attempt: AttemptId, index: int, at_s: float) -> None:
-        client = self.clients.open.get(attempt.request_id)
-        if client is None:
-            return
-        arrives_s = at_s + self.times.message_s + self.times.edge_out_s
-        gap_s = client.drawn(index, arrives_s)
+    def drawn(self, client: Client, index: int, at_s: float) -> None:
+        gap_s = client.drawn(index, at_s + self.times.message_s + self.times.edge_out_s)
         if gap_s is not None:
-            for tell in self._told.gaps:
-                tell(gap_s, 1)
-        if index >= client.notable_index != client.last_index:
-            self.clock.at(arrives_s, self._leave, attempt.request_id)
+            self.drawn_on(gap_s, 1)
 
-    def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message) -> None:
+    def drawn_on(self, gap_s: float, count: int) -> None:
+        for tell in self._told.gaps:
+            tell(gap_s, count)
+
+    def left_at(self, client: Client, at_s: float) -> None:
+        arrives_s = at_s + self.times.message_s + self.times.edge_out_s
+        leaves_s = arrives_s + self.times.edge_in_s
+        self.clock.at(leaves_s, self._leave, client.request.request_id)
+
+    def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
         received = Received(sender.worker, sender.epoch, message)
+        arrives_s = at_s + self.times.message_s
         if to == GATEWAY:
-            self.clock.after(self.times.message_s, self.gateway.hear, received)
+            self.clock.at(arrives_s, self.gateway.hear, received)
             return
         receiver = self.workers.get(to)
-        if receiver is not None:
-            self.clock.after(self.times.message_s, receiver.hear, received)
+        if receiver is None:
+            return
+        if self.links.cut:
+            self.links.send(sender, receiver, received)
+        else:
+            self.clock.at(arrives_s, receiver.hear, received)
 
     def end_of(self, worker: WorkerId) -> End | None:
         found = self.workers.get(worker)
@@ -225,7 +245,8 @@ class Simulation:
             tell(self.clock.now, effect.worker, effect.role)
 
     def answer(self, effect: Answer) -> None:
-        """To an operator's command: nobody waits for it here."""
+        """To an operator's command."""
+        self.on_answer(effect)
 
     # --- processes ----------------------------------------------------------------------------
 
@@ -240,6 +261,7 @@ class Simulation:
         self.workers[worker] = process
         self.gateway.hear(process.up())
         process.start()
+        self.launcher.ready(worker)
         for tell in self._told.worker_up:
             tell(self.clock.now, worker, group.role, machine.name)
 
@@ -249,6 +271,7 @@ class Simulation:
         if process is None:
             return
         process.die()
+        self.launcher.ended(worker)
         lost: list[tuple[Callable[[Input], None], Input]] = [
             (self.gateway.hear, WorkerLost(worker, process.epoch, detail))
         ]

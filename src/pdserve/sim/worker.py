@@ -20,7 +20,6 @@ from pdserve.core.effects import (
     Send,
     SetTimer,
     Started,
-    StepDone,
     StopTransfer,
     TimerFired,
     TransferVerified,
@@ -28,46 +27,33 @@ from pdserve.core.effects import (
     WorkerUp,
 )
 from pdserve.core.events import LifeEvent, LifeName
-from pdserve.core.ids import GATEWAY, AttemptId, WorkerId
+from pdserve.core.ids import GATEWAY, WorkerId
 from pdserve.core.messages import Life, Message
-from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepShape
 from pdserve.cost.machine import ClusterTimes, MachineModel
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy
-from pdserve.sim.clients import ENDING
 from pdserve.sim.clock import Clock
+from pdserve.sim.engine import Audience, VirtualEngine
 from pdserve.sim.network import End, Network
 from pdserve.sim.transfers import Transfers
 
-_ORDINARY = SampledToken(0)
-_ENDING = SampledToken(ENDING)
 
-
-class World(Protocol):
+class World(Audience, Protocol):
     """What is around a worker."""
 
     clock: Clock
     network: Network
     times: ClusterTimes
 
-    def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message) -> None:
-        """A message leaves a worker."""
+    def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
+        """A message leaves a worker at this time, which may be past: the end of a step of which
+        nobody had to know till now."""
 
     def end_of(self, worker: WorkerId) -> End | None:
         """The living worker's end of the network."""
 
-    def is_last(self, attempt: AttemptId, index: int) -> bool:
-        """Whether the answer ends with this token."""
-
-    def drawn(self, attempt: AttemptId, index: int, at_s: float) -> None:
-        """A worker has drawn the token."""
-
     def life(self, event: LifeEvent) -> None: ...
-
-    def stepped(
-        self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int
-    ) -> None: ...
 
     def sent(
         self, sender: WorkerId, receiver: WorkerId, num_bytes: int, begun_s: float, ended_s: float
@@ -75,7 +61,8 @@ class World(Protocol):
 
 
 class VirtualWorker:
-    """One process of a worker slot. Dead ones hear and do nothing."""
+    """One process of a worker slot. Dead ones hear and do nothing. One that sleeps (it hangs) does
+    all of it when it wakes; only what its links carry goes on."""
 
     def __init__(
         self, world: World, settings: WorkerSettings, machine: MachineModel, policy: BatchPolicy
@@ -86,6 +73,9 @@ class VirtualWorker:
         self.machine = machine
         self.node = WorkerNode(settings, policy)
         self.alive = True
+        self._awake = True
+        self._missed: list[Input] = []
+        self._asleep_since_s = 0.0
         self.end = world.network.end(settings.worker, machine.link)
         self._world = world
         self._clock = world.clock
@@ -94,7 +84,9 @@ class VirtualWorker:
         )
         self._timers: dict[str, int] = {}
         self._num_timers = 0
-        self._steps = machine.steps
+        self._now = 0.0
+        gap_s = world.times.step_gap_s
+        self._engine = VirtualEngine(world.clock, world, machine, self.node, self._feed, gap_s)
         self._perform: dict[type, Callable[..., None]] = {
             Send: self._send,
             Log: self._log,
@@ -127,27 +119,61 @@ class VirtualWorker:
 
     def die(self) -> None:
         """It does nothing more, and what it was sending stops."""
-        self.alive = False
+        self.alive = self._awake = False
+        self._missed.clear()
+        self._engine.stop()
         self._transfers.stop_all()
 
     def hear(self, event: Input) -> None:
         """The machine handles an input now, and what it wants is done."""
-        if not self.alive:
+        if not self._awake:
+            if self.alive:
+                self._missed.append(event)
             return
+        now = self._clock.now
+        self._engine.catch_up(now)
+        self._feed(event, now)
+        self._engine.look_again()
+
+    def _feed(self, event: Input, at_s: float) -> None:
+        self._now = at_s
         perform = self._perform
-        for effect in self.node.handle(event, self._clock.now):
+        for effect in self.node.handle(event, at_s):
             perform[type(effect)](effect)
+
+    # --- hanging ------------------------------------------------------------------------------
+
+    @property
+    def sleeps(self) -> bool:
+        return self.alive and not self._awake
+
+    def fall_asleep(self) -> None:
+        """It does nothing from now on, as a process that was stopped."""
+        if self._awake:
+            self._engine.pause()
+            self._awake = False
+            self._asleep_since_s = self._clock.now
+
+    def wake(self) -> None:
+        """It goes on: its step ends later by as long as it slept, and it hears what it missed."""
+        if not self.sleeps:
+            return
+        self._awake = True
+        self._engine.resume(self._clock.now - self._asleep_since_s)
+        missed, self._missed = self._missed, []
+        for event in missed:
+            self.hear(event)
 
     # --- effects ------------------------------------------------------------------------------
 
     def _send(self, effect: Send) -> None:
-        self._world.deliver(self, effect.to, effect.message)
+        self._world.deliver(self, effect.to, effect.message, self._now)
 
     def _log(self, effect: Log) -> None:
         event = effect.event
         self._world.life(event)
         if event.name is LifeName.PREFILL_STARTED:  # the only one that the router acts upon
-            self._world.deliver(self, GATEWAY, Life((event,)))
+            self._world.deliver(self, GATEWAY, Life((event,)), self._now)
 
     def _set_timer(self, effect: SetTimer) -> None:
         self._num_timers += 1
@@ -176,31 +202,13 @@ class VirtualWorker:
     # --- steps --------------------------------------------------------------------------------
 
     def _run_step(self, effect: RunStep) -> None:
-        plan = effect.plan
-        shape = plan.shape
-        begun_s = self._clock.now + self._world.times.step_gap_s
-        ended_s = begun_s + self._steps.step_s(shape)
-        if shape.prompt_tokens:
+        self._engine.run(effect, self._now)
+        running = self._engine.running
+        if running is None or not effect.plan.shape.prompt_tokens:
+            return
+        if any([rider.hands_off for rider in self.node.riders]):
+            plan, begun_s, ended_s = running
             for row in plan.rows:
                 if row.pushes:
                     last = row.sample is not None
                     self._transfers.computes(row.attempt, row.end, begun_s, ended_s, last=last)
-        self._clock.at(ended_s, self._step_done, plan, shape, begun_s)
-
-    def _step_done(self, plan: StepPlan, shape: StepShape, begun_s: float) -> None:
-        if not self.alive:
-            return
-        now = self._clock.now
-        self._world.stepped(self.worker, begun_s, now, shape, 1)
-        tokens = tuple(self._draw(row.attempt, row.sample, now) for row in plan.rows)
-        result = StepResult(step_id=plan.step_id, tokens=tokens)
-        self.hear(StepDone(result, now - begun_s))
-
-    def _draw(
-        self, attempt: AttemptId, spec: SampleSpec | None, now: float
-    ) -> tuple[SampledToken, ...]:
-        if spec is None:
-            return ()
-        self._world.drawn(attempt, spec.index, now)
-        token = _ENDING if self._world.is_last(attempt, spec.index) else _ORDINARY
-        return (token,) * len(spec.choices)
