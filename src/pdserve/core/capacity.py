@@ -27,7 +27,7 @@ HOST_POOL = PoolRule(share=0.4, limit_bytes=1 << 30, weights_inside=False)
 """Of the memory that is free at start, all pools together take at most this share by default."""
 DEVICE_POOL = PoolRule(share=0.92)
 """Of a device that serves one worker. DistServe's pools, weights included, are 0.92 to 0.93 of its
-A100s' memory; vLLM's default is 0.92 as well."""
+A100s' memory; vLLM's default has long been 0.9."""
 
 
 def pool_bytes(

@@ -4,13 +4,15 @@ Every figure has its source, field by field, in `Hardware.sources`. Rates are of
 (without sparsity), in bf16. What is reached of them:
 
 ``compute_share``
-    Of the FLOP/s, by the large products of a prefill. 0.7 on A100 and 0.55 on H100 fit Splitwise's
-    prefill times up to 2048 tokens and DistServe's (benchmarks/roofline.py prints the error).
-    H100's is lower since its power limit lowers the clock under such work; newer devices are taken
-    to be like it.
+    Of the FLOP/s, by the large products of a prefill: 0.72 of A100, 0.65 of H100.
 ``memory_share``
-    Of the bytes/s, by reading weights and KV in decode steps: 0.8 fits DistServe's A100, and
-    NVIDIA's own performance models count 0.8 of the data sheet.
+    Of the bytes/s, by reading weights in decode steps: 0.8 of both (NVIDIA's performance models,
+    aiconfigurator, count 0.8 as well).
+``peer_share``
+    Of the link between neighbours, by the all-reduces of a prefill: 0.375 of both.
+
+These are fitted to Splitwise's and DistServe's measurements (`cost.roofline_timer`). Other GPUs are
+taken to be like H100 where nothing else is said.
 
 A user's own devices come from a file: `cost.catalogue`.
 """
@@ -47,7 +49,7 @@ class Hardware:
     memory_share: float
     pool: PoolRule = DEVICE_POOL
     peer_bytes_per_s: float = 0.0
-    peer_share: float = 0.7
+    peer_share: float = 0.375
     max_devices: int = 8
     network: str
     host_speed: float = 1.0
@@ -69,15 +71,15 @@ _SHARES = {
     "compute_share": "fitted: see the head of cost/hardware.py",
     "memory_share": "fitted: see the head of cost/hardware.py",
     "pool": "core.capacity.DEVICE_POOL",
-    "peer_share": "nccl-tests: bus bandwidth of a large all-reduce is about 0.7 of NVLink's rate",
+    "peer_share": "fitted: see the head of cost/hardware.py",
 }
-_NVIDIA_HOST = "fitted: launch-bound decode of Llama-2-70B, TP 4 and 8: 43 ms there, 30 ms here"
+_HOST = "fitted: Llama-2-70B decodes in 43 ms on 4 or 8 A100, in 30 ms on as many H100"
 
 _A100 = Hardware(
     flops=3.12e14,
     bytes_per_s=2.039e12,
     memory_bytes=80 * GIB,
-    compute_share=0.7,
+    compute_share=0.72,
     memory_share=0.8,
     peer_bytes_per_s=300e9,
     network="ib-200",
@@ -104,7 +106,7 @@ _H100 = Hardware(
     flops=9.89e14,
     bytes_per_s=3.35e12,
     memory_bytes=81559 * 1024 * 1024,
-    compute_share=0.55,
+    compute_share=0.65,
     memory_share=0.8,
     peer_bytes_per_s=450e9,
     network="ib-400",
@@ -121,7 +123,7 @@ _H100 = Hardware(
         "peer_bytes_per_s": "NVIDIA H100 data sheet: NVLink 900 GB/s both ways",
         "max_devices": "DGX H100",
         "network": "DGX H100: one 400 Gbit/s adapter for each device; Splitwise, table I",
-        "host_speed": _NVIDIA_HOST,
+        "host_speed": _HOST,
         "tdp_w": "NVIDIA H100 SXM data sheet",
         "idle_w": "0.15 of the TDP, as A100",
         "host_w": "DGX H100 data sheet: 10.2 kW at most, less 8 x 700 W, by 8",
@@ -141,7 +143,7 @@ HARDWARE: Mapping[str, Hardware] = {
     "h100": _H100,
     "h100cap": replace(
         _H100,
-        compute_share=0.55 / 1.3,
+        compute_share=0.65 / 1.3,
         cap_w=350.0,
         sources=dict(_H100.sources)
         | {
@@ -169,7 +171,7 @@ HARDWARE: Mapping[str, Hardware] = {
         flops=2.25e15,
         bytes_per_s=8.0e12,
         memory_bytes=180e9,
-        compute_share=0.55,
+        compute_share=0.65,
         memory_share=0.8,
         peer_bytes_per_s=900e9,
         network="ib-400",
@@ -196,7 +198,7 @@ HARDWARE: Mapping[str, Hardware] = {
         flops=3.62e14,
         bytes_per_s=8.64e11,
         memory_bytes=46068 * 1024 * 1024,
-        compute_share=0.55,
+        compute_share=0.65,
         memory_share=0.8,
         peer_bytes_per_s=32e9,
         network="roce-100",
@@ -257,7 +259,7 @@ HARDWARE: Mapping[str, Hardware] = {
         max_devices=1,
         network="eth-100",
         host_speed=1.4,
-        runtime="native",
+        runtime="kernels",
         tdp_w=700.0,
         idle_w=250.0,
         host_w=250.0,
@@ -281,24 +283,24 @@ HARDWARE: Mapping[str, Hardware] = {
     ),
     "cpu": Hardware(
         flops=3.84e11,
-        bytes_per_s=2.0e10,
+        bytes_per_s=3.05e10,
         memory_bytes=4 * GIB,
-        compute_share=0.5,
-        memory_share=0.6,
+        compute_share=0.98,
+        memory_share=0.97,
         pool=HOST_POOL,
         max_devices=1,
         network="shm",
-        runtime="native",
+        runtime="kernels",
         tdp_w=5.0,
         idle_w=1.0,
         host_w=3.0,
         price_per_hour=0.05,
         sources={
             "flops": "one core: 2 fused products of 32 pairs of bf16 (AVX-512) at 3 GHz",
-            "bytes_per_s": "what a core alone draws of memory; benchmarks/engine.py measures both",
+            "bytes_per_s": "what one core draws of memory: docs/performance.md, measured",
             "memory_bytes": "a usual share of a virtual machine",
-            "compute_share": "docs/performance.md, within a factor of three",
-            "memory_share": "docs/performance.md, within a factor of three",
+            "compute_share": "docs/performance.md: the engine against its ceilings",
+            "memory_share": "docs/performance.md: the engine against its ceilings",
             "pool": "the live server's: core.capacity.HOST_POOL",
             "max_devices": "one worker, one core",
             "network": "workers of one host",

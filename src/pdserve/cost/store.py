@@ -14,8 +14,8 @@ from typing import Any
 
 from pdserve.cost.fit import LinkFit, LinkFitState, StepFit, StepFitState
 from pdserve.cost.link import LinkModel
-from pdserve.cost.prior import ModelShape
 from pdserve.cost.regression import RegressionState
+from pdserve.cost.shape import ModelShape
 from pdserve.cost.step import StepModel
 
 FORMAT = 1

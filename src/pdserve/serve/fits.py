@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pdserve.core.layout import DTYPE_BYTES
-from pdserve.cost.prior import ModelShape
+from pdserve.cost.shape import ModelShape
 from pdserve.cost.store import KnownCosts, SavedLink, SavedSteps, from_text, to_text
 from pdserve.serve.deployment import Deployment
 from pdserve.weights.cache import cache_root, write_atomically

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from pdserve.core.ids import WorkerId
 from pdserve.core.step import StepSample, StepShape, TransferSample
 from pdserve.cost.fit import LinkFit, StepFit
-from pdserve.cost.prior import DEFAULT_SHAPE, DEVICES, LINKS, step_prior
+from pdserve.cost.prior import DEFAULT_SHAPE, device_of, link_prior, step_prior
 from pdserve.cost.store import SavedLink, SavedSteps, StepKey, from_text, to_text
 
 KEY = StepKey("0123", "torch", "cpu", "cpu-bf16-é")
 
 
 def saved_steps() -> SavedSteps:
-    fit = StepFit(step_prior(DEFAULT_SHAPE, DEVICES["cpu"]))
+    fit = StepFit(step_prior(DEFAULT_SHAPE, device_of("cpu")))
     for number in range(1, 40):
         fit.add(StepSample(StepShape(0, 0, number, 100 * number), 0.01 + 1e-3 * number / 3))
         fit.add(StepSample(StepShape(number * 10, (number * 10) ** 2, 0, 0), 0.02 * number / 7))
@@ -27,7 +27,7 @@ def saved_steps() -> SavedSteps:
 
 
 def saved_link() -> SavedLink:
-    fit = LinkFit(LINKS["shm"])
+    fit = LinkFit(link_prior("shm"))
     for number in range(1, 40):
         fit.add(TransferSample(WorkerId("w"), number * 10_000, 0.001 * number / 3, 0.001))
     return SavedLink("shm", fit.state())
