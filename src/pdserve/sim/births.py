@@ -48,6 +48,7 @@ def worker_settings(
         prefix_cache=settings.prefix_cache,
         heartbeat_s=settings.heartbeat_s,
         report_interval_s=settings.report_interval_s,
+        report_samples=settings.learns,
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pdserve.workload.prompts import token_ids
+from pdserve.core.token_ids import NamedTokens
 from pdserve.workload.request import TraceRequest
 
 
-def prompt_of(asked: TraceRequest) -> tuple[int, ...]:
-    """Its token ids: equal names of segments, equal tokens."""
-    return tuple(token_ids(asked.segments, 0, 1 << 20))
+def prompt_of(asked: TraceRequest) -> NamedTokens:
+    """Its tokens by name: equal names of segments, equal tokens."""
+    return NamedTokens.of((segment.name, segment.num_tokens) for segment in asked.segments)

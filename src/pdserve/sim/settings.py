@@ -26,6 +26,7 @@ class SimSettings:
     ``service``: the class of every request, unless ``service_of`` says which one each has.
     ``learns``: the router fits its step and link models to what it sees, as live; if not, it is
     told the `MachineModel.linear` of each worker from the start.
+    ``stretches``: decode steps that are alike pass in one go; the result is the same.
     ``load_s``: from the start of a process to the moment at which it can serve.
     """
 
@@ -53,6 +54,7 @@ class SimSettings:
     report_interval_s: float = 0.01
     sample_interval_s: float = 1.0
     load_s: float = 5.0
+    stretches: bool = True
     seed: int = 0
 
     def machine(self, group: Group) -> MachineModel:

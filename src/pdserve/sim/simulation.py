@@ -257,7 +257,9 @@ class Simulation:
         group = self.slots[worker]
         machine = self.settings.machine(group)
         settings = worker_settings(self.settings, worker, epoch, group.role, machine)
-        process = VirtualWorker(self, settings, machine, self._batching())
+        process = VirtualWorker(
+            self, settings, machine, self._batching(), stretches=self.settings.stretches
+        )
         self.workers[worker] = process
         self.gateway.hear(process.up())
         process.start()

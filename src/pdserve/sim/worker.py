@@ -65,7 +65,13 @@ class VirtualWorker:
     all of it when it wakes; only what its links carry goes on."""
 
     def __init__(
-        self, world: World, settings: WorkerSettings, machine: MachineModel, policy: BatchPolicy
+        self,
+        world: World,
+        settings: WorkerSettings,
+        machine: MachineModel,
+        policy: BatchPolicy,
+        *,
+        stretches: bool = True,
     ) -> None:
         self.worker = settings.worker
         self.epoch = settings.epoch
@@ -85,8 +91,15 @@ class VirtualWorker:
         self._timers: dict[str, int] = {}
         self._num_timers = 0
         self._now = 0.0
-        gap_s = world.times.step_gap_s
-        self._engine = VirtualEngine(world.clock, world, machine, self.node, self._feed, gap_s)
+        self._engine = VirtualEngine(
+            world.clock,
+            world,
+            machine,
+            self.node,
+            self._feed,
+            world.times.step_gap_s,
+            stretches=stretches,
+        )
         self._perform: dict[type, Callable[..., None]] = {
             Send: self._send,
             Log: self._log,
@@ -206,7 +219,7 @@ class VirtualWorker:
         running = self._engine.running
         if running is None or not effect.plan.shape.prompt_tokens:
             return
-        if any([rider.hands_off for rider in self.node.riders]):
+        if any(rider.hands_off for rider in self.node.riders):
             plan, begun_s, ended_s = running
             for row in plan.rows:
                 if row.pushes:

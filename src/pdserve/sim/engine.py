@@ -1,0 +1,239 @@
+"""The engine of a simulated worker: steps that take time, and the tokens that they draw.
+
+A step draws what the clients' answers need: an ordinary token, or the one that ends an answer where
+the trace says so. While the same sequences decode and nobody else comes, steps are alike but for
+the length of the context: such a *stretch* passes in one go. The machine is told of it when an
+answer ends, or before it is told anything else; in between only the clock knows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pdserve.core.effects import Input, RunStep, StepsDone
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.step import StepPlan, StepShape
+from pdserve.cost.machine import MachineModel
+from pdserve.node.sequence import Sequence as Rider
+from pdserve.node.worker import WorkerNode
+from pdserve.sim.clients import ENDING, Client
+from pdserve.sim.clock import Clock
+
+FIRST_LOOK_STEPS = 4
+"""Steps of a stretch whose times are worked out at first; then twice as many, and so on."""
+NEVER = 1 << 60
+
+
+class Audience(Protocol):
+    """Who is told what engines do, and knows whose answers they write."""
+
+    @property
+    def open_clients(self) -> dict[RequestId, Client]: ...
+
+    def drawn(self, client: Client, index: int, at_s: float) -> None:
+        """A token whose predecessor was not drawn in this engine's last step."""
+
+    def drawn_on(self, gap_s: float, count: int) -> None:
+        """So many tokens, each so long after the one before it."""
+
+    def left_at(self, client: Client, at_s: float) -> None:
+        """The token with which the client leaves."""
+
+    def stepped(
+        self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int
+    ) -> None: ...
+
+
+class VirtualEngine:
+    """Runs a step, or a stretch of them, at a time. ``feed(input, at_s)`` is how the machine hears;
+    ``at_s`` may be past: the end of a step of which nobody had to know till now."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        audience: Audience,
+        machine: MachineModel,
+        node: WorkerNode,
+        feed: Callable[[Input, float], None],
+        step_gap_s: float,
+        *,
+        stretches: bool = True,
+    ) -> None:
+        """Without ``stretches`` the machine is told of each step when it ends."""
+        self._clock = clock
+        self._audience = audience
+        self._worker = node.settings.worker
+        self._step_s = machine.steps.step_s
+        self._gap_s = step_gap_s
+        self._stretches = stretches
+        self._node = node
+        self._feed = feed
+        self._plan: StepPlan | None = None
+        self._shape = StepShape()
+        self._begun_s = 0.0
+        self._ends: list[float] = []  # of the steps of the stretch, as far as they are worked out
+        self._limit = 1  # steps that the stretch can have
+        self._look = 1  # of which so many are looked at
+        self._version = 0
+        self._riders: Sequence[Rider] | None = None
+        self._boarding = 0
+        self._newcomers: list[tuple[Client, int]] = []
+        self._num_drawing = 0
+        self._left = NEVER  # steps after the running one until something notable is drawn
+        self._last_end_s = 0.0
+
+    @property
+    def running(self) -> tuple[StepPlan, float, float] | None:
+        """The step that runs, when it began and when it ends."""
+        return None if self._plan is None else (self._plan, self._begun_s, self._ends[0])
+
+    def run(self, effect: RunStep, at_s: float) -> None:
+        """The machine's next step begins."""
+        self._plan = effect.plan
+        self._shape = effect.plan.shape
+        self._begun_s = at_s + self._gap_s
+        self._ends = [self._begun_s + self._step_s(self._shape)]
+        riders = self._node.riders
+        if riders is not self._riders:
+            self._riders = riders
+            self._board(riders)
+        self._limit = self._far()
+        self._expect(FIRST_LOOK_STEPS)
+
+    def catch_up(self, now: float) -> None:
+        """Tell the machine of the steps that have ended by now."""
+        while self._plan is not None and self._ends[0] <= now:
+            self._tell(min(bisect_right(self._ends, now), self._limit))
+
+    def look_again(self) -> None:
+        """The machine has heard something: the stretch may be shorter or longer for it."""
+        if self._plan is not None:
+            self._limit = self._far()
+            if self._limit < self._look:
+                self._expect(self._limit)
+
+    def pause(self) -> None:
+        """The process does nothing from now on; what had ended before is told."""
+        self.catch_up(self._clock.now)
+        self._version += 1
+
+    def resume(self, slept_s: float) -> None:
+        """It goes on: what runs ends so much later."""
+        if self._plan is not None:
+            self._ends = [end_s + slept_s for end_s in self._ends]
+            self._expect(self._look)
+
+    def stop(self) -> None:
+        """The process is dead."""
+        self._plan = None
+        self._version += 1
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _far(self) -> int:
+        """Steps until something other than time may pass."""
+        if not self._stretches:
+            return 1
+        return max(1, min(self._node.steady_steps(), self._left + 1))
+
+    def _expect(self, look: int) -> None:
+        """Be called when the next so many steps are over, or all of the stretch."""
+        self._version += 1
+        self._look = look = min(look, self._limit)
+        self._work_out(look)
+        self._clock.at(self._ends[look - 1], self._due, self._version)
+
+    def _work_out(self, num_steps: int) -> None:
+        shape, ends = self._shape, self._ends
+        batch, context = shape.num_decoding, shape.context_tokens
+        for number in range(len(ends), num_steps):
+            later = StepShape(0, 0, batch, context + number * batch)
+            ends.append(ends[-1] + self._gap_s + self._step_s(later))
+
+    def _due(self, version: int) -> None:
+        if version != self._version or self._plan is None:
+            return
+        if self._look < self._limit:
+            self._expect(2 * self._look)
+        else:
+            self._tell(self._limit)
+
+    def _tell(self, count: int) -> None:
+        """So many steps of the stretch are over."""
+        ends, shape, begun_s = self._ends, self._shape, self._begun_s
+        self._plan = None
+        self._count_gaps(count)
+        ended: tuple[tuple[int, int], ...] = ()
+        if count > self._left:
+            ended = self._ended(count)
+        self._left -= count
+        self._last_end_s = ended_s = ends[count - 1]
+        if count > 1:
+            shape = StepShape(
+                0, 0, shape.num_decoding, shape.context_tokens + (count - 1) * shape.num_decoding
+            )
+        self._audience.stepped(self._worker, begun_s, ended_s, shape, count)
+        elapsed_s = ended_s - begun_s - (count - 1) * self._gap_s
+        self._feed(StepsDone(count, elapsed_s, ended), ended_s)
+
+    # --- who draws ----------------------------------------------------------------------------
+
+    def _drawing(self, riders: Sequence[Rider]) -> list[tuple[int, Rider, Client]]:
+        """Rows whose tokens a client waits for."""
+        clients, draws = self._audience.open_clients, self._node.draws
+        decodes_only = not self._shape.prompt_tokens
+        return [
+            (row, rider, client)
+            for row, rider in enumerate(riders)
+            if (client := clients.get(rider.attempt.request_id)) is not None
+            and (decodes_only or draws(row))
+        ]
+
+    def _board(self, riders: Sequence[Rider]) -> None:
+        """Other sequences ride than in the step before: who is new, and who draws something notable
+        first?"""
+        before, self._boarding = self._boarding, self._boarding + 1
+        here, now = (self._worker, before), (self._worker, self._boarding)
+        newcomers = []
+        least = NEVER
+        drawing = self._drawing(riders)
+        for _, rider, client in drawing:
+            index = rider.next_index
+            left = client.notable_index - index
+            if left < least:
+                least = left
+            if client.rides != here:
+                newcomers.append((client, index))
+            client.rides = now
+        self._newcomers = newcomers
+        self._num_drawing = len(drawing)
+        self._left = max(0, least)
+
+    def _count_gaps(self, count: int) -> None:
+        """What the clients see of these steps: time between tokens."""
+        ends, audience = self._ends, self._audience
+        for client, index in self._newcomers:
+            audience.drawn(client, index, ends[0])
+        num_others = self._num_drawing - len(self._newcomers)
+        self._newcomers = []
+        if num_others:
+            audience.drawn_on(ends[0] - self._last_end_s, num_others)
+        if self._num_drawing:
+            for number in range(1, count):
+                audience.drawn_on(ends[number] - ends[number - 1], self._num_drawing)
+
+    def _ended(self, count: int) -> tuple[tuple[int, int], ...]:
+        """Rows that draw the end of an answer in the last of these steps."""
+        assert self._riders is not None
+        ended = []
+        for row, rider, client in self._drawing(self._riders):
+            index = rider.next_index + count - 1
+            if index >= client.last_index:
+                ended.append((row, ENDING))
+            elif index == client.notable_index:
+                client.notable_index = client.last_index
+                self._audience.left_at(client, self._ends[count - 1])
+        self._riders = None  # others ride from now on, or for other reasons
+        return tuple(ended)
