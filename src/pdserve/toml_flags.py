@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +46,8 @@ def leave_out_defaults(parser: argparse.ArgumentParser) -> None:
     """Have ``parsed`` hold only what was typed; `with_file` adds the rest."""
     for action in parser._actions:
         if action.dest != "help":
+            if action.help is not None:  # it may show the default
+                action.help = action.help.replace("%(default)s", str(action.default))
             action.default = argparse.SUPPRESS
 
 
@@ -54,8 +56,11 @@ def with_file(
     add_flags: Callable[[argparse.ArgumentParser], None],
     table: str,
     file: Path | None,
+    written: Mapping[str, Callable[[object], str]] | None = None,
 ) -> argparse.Namespace:
     """Every flag: as typed, else as ``file`` has it in ``[table]``, else its default.
+
+    ``written``: for values that may be more than texts and numbers, how they are typed.
 
     Raises `ConfigError` for what the file has wrong.
     """
@@ -66,7 +71,8 @@ def with_file(
         parser.file = file
         flags = {action.dest: action for action in parser._actions if action.option_strings}
         for key, value in read_table(file, table, flags).items():
-            words += _as_typed(flags[key], value, f"{key} in {file}")
+            text = written[key](value) if written and key in written else value
+            words += _as_typed(flags[key], text, f"{key} in {file}")
     whole = parser.parse_args(words)
     vars(whole).update(vars(typed))
     return whole

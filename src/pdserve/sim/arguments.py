@@ -209,7 +209,13 @@ class SimOptions:
     @classmethod
     def of(cls, typed: argparse.Namespace) -> SimOptions:
         """Raises `ConfigError` for what cannot be."""
-        parsed = with_file(typed, add_flags, TABLE, getattr(typed, "config", None))
+        parsed = with_file(
+            typed,
+            add_flags,
+            TABLE,
+            getattr(typed, "config", None),
+            {"classes": lambda tables: str(parse_classes(tables))},
+        )
         if not parsed.cluster:
             raise ConfigError("say what is simulated, as --cluster 2xh100:prefill,2xh100:decode")
         _check(parsed)
