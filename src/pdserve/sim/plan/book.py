@@ -27,10 +27,10 @@ from pdserve.sim.plan.trial import (
     Design,
     Evaluate,
     Evaluation,
+    Factors,
     Trial,
 )
 
-Factors = tuple[tuple[str, float], ...]
 Key = tuple[Design, int, Factors, Factors]
 Told = Callable[[Trial, Evaluation], None]
 
@@ -141,11 +141,19 @@ class Book:
             for counts, rate in facts.met
         ]
 
-    def whole(self, candidate: Candidate, conditions: Conditions, window: int) -> Evaluation:
-        """The evaluation of a window that was simulated to its end."""
-        trial = Trial(candidate, conditions, window)
-        found = self._journal.find(trial)
-        return found if found is not None and found.complete else self._run(trial, None)
+    def window(self, candidate: Candidate, conditions: Conditions, window: int) -> Evaluation:
+        """Of one window: simulated to its end, or until it has more misses than all windows
+        together may have."""
+        num = sum(self._evaluate.num_judged(number) for number in range(self.levels[-1]))
+        allowed = allowed_misses(self._promise, num)
+        return self._enough(Trial(candidate, conditions, window), allowed)
+
+    def num_judged(self, window: int) -> int:
+        return self._evaluate.num_judged(window)
+
+    def may_miss(self, num: int) -> tuple[int, ...]:
+        """Of so many requests, for each bound."""
+        return allowed_misses(self._promise, num)
 
     def _facts_of(self, candidate: Candidate, conditions: Conditions, level: int) -> _Facts:
         key = (candidate.design, level, conditions.looser, conditions.slower)

@@ -1,8 +1,8 @@
 """Designs compete: the best of each by few windows, of the better half by more, of the rest by all.
 
 That is successive halving; it never drops the last split design, nor the last aggregated one, since
-the answer is about these two. A design that cannot come near the best one so far is not searched to
-its end.
+the answer is about these two. A design that cannot come near the best one of its kind so far is not
+searched to its end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pdserve.sim.plan.race import Found, Race
 from pdserve.sim.plan.trial import Design
 
 NEAR = 2.0
-"""A design is searched until it is known to be worse than the best one by this factor."""
+"""A design is searched until it is known to be worse than the best of its kind by this factor."""
 KEEP_LEAST = 3
 
 
@@ -65,16 +65,18 @@ def contest(
     standing: dict[Design, Standing] = {design: Standing(design, None, -1) for design in designs}
     alive = list(designs)
     for level in chosen:
-        best: Found | None = None
+        best: dict[bool, Found] = {}
         for design in alive:
             before = standing[design].best
             told(f"{design}: {race.book.levels[level]} windows")
             start = before.candidate.counts if before is not None else None
-            near = _near(race, best)
-            found = race.best_of(design, level, start, near)
+            leader = best.get(design.is_split)
+            found = race.best_of(design, level, start, _near(race, leader))
             standing[design] = Standing(design, found, level)
-            if found is not None and (best is None or race.goal.key(found) < race.goal.key(best)):
-                best = found
+            if found is not None and (
+                leader is None or race.goal.key(found) < race.goal.key(leader)
+            ):
+                best[design.is_split] = found
         alive = _order(race, [standing[design] for design in alive])
         if level != chosen[-1]:
             alive = _better_half(alive, standing)

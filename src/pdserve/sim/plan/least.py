@@ -94,37 +94,24 @@ _STOPS = 64
 def _maximal(weigh: Weigh, best: Counts) -> Iterator[Counts]:
     """Counts that weigh less than ``best``, such that one more of any kind would not; those that
     are most like it first."""
+    weight = weigh(best)
     found: list[Counts] = []
-    most = _most_below(weigh, (), len(best), best)
-    for first in range(1, most + 1):
-        if len(best) == 1:
-            found = [(most,)] if most else []
-            break
-        second = _most_below(weigh, (first,), len(best), best)
-        if second and _most_below(weigh, (), 2, best, second) == first:
+    if len(best) == 1:
+        found = [(count,) for count in (best[0] - 1,) if count]
+    else:
+        second = 1
+        while weigh((1, second)) < weight:
+            second *= 2
+        first = 1
+        while second:  # the border, from few of the first kind to few of the second
+            if not weigh((first, second)) < weight:
+                second -= 1
+                continue
+            while weigh((first + 1, second)) < weight:
+                first += 1
             found.append((first, second))
+            first += 1
     yield from sorted(found, key=lambda counts: (_distance(counts, best), counts))
-
-
-def _most_below(
-    weigh: Weigh, before: Counts, num: int, best: Counts, second: int | None = None
-) -> int:
-    """The largest next count for which the whole, with the fewest of what is not said, weighs less
-    than ``best``; 0 if there is none."""
-    rest = (1,) * (num - len(before) - 1) if second is None else (second,)
-
-    def lighter(count: int) -> bool:
-        return weigh((*before, count, *rest)) < weigh(best)
-
-    if not lighter(1):
-        return 0
-    low, high = 1, 2
-    while lighter(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if lighter(middle) else (low, middle)
-    return low
 
 
 def _distance(counts: Counts, other: Counts) -> float:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Protocol
 
 from pdserve.core.request import Role
 from pdserve.sim.plan.book import Book
-from pdserve.sim.plan.bounds import WorkBounds
 from pdserve.sim.plan.least import least
 from pdserve.sim.plan.most import RateGrid, affordable, most
-from pdserve.sim.plan.trial import Candidate, Conditions, Counts, Design
+from pdserve.sim.plan.trial import Candidate, Conditions, Counts, Design, Factors
 
 HOPELESS = 32.0
 """A design that serves less than the estimate by this factor serves nothing."""
@@ -95,17 +95,25 @@ class Found:
         return self.candidate.design
 
 
+class Limits(Protocol):
+    """What is known without a simulation (``bounds.WorkBounds``)."""
+
+    def refuses(self, design: Design, counts: Counts, rate: float) -> bool: ...
+
+    def likely(self, design: Design, rate: float) -> tuple[float, ...]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """``bounds_of``: the analytic bounds of a level, under factors on the promise."""
+    """``bounds_of``: what is known of a level's windows, under factors on the promise."""
 
     book: Book
     prices: Prices
     goal: Goal
-    bounds_of: Callable[[int, tuple[tuple[str, float], ...]], WorkBounds]
+    bounds_of: Callable[[int, Factors], Limits]
     grid: RateGrid = field(default_factory=RateGrid)
     most_workers: int = 1024
-    looser: tuple[tuple[str, float], ...] = ()
+    looser: Factors = ()
 
     def best_of(
         self, design: Design, level: int, start: Counts | None = None, beat: float | None = None

@@ -16,6 +16,8 @@ from pdserve.core.request import Role
 from pdserve.sim.spec import ClusterSpec, Group
 
 Counts = tuple[int, ...]
+Factors = tuple[tuple[str, float], ...]
+"""By name, sorted; a factor of 1 is left out."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,11 +76,11 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Conditions:
     """What a question is asked under. ``looser``: factors on the promise's bounds by metric;
-    ``slower``: factors on step times by hardware. Both sorted, without factors of 1."""
+    ``slower``: factors on step times by hardware."""
 
     rate: float
-    looser: tuple[tuple[str, float], ...] = ()
-    slower: tuple[tuple[str, float], ...] = ()
+    looser: Factors = ()
+    slower: Factors = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,11 @@ class Evaluation:
         for name in ("misses", "ttft_s", "tpot_s", "e2e_s"):
             values[name] = tuple(values[name])
         return cls(**values)
+
+
+def factors(**by_name: float) -> Factors:
+    """In their canonical form."""
+    return tuple(sorted((name, factor) for name, factor in by_name.items() if factor != 1.0))
 
 
 class Evaluate(Protocol):
