@@ -85,9 +85,9 @@ class VirtualEngine:
         self._last_end_s = 0.0
 
     @property
-    def running(self) -> tuple[StepPlan, float, float] | None:
-        """The step that runs, when it began and when it ends."""
-        return None if self._plan is None else (self._plan, self._begun_s, self._ends[0])
+    def span(self) -> tuple[float, float]:
+        """When the step that runs has begun, and when it ends."""
+        return self._begun_s, self._ends[0]
 
     def run(self, effect: RunStep, at_s: float) -> None:
         """The machine's next step begins."""
@@ -188,7 +188,7 @@ class VirtualEngine:
             (row, rider, client)
             for row, rider in enumerate(riders)
             if (client := clients.get(rider.attempt.request_id)) is not None
-            and (decodes_only or draws(row))
+            and (decodes_only or draws(rider))
         ]
 
     def _board(self, riders: Sequence[Rider]) -> None:

@@ -216,12 +216,11 @@ class VirtualWorker:
 
     def _run_step(self, effect: RunStep) -> None:
         self._engine.run(effect, self._now)
-        running = self._engine.running
-        if running is None or not effect.plan.shape.prompt_tokens:
+        if not effect.plan.shape.prompt_tokens:
             return
-        if any(rider.hands_off for rider in self.node.riders):
-            plan, begun_s, ended_s = running
-            for row in plan.rows:
-                if row.pushes:
-                    last = row.sample is not None
-                    self._transfers.computes(row.attempt, row.end, begun_s, ended_s, last=last)
+        node, (begun_s, ended_s) = self.node, self._engine.span
+        for rider in node.riders:
+            if rider.hands_off:
+                end = node.reaches(rider)
+                is_last = end == rider.num_tokens
+                self._transfers.computes(rider.attempt, end, begun_s, ended_s, last=is_last)
