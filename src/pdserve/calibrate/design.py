@@ -39,6 +39,11 @@ class Pace:
     prompt_token_s: float
     decode_s: float
 
+    def slower(self, times: float) -> Pace:
+        """What it turned out to be; never faster, since a round has a least size."""
+        times = max(1.0, times)
+        return Pace(prompt_token_s=self.prompt_token_s * times, decode_s=self.decode_s * times)
+
     def prompt_s(self, tokens: int) -> float:
         return self.prompt_token_s * tokens
 

@@ -2,8 +2,10 @@
 
 Steps are grouped by the kind of worker that ran them (weights, engine, device, numerics class: what
 `cost.store.StepKey` says takes the same time), whatever their roles. Each step knows for how long
-neighbours on the host computed beside it. Transfers give the link, messages and the edge their mean
-delays, the slowest hundredth left out: those are held up by something else.
+neighbours on the host computed beside it. The link is what transfers show that had it for
+themselves. Messages and the edge take their median: in a burst they wait for the processes at their
+ends, which is no delay of theirs. Of the gap between two steps the mean counts, since every token
+pays it, without the twentieth on either side.
 """
 
 from __future__ import annotations
@@ -142,7 +144,8 @@ def _warnings(machines: Iterable[Machine]) -> Iterable[str]:
 
 
 class Neighbours:
-    """For how long other workers computed beside a step."""
+    """For how long other workers computed beside a step: from when one was asked for, since its
+    worker does not rest in between, until it was done."""
 
     def __init__(self, steps: Sequence[RanStep]) -> None:
         """All steps of all workers."""
@@ -158,9 +161,9 @@ class Neighbours:
             if worker == step.worker:
                 continue
             for other in others[bisect_left(self._ends[worker], step.begun_s) :]:
-                if other.begun_s >= step.done_s:
+                if other.asked_s >= step.done_s:
                     break
-                together_s = min(other.done_s, step.done_s) - max(other.begun_s, step.begun_s)
+                together_s = min(other.done_s, step.done_s) - max(other.asked_s, step.begun_s)
                 beside[kind_of(other.shape) == DECODE] += max(0.0, together_s)
         return TimedStep(step.shape, step.elapsed_s, beside[False], beside[True])
 
@@ -172,7 +175,7 @@ def link_of(transfers: Sequence[RanTransfer], num_layers: int) -> LinkFit | None
     """What was still to be sent when the prompt was computed, over how long that took: all of it in
     one shot, the last layer if layer by layer (whose earlier ones went while others computed)."""
     samples: list[tuple[float, float]] = []
-    for transfer in transfers:
+    for transfer in _alone(transfers):
         if transfer.sent_s is None or transfer.bound_s is None or not transfer.num_bytes:
             continue
         since_s = max(transfer.bound_s, transfer.computed_s or 0.0)
@@ -189,6 +192,21 @@ def link_of(transfers: Sequence[RanTransfer], num_layers: int) -> LinkFit | None
     return LinkFit(spec=spec, num_transfers=len(samples), error_s=statistics.median(errors))
 
 
+def _alone(transfers: Sequence[RanTransfer]) -> list[RanTransfer]:
+    """Those during which none of the others was under way."""
+    whole = [t for t in transfers if t.sent_s is not None]
+    whole.sort(key=lambda transfer: transfer.opened_s)
+    kept = []
+    last_end_s = 0.0
+    for place, transfer in enumerate(whole):
+        end_s = transfer.sent_s or 0.0
+        next_s = whole[place + 1].opened_s if place + 1 < len(whole) else float("inf")
+        if last_end_s <= transfer.opened_s and end_s <= next_s:
+            kept.append(transfer)
+        last_end_s = max(last_end_s, end_s)
+    return kept
+
+
 def _line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(constant, slope), neither below 0, by least absolute errors."""
     found = [statistics.median(seconds for _, seconds in samples), 0.0]
@@ -203,7 +221,7 @@ def _line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
-    """Mean delays of what a request waits for."""
+    """Delays of what a request waits for."""
     since_s = asked.since_s
     mail_s = [m.delay_s for m in run.mail if m.kind in URGENT and m.sent_s >= since_s]
     gaps_s = [step.gap_s for step in run.steps if step.asked_s >= since_s]
@@ -221,18 +239,24 @@ def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
     ]
     verify_s, verify_byte_s = _line(checks) if len(checks) >= LEAST_TRANSFERS else (0.0, 0.0)
     return ClusterTimes(
-        message_s=_usual(mail_s),
-        edge_in_s=_usual(edge_in_s),
-        edge_out_s=_usual(edge_out_s),
-        step_gap_s=_usual(gaps_s),
+        message_s=_median(mail_s),
+        edge_in_s=_median(edge_in_s),
+        edge_out_s=_median(edge_out_s),
+        step_gap_s=_inner_mean(gaps_s),
         verify_byte_s=verify_byte_s,
         verify_s=verify_s,
     )
 
 
-def _usual(values: Sequence[float]) -> float:
-    """The mean without the largest hundredth; 0 of none."""
-    kept = sorted(values)[: max(1, round(0.99 * len(values)))]
+def _median(values: Sequence[float]) -> float:
+    """Of delays; 0 of none."""
+    return max(0.0, statistics.median(values)) if values else 0.0
+
+
+def _inner_mean(values: Sequence[float]) -> float:
+    """The mean without the twentieth on either side; 0 of none."""
+    cut = len(values) // 20
+    kept = sorted(values)[cut : len(values) - cut]
     return max(0.0, statistics.fmean(kept)) if kept else 0.0
 
 

@@ -86,11 +86,15 @@ async def ask(
         pace = _pace(probed[1], probed[2])
         since_s = time.perf_counter()
         for number in range(rounds):
+            begun_s = time.perf_counter()
+            if number and begun_s - since_s > seconds:
+                break  # it is slower than it was when it was probed
             for stage in design.round(pace, seconds / rounds):
                 done = min(1.0, (time.perf_counter() - since_s) / seconds)
                 progress(f"round {number + 1} of {rounds}: {stage.name}", done)
                 outcomes += await _send(targets, stage)
                 stages.append(stage.name)
+            pace = pace.slower((time.perf_counter() - begun_s) / (seconds / rounds))
     finally:
         for target in targets.values():
             target.close()

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import log
 
 from pdserve.core.step import StepShape
@@ -34,6 +33,9 @@ MOST_SAMPLES = 1500
 SAMPLES_A_PIECE = 4
 NEARLY = 1.03
 """More bends must make the error smaller than by this factor."""
+NOTHING = 1e-6
+MEMORY_STEPS = 32
+MOST_MEMORY = 0.98
 LARGEST_RATIO = 20.0
 MOST_LOST = 0.8
 """Of a step's pace; more is noise."""
@@ -143,7 +145,7 @@ def _fit_kind(
         rows = _rows(kept, features, bends)
         errors = _held_out_errors(rows)
         score = _mean([min(error, 1.0) for error in errors])
-        if best is None or score * NEARLY < best[0]:
+        if best is None or score * NEARLY + NOTHING < best[0]:
             best = (score, bends, nonnegative_fit(_moments(rows)), errors)
     assert best is not None
     _, bends, found, errors = best
@@ -192,12 +194,12 @@ def _bends_of(samples: Sequence[TimedStep]) -> list[Bends]:
     for stride in (3, 2, 1):
         knots: list[float] = []
         low = 0.0
-        for power in range(0, 20, stride):
+        for power in range(stride, 20, stride):  # a piece up to 1 would be the base again
             knot = float(1 << power)
             inside = [size for size in sizes if low < size <= knot]
             beyond = sum(size > knot for size in sizes)
             enough = len(inside) >= SAMPLES_A_PIECE and len(set(inside)) > 1
-            if (enough or (inside and not knots and low == 0.0)) and beyond >= SAMPLES_A_PIECE:
+            if enough and beyond >= SAMPLES_A_PIECE:
                 knots.append(knot)
                 low = knot
         bends = Bends(tuple(knots), (0.0,) * (len(knots) + 1))
@@ -285,12 +287,25 @@ def _ratio(sample: TimedStep, found: Sequence[float], features: Features, bends:
 
 def _spread(ratios: Sequence[float]) -> Spread:
     ordered = sorted(ratios)
-    logs = [log(ratio) for ratio in ratios]
-    mean = _mean(logs)
-    square = sum((value - mean) ** 2 for value in logs)
-    product = sum((a - mean) * (b - mean) for a, b in pairwise(logs))
-    memory = min(max(product / square, 0.0), 0.99) if square > 0 else 0.0
+    memory = _memory([log(ratio) for ratio in ratios])
     return Spread(quantiles=tuple(_quantile(ordered, level) for level in LEVELS), memory=memory)
+
+
+def _memory(logs: Sequence[float]) -> float:
+    """The correlation of one step's deviation with the next one's that makes means over many steps
+    vary as they did: a latency is such a mean, and slow spells are what makes it vary."""
+    block = min(MEMORY_STEPS, len(logs) // 8)
+    if block < 2:
+        return 0.0
+    mean = _mean(logs)
+    square = _mean([(value - mean) ** 2 for value in logs])
+    starts = range(0, len(logs) - block + 1, block)
+    means = [_mean(logs[start : start + block]) for start in starts]
+    of_means = _mean([(value - mean) ** 2 for value in means])
+    if square <= 0:
+        return 0.0
+    longer = block * of_means / square  # (1 + memory) / (1 - memory), if it fades step by step
+    return min(max((longer - 1.0) / (longer + 1.0), 0.0), MOST_MEMORY)
 
 
 def _linear(by_kind: dict[str, list[TimedStep]]) -> StepModel:

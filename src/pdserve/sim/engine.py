@@ -20,6 +20,7 @@ from pdserve.node.sequence import Sequence as Rider
 from pdserve.node.worker import WorkerNode
 from pdserve.sim.clients import ENDING, Client
 from pdserve.sim.clock import Clock
+from pdserve.sim.tempo import Tempo
 
 FIRST_LOOK_STEPS = 4
 """Steps of a stretch whose times are worked out at first; then twice as many, and so on."""
@@ -60,14 +61,19 @@ class VirtualEngine:
         step_gap_s: float,
         *,
         stretches: bool = True,
+        tempo: Tempo | None = None,
     ) -> None:
-        """Without ``stretches`` the machine is told of each step when it ends."""
+        """Without ``stretches`` the machine is told of each step when it ends; so it is of steps
+        that have a ``tempo``, which take what that says."""
         self._clock = clock
         self._audience = audience
         self._worker = node.settings.worker
         self._step_s = machine.steps.step_s
         self._gap_s = step_gap_s
-        self._stretches = stretches
+        self._stretches = stretches and tempo is None
+        self._tempo = tempo
+        if tempo is not None:
+            tempo.moved = self._moved
         self._node = node
         self._feed = feed
         self._plan: StepPlan | None = None
@@ -83,6 +89,7 @@ class VirtualEngine:
         self._num_drawing = 0
         self._left = NEVER  # steps after the running one until something notable is drawn
         self._last_end_s = 0.0
+        self._paused = False
 
     @property
     def span(self) -> tuple[float, float]:
@@ -94,7 +101,10 @@ class VirtualEngine:
         self._plan = effect.plan
         self._shape = effect.plan.shape
         self._begun_s = at_s + self._gap_s
-        self._ends = [self._begun_s + self._step_s(self._shape)]
+        if self._tempo is None:
+            self._ends = [self._begun_s + self._step_s(self._shape)]
+        else:
+            self._ends = [self._tempo.begin(self._shape, self._begun_s)]
         riders = self._node.riders
         if riders is not self._riders:
             self._riders = riders
@@ -117,10 +127,12 @@ class VirtualEngine:
     def pause(self) -> None:
         """The process does nothing from now on; what had ended before is told."""
         self.catch_up(self._clock.now)
+        self._paused = True
         self._version += 1
 
     def resume(self, slept_s: float) -> None:
         """It goes on: what runs ends so much later."""
+        self._paused = False
         if self._plan is not None:
             self._ends = [end_s + slept_s for end_s in self._ends]
             self._expect(self._look)
@@ -129,8 +141,18 @@ class VirtualEngine:
         """The process is dead."""
         self._plan = None
         self._version += 1
+        if self._tempo is not None:
+            self._tempo.end()
+            self._tempo.rest()
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _moved(self, end_s: float) -> None:
+        """The running step ends at another time: a neighbour has begun or stopped computing."""
+        if self._plan is not None:
+            self._ends = [end_s]
+            if not self._paused:
+                self._expect(1)
 
     def _far(self) -> int:
         """Steps until something other than time may pass."""
@@ -176,7 +198,12 @@ class VirtualEngine:
             )
         self._audience.stepped(self._worker, begun_s, ended_s, shape, count)
         elapsed_s = ended_s - begun_s - (count - 1) * self._gap_s
+        if self._tempo is None:
+            self._feed(StepsDone(count, elapsed_s, ended), ended_s)
+            return
+        self._tempo.end()
         self._feed(StepsDone(count, elapsed_s, ended), ended_s)
+        self._tempo.rest()
 
     # --- who draws ----------------------------------------------------------------------------
 

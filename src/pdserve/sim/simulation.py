@@ -43,6 +43,7 @@ from pdserve.sim.observe import Observer, Told, WorkerLoad
 from pdserve.sim.peer_links import PeerLinks
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import Group
+from pdserve.sim.tempo import Hosts
 from pdserve.sim.worker import VirtualWorker
 from pdserve.workload.request import TraceRequest
 
@@ -65,6 +66,7 @@ class Simulation:
         self.times = settings.times
         self.clock = Clock()
         self.network = Network(self.clock)
+        self._hosts = Hosts(self.clock, settings.seed)
         self._told = Told(observers)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
@@ -258,7 +260,12 @@ class Simulation:
         machine = self.settings.machine(group)
         settings = worker_settings(self.settings, worker, epoch, group.role, machine)
         process = VirtualWorker(
-            self, settings, machine, self._batching(), stretches=self.settings.stretches
+            self,
+            settings,
+            machine,
+            self._batching(),
+            stretches=self.settings.stretches,
+            tempo=self._hosts.tempo(worker, group.role, machine),
         )
         self.workers[worker] = process
         self.gateway.hear(process.up())

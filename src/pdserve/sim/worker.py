@@ -36,6 +36,7 @@ from pdserve.policy.batch import BatchPolicy
 from pdserve.sim.clock import Clock
 from pdserve.sim.engine import Audience, VirtualEngine
 from pdserve.sim.network import End, Network
+from pdserve.sim.tempo import Tempo
 from pdserve.sim.transfers import Transfers
 
 
@@ -72,6 +73,7 @@ class VirtualWorker:
         policy: BatchPolicy,
         *,
         stretches: bool = True,
+        tempo: Tempo | None = None,
     ) -> None:
         self.worker = settings.worker
         self.epoch = settings.epoch
@@ -99,6 +101,7 @@ class VirtualWorker:
             self._feed,
             world.times.step_gap_s,
             stretches=stretches,
+            tempo=tempo,
         )
         self._perform: dict[type, Callable[..., None]] = {
             Send: self._send,
@@ -206,7 +209,8 @@ class VirtualWorker:
 
     def _verify(self, effect: VerifyTransfer) -> None:
         tokens = len(effect.block_ids) * self.machine.block_size
-        seconds = tokens * self.machine.token_kv_bytes * self._world.times.verify_byte_s
+        times = self._world.times
+        seconds = times.verify_s + tokens * self.machine.token_kv_bytes * times.verify_byte_s
         self._clock.after(seconds, self.hear, TransferVerified(attempt=effect.attempt, detail=None))
 
     def _sent(self, receiver: WorkerId, num_bytes: int, begun_s: float) -> None:
