@@ -54,7 +54,12 @@ def pool_blocks(num_bytes: int, block_bytes: int, remedy: str) -> int:
     blocks = num_bytes // block_bytes
     if blocks < 1:
         raise ConfigError(
-            f"a KV block takes {block_bytes} bytes and a worker's pool has {max(0, num_bytes)}: "
-            f"{remedy}"
+            f"the KV pool of a worker does not hold a single block: a block takes {block_bytes} "
+            f"bytes and the pool has {max(0, num_bytes)}; {remedy}"
         )
     return blocks
+
+
+def longest_request(max_model_tokens: int, num_blocks: int, block_size: int) -> int:
+    """Tokens, prompt and answer together, that both the model and a worker's pool hold."""
+    return min(max_model_tokens, num_blocks * block_size)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pdserve.core.errors import ConfigError
 from pdserve.cost.shape import ModelShape
 
 
@@ -89,3 +91,40 @@ MODELS: Mapping[str, KnownModel] = {
         (64, 9216, 36864, 72, 72, 128, 50272), 2048, "facebook/opt-66b", gated=False, tied=True
     ),
 }
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of those that the keys of a ``config.json`` say everything of."""
+
+
+def model_of_config(config: Mapping[str, Any], source: str) -> KnownModel:
+    """The model of a parsed ``config.json``. ``source`` names it to people. Raises `ConfigError`
+    if it is not one of `LLAMA_LIKE`, or lacks a number."""
+    kind = config.get("model_type")
+    if kind not in LLAMA_LIKE:
+        raise ConfigError(
+            f"the model type of {source} is {kind!r}, and only {', '.join(LLAMA_LIKE)} are read "
+            "from a config.json; write its numbers as a [model.NAME] into a catalogue"
+        )
+
+    def number(key: str, default: int | None = None) -> int:
+        value = config.get(key, default)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{source} has no usable {key}: it is {value!r}")
+        return value
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    shape = ModelShape(
+        num_layers=number("num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", max(1, hidden // heads)),
+        vocab_size=number("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+    return KnownModel(
+        shape=shape, max_model_tokens=number("max_position_embeddings"), source=source
+    )

@@ -7,19 +7,17 @@ number it is the least power of two, up to a whole machine, on which the weights
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
-from pdserve.core.capacity import pool_blocks, pool_bytes
+from pdserve.core.capacity import longest_request, pool_blocks, pool_bytes
 from pdserve.core.errors import ConfigError
-from pdserve.core.layout import KvLayout, pool_dtype
+from pdserve.core.layout import INT8, KV_DTYPES, SCALE_BYTES, KvLayout, pool_dtype
 from pdserve.core.step import StepShape
-from pdserve.cost.hardware import HARDWARE, Hardware
-from pdserve.cost.links import LINKS, Link
+from pdserve.cost.catalogue import CATALOGUE, TP_NAME, Catalogue, find
+from pdserve.cost.hardware import Hardware
 from pdserve.cost.machine import MachineModel, Power
-from pdserve.cost.models import MODELS, KnownModel
+from pdserve.cost.models import KnownModel
 from pdserve.cost.roofline_timer import ACTIVATION_BYTES, RUNTIMES, RooflineTimer, nearest
 from pdserve.cost.shape import ModelShape
 
@@ -30,22 +28,23 @@ DECODE_MEMORY_SHARE = 0.73
 memory's rate that it uses. Splitwise's perf_model.csv, mean power of A100 over requests that nearly
 only decode: 0.43, 0.59, 0.74 of the TDP for Llama-2-70B on 8, 4, 2 of them (0.20, 0.40, 0.62 of the
 memory's rate) and 0.63 for BLOOM-176B on 8 (0.45). A prompt draws all that the device may."""
-Entry = TypeVar("Entry")
-_NAME = re.compile(r"(.+?)-tp(\d+)")
 BUSY_BATCH = (32, 1024)
 """Sequences and their length, of the decode step that `Power.decode_w` is stated for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """What is known by name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where a worker's pool is. ``memory_bytes``: of all its devices, or what is free on a host
+    (None: as the catalogue says), which ``num_workers`` share. ``max_step_tokens``: of the largest
+    step, whose activations need room too. ``num_blocks``: of the pool, if it is known."""
 
-    hardware: Mapping[str, Hardware] = field(default_factory=lambda: HARDWARE)
-    models: Mapping[str, KnownModel] = field(default_factory=lambda: MODELS)
-    links: Mapping[str, Link] = field(default_factory=lambda: LINKS)
+    memory_bytes: int | None = None
+    num_workers: int = 1
+    max_step_tokens: int = 2048
+    num_blocks: int | None = None
 
 
-CATALOGUE = Catalogue()
+OWN_ROOM = Room()
 
 
 def machine_of(
@@ -54,38 +53,29 @@ def machine_of(
     *,
     tp: int | None = None,
     block_size: int = 16,
+    weight_dtype: str = "auto",
     kv_dtype: str = "auto",
     link: str = "",
     runtime: str = "",
-    max_step_tokens: int = 2048,
+    room: Room = OWN_ROOM,
     model: KnownModel | None = None,
     catalogue: Catalogue = CATALOGUE,
 ) -> MachineModel:
     """The worker ``hardware_name`` that serves ``model_name``, all of it from data sheets.
 
-    ``tp`` overrides what the name says. ``link``: another one than the hardware's own. ``runtime``:
-    a name of `RUNTIMES`, if not the hardware's own. ``model``: a shape that the catalogue does not
-    know. Raises `ConfigError` for an unknown name, and for a model that does not fit, with the
-    bytes that are needed and those that are there.
+    ``tp`` overrides what the name says. ``weight_dtype`` and ``kv_dtype``: ``auto`` (bf16) or
+    ``int8``, which is read as half the bytes and computed as bf16. ``link`` and ``runtime``: others
+    than the hardware's own. ``room`` overrides what the pool is reckoned from. ``model``: a shape
+    that the catalogue does not know. Raises `ConfigError` for an unknown name, and for a model that
+    does not fit, with the bytes needed and the bytes there.
     """
     known = model or find(catalogue.models, model_name, "model")
     base, written_tp = split_name(hardware_name, catalogue)
     hardware = catalogue.hardware[base]
-    one = _layout(known.shape, 1, block_size, kv_dtype)
-    shape = replace(known.shape, kv_bytes=one.slot_bytes / one.head_dim)
-    devices = _num_devices(base, hardware, model_name, shape, tp or written_tp)
-    room = pool_bytes(
-        hardware.pool,
-        int(hardware.memory_bytes * devices),
-        weight_bytes=shape.memory_bytes,
-        step_bytes=_step_bytes(shape, max_step_tokens),
-    )
-    num_blocks = pool_blocks(
-        room,
-        _layout(shape, devices, block_size, kv_dtype).pool_bytes(1),
-        f"{model_name} leaves no memory for KV on {devices} x {base}; use more devices (-tpN) or "
-        "larger ones",
-    )
+    shape = _stored(known.shape, weight_dtype, kv_dtype)
+    devices = _num_devices(catalogue.hardware, base, model_name, shape, tp or written_tp)
+    block_bytes = _block_bytes(shape, devices, block_size, kv_dtype)
+    num_blocks = _num_blocks(room, hardware, devices, shape, block_bytes, f"{model_name} on {base}")
     runtime_name = runtime or hardware.runtime
     timer = RooflineTimer(shape, hardware, devices, find(RUNTIMES, runtime_name, "runtime"))
     pool_tokens = num_blocks * block_size
@@ -99,7 +89,7 @@ def machine_of(
         token_kv_bytes=round(shape.token_kv_bytes),
         block_size=block_size,
         num_blocks=num_blocks,
-        max_model_tokens=min(known.max_model_tokens, pool_tokens),
+        max_model_tokens=longest_request(known.max_model_tokens, num_blocks, block_size),
         link=ends.of_worker(devices),
         power=_power(hardware, shape, devices, timer),
         price_per_hour=hardware.price_per_hour * devices,
@@ -108,16 +98,9 @@ def machine_of(
     )
 
 
-def find(known: Mapping[str, Entry], name: str, kind: str) -> Entry:
-    """The entry of that name. Raises `ConfigError` that lists what is known."""
-    if name not in known:
-        raise ConfigError(f"there is no {kind} {name!r}; there are {', '.join(sorted(known))}")
-    return known[name]
-
-
 def split_name(name: str, catalogue: Catalogue = CATALOGUE) -> tuple[str, int | None]:
     """``h100-tp8`` as (``h100``, 8); ``h100`` as (``h100``, None). Raises `ConfigError`."""
-    match = _NAME.fullmatch(name)
+    match = TP_NAME.fullmatch(name)
     base = name if match is None else match[1]
     find(catalogue.hardware, base, "hardware")
     return base, None if match is None else int(match[2])
@@ -163,9 +146,9 @@ def check_slo(
 # --- inside -----------------------------------------------------------------------------------
 
 
-def _layout(shape: ModelShape, devices: int, block_size: int, kv_dtype: str) -> KvLayout:
-    """Of a worker's pool: devices beyond the KV heads hold copies of them."""
-    return KvLayout(
+def _block_bytes(shape: ModelShape, devices: int, block_size: int, kv_dtype: str) -> int:
+    """Of a worker's pool, by the layout of live ones. Devices beyond the KV heads hold copies."""
+    layout = KvLayout(
         num_layers=shape.num_layers,
         num_kv_heads=max(shape.num_kv_heads, devices),
         head_dim=shape.head_dim,
@@ -173,6 +156,34 @@ def _layout(shape: ModelShape, devices: int, block_size: int, kv_dtype: str) -> 
         dtype=pool_dtype("bf16", kv_dtype),
         numerics="",
         weights_digest="",
+    )
+    return layout.pool_bytes(1)
+
+
+def _stored(shape: ModelShape, weight_dtype: str, kv_dtype: str) -> ModelShape:
+    """The shape with its numbers as they are stored; ``auto``: as the catalogue has them."""
+    for name, dtype in (("weight", weight_dtype), ("kv", kv_dtype)):
+        if dtype not in KV_DTYPES:
+            raise ConfigError(f"{name}_dtype is {dtype!r}; it is one of {', '.join(KV_DTYPES)}")
+    kv_bytes = (shape.head_dim + SCALE_BYTES) / shape.head_dim if kv_dtype == INT8 else 2.0
+    weight_bytes = 1.0 if weight_dtype == INT8 else shape.weight_bytes
+    return replace(shape, weight_bytes=weight_bytes, kv_bytes=kv_bytes)
+
+
+def _num_blocks(
+    room: Room, hardware: Hardware, devices: int, shape: ModelShape, block_bytes: int, what: str
+) -> int:
+    if room.num_blocks is not None:
+        return room.num_blocks
+    num_bytes = pool_bytes(
+        hardware.pool,
+        room.memory_bytes or int(hardware.memory_bytes * devices),
+        num_workers=room.num_workers,
+        weight_bytes=shape.memory_bytes,
+        step_bytes=_step_bytes(shape, room.max_step_tokens),
+    )
+    return pool_blocks(
+        num_bytes, block_bytes, f"that is {what} with {devices}: use more or larger devices"
     )
 
 
@@ -184,8 +195,9 @@ def _step_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def _num_devices(
-    base: str, hardware: Hardware, model: str, shape: ModelShape, wanted: int | None
+    known: Mapping[str, Hardware], base: str, model: str, shape: ModelShape, wanted: int | None
 ) -> int:
+    hardware = known[base]
     weights, memory = shape.memory_bytes, hardware.memory_bytes
     whole = hardware.max_devices
     if wanted is not None and not 1 <= wanted <= whole:
@@ -199,7 +211,7 @@ def _num_devices(
             chosen = min(2 * chosen, whole)
     there = hardware.pool.share * memory * chosen
     if weights > there:
-        fits = [name for name, each in HARDWARE.items() if _fits(weights, each, each.max_devices)]
+        fits = [name for name, each in known.items() if _fits(weights, each, each.max_devices)]
         remedy = (
             "use more devices (-tpN)"
             if _fits(weights, hardware, whole)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pdserve.api.gateway import ModelCard
 from pdserve.config import ServeConfig
+from pdserve.core.capacity import HOST_POOL, longest_request, pool_blocks, pool_bytes
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout, pool_dtype
@@ -25,9 +26,7 @@ from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.pull import resolve as resolve_model
 
-DEFAULT_POOL_BYTES = 1 << 30
-POOL_SHARE = 0.4
-"""Of the memory that is free at start, all pools together take at most this share by default."""
+MORE_MEMORY = "give more with --kv-memory or --kv-blocks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +126,7 @@ def deploy(config: ServeConfig) -> Deployment:
         weights_digest="",
     )
     block_bytes = layout.pool_bytes(1)
-    num_blocks = config.kv_blocks or _pool_bytes(config, num_workers) // block_bytes
+    num_blocks = config.kv_blocks or _num_blocks(config, block_bytes, num_workers)
     card = ModelCard(
         name=config.served_model_name or _model_name(config.model),
         max_model_tokens=_max_model_tokens(config, model, num_blocks),
@@ -149,13 +148,10 @@ def deploy(config: ServeConfig) -> Deployment:
 def _max_model_tokens(config: ServeConfig, model: ModelConfig, num_blocks: int) -> int:
     pool_tokens = num_blocks * config.block_size
     if pool_tokens < 2:
-        raise ConfigError(
-            "the KV pool of a worker does not hold a single block; give more with --kv-memory or "
-            "--kv-blocks"
-        )
+        raise ConfigError(f"the KV pool of a worker holds a single token; {MORE_MEMORY}")
     wanted = config.max_model_len
     if wanted is None:
-        return min(model.max_model_tokens, pool_tokens)
+        return longest_request(model.max_model_tokens, num_blocks, config.block_size)
     if wanted > model.max_model_tokens:
         raise ConfigError(
             f"--max-model-len is {wanted}, and the model was made for at most "
@@ -164,7 +160,7 @@ def _max_model_tokens(config: ServeConfig, model: ModelConfig, num_blocks: int) 
     if wanted > pool_tokens:
         raise ConfigError(
             f"--max-model-len is {wanted}, and the KV pool of a worker holds {pool_tokens} tokens: "
-            f"give more with --kv-memory or --kv-blocks, or lower --max-model-len"
+            f"{MORE_MEMORY}, or lower --max-model-len"
         )
     return wanted
 
@@ -174,10 +170,11 @@ def _model_name(model: str) -> str:
     return Path(model).expanduser().resolve().name if os.path.isdir(model) else model
 
 
-def _pool_bytes(config: ServeConfig, num_workers: int) -> int:
-    if config.kv_memory is not None:
-        return config.kv_memory
-    return min(DEFAULT_POOL_BYTES, int(free_memory_bytes() * POOL_SHARE / num_workers))
+def _num_blocks(config: ServeConfig, block_bytes: int, num_workers: int) -> int:
+    num_bytes = config.kv_memory
+    if num_bytes is None:
+        num_bytes = pool_bytes(HOST_POOL, free_memory_bytes(), num_workers=num_workers)
+    return pool_blocks(num_bytes, block_bytes, MORE_MEMORY)
 
 
 def num_cores() -> int:
