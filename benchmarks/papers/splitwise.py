@@ -34,6 +34,7 @@ from pdserve.cost.table_machine import machine_of_table
 from pdserve.sim.observe import Ended, Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import parse_cluster
+from pdserve.sim.splitwisesim import imitate
 from pdserve.workload.arrivals import arrivals
 from pdserve.workload.request import TraceRequest
 from pdserve.workload.summary import percentile
@@ -107,18 +108,67 @@ CLAIMS: tuple[tuple[str, str, str, str, float], ...] = (
 )
 """(setting, load, design, against, the paper's ratio): those that the text gives a number for."""
 WAYS = ("splitwisesim", "pdserve")
+ITSELF = {
+    "Baseline-A100": 50, "Baseline-H100": 115, "AA": 115, "HH": 120, "HA": 135, "HHcap": 140,
+}  # fmt: skip
+"""What SplitwiseSim itself (8f99e7d) finds at equal power on conversation, on the same grid, with
+loads of 120 s of its own generator: our runs of it."""
 
 
 # --- what is asked of a run -------------------------------------------------------------------
 
 
+Measure = Callable[[Ended], dict[str, tuple[float | None, float]]]
+"""Of a request: TTFT, TBT and E2E as they were, and as an idle A100 machine would have had them."""
+
+
+def measured(idle: MachineModel) -> Measure:
+    """TBT as this project defines TPOT; a machine that decodes alone reads the answer's context."""
+
+    def measure(request: Ended) -> dict[str, tuple[float | None, float]]:
+        tokens, answer = request.prompt_tokens, request.output_tokens
+        ttft_s = idle.steps.step_s(StepShape(tokens, tokens * tokens))
+        alone = StepShape(num_decoding=1, context_tokens=tokens + answer // 2)
+        tbt_s = idle.steps.step_s(alone)
+        found = {
+            "ttft": (request.ttft_s, ttft_s),
+            "e2e": (request.e2e_s, ttft_s + (answer - 1) * tbt_s),
+        }
+        if answer > 1:
+            found["tbt"] = (request.tpot_s, tbt_s)
+        return found
+
+    return measure
+
+
+def measured_as_there(table: PerfTable, model: str) -> Measure:
+    """TBT by all tokens of the answer, and looked up at the prompt's length for the idle machine,
+    as SplitwiseSim's notebooks do."""
+    timer = machine_of_table(table, "a100", model, as_splitwisesim=True).steps
+
+    def measure(request: Ended) -> dict[str, tuple[float | None, float]]:
+        tokens, answer = request.prompt_tokens, request.output_tokens
+        ttft_s = timer.step_s(StepShape(prompt_tokens=tokens))
+        tbt_s = timer.step_s(StepShape(num_decoding=tokens))
+        seen_s = None
+        if request.e2e_s is not None and request.ttft_s is not None:
+            seen_s = (request.e2e_s - request.ttft_s) / answer
+        return {
+            "ttft": (request.ttft_s, ttft_s),
+            "tbt": (seen_s, tbt_s),
+            "e2e": (request.e2e_s, ttft_s + (answer - 1) * tbt_s),
+        }
+
+    return measure
+
+
 class Slowdowns(Observer):
     """Of each request, TTFT, TBT and E2E over those of an idle A100 machine. Stops the run as soon
-    as one of the nine objectives cannot be kept any more."""
+    as one of the nine objectives cannot be kept any more, unless it is to ``count_all``."""
 
-    def __init__(self, idle: MachineModel, num_requests: int, *, count_all: bool) -> None:
+    def __init__(self, measure: Measure, num_requests: int, *, count_all: bool) -> None:
         self.values: dict[str, list[float]] = {name: [] for name in SLOWDOWNS}
-        self._step_s = idle.steps.step_s
+        self._measure = measure
         self._num = num_requests
         self._count_all = count_all
         self._over = {
@@ -126,18 +176,11 @@ class Slowdowns(Observer):
         }
 
     def ended(self, at_s: float, request: Ended) -> None:
-        tokens, answer = request.prompt_tokens, request.output_tokens
-        ttft_s = self._step_s(StepShape(tokens, tokens * tokens))
-        tbt_s = self._step_s(StepShape(num_decoding=1, context_tokens=tokens + answer // 2))
-        idle = {"ttft": ttft_s, "tbt": tbt_s, "e2e": ttft_s + (answer - 1) * tbt_s}
-        seen = {"ttft": request.ttft_s, "tbt": request.tpot_s, "e2e": request.e2e_s}
-        for name, bounds in SLOWDOWNS.items():
-            value = seen[name]
-            if name == "tbt" and answer < 2 and request.failure is None:
-                continue
-            slowdown = float("inf") if value is None or request.failure else value / idle[name]
+        for name, (seen_s, idle_s) in self._measure(request).items():
+            lost = seen_s is None or request.failure is not None
+            slowdown = float("inf") if lost or seen_s is None else seen_s / idle_s
             self.values[name].append(slowdown)
-            for percent, bound in bounds:
+            for percent, bound in SLOWDOWNS[name]:
                 if slowdown >= bound:
                     self._over[name, percent] += 1
         if not self._count_all:
@@ -205,10 +248,18 @@ class Study:
         machine = machine_of_table(self._table, hardware, self.model)
         return replace(machine, link=LINKS[NETWORK[hardware]].of_worker(machine.num_devices))
 
+    def measure(self, way: str) -> Measure:
+        if way == "splitwisesim":
+            return measured_as_there(self._table, self.model)
+        return measured(self.machine("a100"))
+
+    def as_there(self, settings: SimSettings) -> SimSettings:
+        """Of the way ``splitwisesim``."""
+        return imitate(settings, self._table)
+
     def bears(self, way: str, load: str, name: str, counts: Sequence[int], rate: int) -> bool:
         """Whether the cluster keeps all nine objectives."""
-        run = _WAYS[way]
-        return bool(run(self, load, DESIGNS[name], counts, rate)["kept"])
+        return bool(self.run(way, load, DESIGNS[name], counts, rate)["kept"])
 
     def most(self, way: str, load: str, name: str, counts: Sequence[int], guess: int) -> int:
         """The highest rate of the grid that it bears, 0 if there is none."""
@@ -219,30 +270,28 @@ class Study:
 
         return grid * highest(passes, max(1, round(guess / grid)))
 
+    def run(
+        self, way: str, load: str, design: Design, counts: Sequence[int], rate: int
+    ) -> dict[str, Any]:
+        """Which of the nine a cluster breaks, and the slowdowns if it ran to its end."""
+        settings = self.settings(design, counts)
+        if way == "splitwisesim":
+            settings = self.as_there(settings)
+        asked = plain(settings) | {
+            "way": way, "load": load, "rate": rate, "duration_s": self.duration_s,
+        }  # fmt: skip
 
-def run_pdserve(
-    study: Study, load: str, design: Design, counts: Sequence[int], rate: int
-) -> dict[str, Any]:
-    settings = study.settings(design, counts)
-    asked = plain(settings) | {
-        "way": "pdserve", "load": load, "rate": rate, "duration_s": study.duration_s,
-    }  # fmt: skip
+        def work() -> dict[str, Any]:
+            requests = self.load(load, rate)
+            slowdowns = Slowdowns(self.measure(way), len(requests), count_all=False)
+            whole = simulate(settings, iter(requests), [slowdowns])
+            violated = slowdowns.violated() if whole else ["stopped: one cannot be kept"]
+            answer: dict[str, Any] = {"kept": not violated, "violated": violated}
+            if whole:
+                answer["slowdowns"] = slowdowns.percentiles()
+            return answer
 
-    def work() -> dict[str, Any]:
-        requests = study.load(load, rate)
-        slowdowns = Slowdowns(study.machine("a100"), len(requests), count_all=False)
-        whole = simulate(settings, iter(requests), [slowdowns])
-        violated = slowdowns.violated() if whole else ["stopped: one cannot be kept"]
-        answer: dict[str, Any] = {"kept": not violated, "violated": violated}
-        if whole:
-            answer["slowdowns"] = slowdowns.percentiles()
-        return answer
-
-    return study.lab.result(asked, work)
-
-
-Run = Callable[[Study, str, Design, Sequence[int], int], dict[str, Any]]
-_WAYS: dict[str, Run] = {"pdserve": run_pdserve}
+        return self.lab.result(asked, work)
 
 
 # --- the paper's questions --------------------------------------------------------------------
@@ -307,19 +356,22 @@ def report(
     parts = [f"{said}\n"]
     for setting, load in COUNTS:
         rows: list[list[Cell]] = []
+        has_own = (setting, load) == ("equal power", "conversation")
         for name, counts in COUNTS[setting, load].items():
             rates = [ways[way].get((setting, load, name)) for way in ways]
             if any(rate is not None for rate in rates):
                 machines = " + ".join(map(str, counts))
                 design = DESIGNS[name]
                 cost, power = design.total(counts, COST), design.total(counts, POWER)
-                rows.append([name, machines, round(cost), round(power), *rates])
+                row: list[Cell] = [name, machines, round(cost), round(power), *rates]
+                rows.append([*row, ITSELF[name]] if has_own else row)
         if rows:
             head = ["design", "machines", "$/h", "power", *(f"{way}, rps" for way in ways)]
+            head += ["SplitwiseSim itself, rps"] if has_own else []
             parts.append(f"### {setting}, {load}\n\n{table(head, rows)}")
     rows = []
     for setting, load, name, against, paper in CLAIMS:
-        row: list[Cell] = [f"{name} / {against}", setting, load, paper]
+        row = [f"{name} / {against}", setting, load, paper]
         for rates_of in ways.values():
             one, other = rates_of.get((setting, load, name)), rates_of.get((setting, load, against))
             ratio = one / other if one and other else None

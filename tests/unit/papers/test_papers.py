@@ -138,7 +138,7 @@ def ended(ttft_s, tpot_s, prompt=512, answer=11):
 def test_a_run_is_stopped_only_when_an_objective_is_lost(study, data, tmp_path):
     runs, splitwise = study("paper_runs"), study("splitwise")
     made = splitwise.Study(runs.Lab(tmp_path, shown=False), data, duration_s=1.0, grid=5, seed=0)
-    idle = made.machine("a100")
+    measure = made.measure("pdserve")
     rng = random.Random(1)
     verdicts = set()
     for _ in range(200):
@@ -147,12 +147,12 @@ def test_a_run_is_stopped_only_when_an_objective_is_lost(study, data, tmp_path):
             ended(0.0612 * (7 if rng.random() < late else rng.uniform(1, 2.9)), 0.0202)
             for _ in range(300)
         ]
-        watched = splitwise.Slowdowns(idle, len(requests), count_all=True)
+        watched = splitwise.Slowdowns(measure, len(requests), count_all=True)
         for request in requests:
             watched.ended(0.0, request)
         kept = not watched.violated()
         stopped = False
-        quick = splitwise.Slowdowns(idle, len(requests), count_all=False)
+        quick = splitwise.Slowdowns(measure, len(requests), count_all=False)
         try:
             for request in requests:
                 quick.ended(0.0, request)
@@ -166,7 +166,7 @@ def test_a_run_is_stopped_only_when_an_objective_is_lost(study, data, tmp_path):
 def test_slowdowns_are_against_an_idle_machine(study, data, tmp_path):
     runs, splitwise = study("paper_runs"), study("splitwise")
     made = splitwise.Study(runs.Lab(tmp_path, shown=False), data, duration_s=1.0, grid=5, seed=0)
-    watched = splitwise.Slowdowns(made.machine("a100"), 1, count_all=True)
+    watched = splitwise.Slowdowns(made.measure("pdserve"), 1, count_all=True)
     watched.ended(0.0, ended(2 * (0.010 + 0.1e-3 * 512), 0.05))
     assert watched.values["ttft"] == [pytest.approx(2.0, rel=1e-3)]
     assert watched.violated() == ["ttft_p50", "tbt_p50", "tbt_p90", "e2e_p50", "e2e_p90"]
@@ -181,10 +181,11 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(splitwise, "COUNTS", dict.fromkeys(splitwise.COUNTS, small))
     monkeypatch.setattr(splitwise, "GUESSES", {"conversation": 4, "code": 4})
     out = tmp_path / "out"
-    flags = ["--data", str(data), "--out", str(out), "--ways", "pdserve", "--duration", "6"]
+    flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
     flags += ["--designs", "Baseline-A100", "AA", "--grid", "2"]
     splitwise.main([*flags, "--loads", "conversation"])
     document = json.loads((out / "splitwise.json").read_text())
+    assert document["rates"].keys() == {"pdserve", "splitwisesim"}
     rates = document["rates"]["pdserve"]
     assert set(rates) == {
         f"{setting} | conversation | {name}"
