@@ -35,12 +35,11 @@ BUSY_BATCH = (32, 1024)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
     """Where a worker's pool is. ``memory_bytes``: of all its devices, or what is free on a host
-    (None: as the catalogue says), which ``num_workers`` share. ``max_step_tokens``: of the largest
-    step, whose activations need room too. ``num_blocks``: of the pool, if it is known."""
+    (None: as the catalogue says), which ``num_workers`` share. ``num_blocks``: of the pool, if that
+    is known."""
 
     memory_bytes: int | None = None
     num_workers: int = 1
-    max_step_tokens: int = 2048
     num_blocks: int | None = None
 
 
@@ -57,6 +56,7 @@ def machine_of(
     kv_dtype: str = "auto",
     link: str = "",
     runtime: str = "",
+    max_step_tokens: int = 2048,
     room: Room = OWN_ROOM,
     model: KnownModel | None = None,
     catalogue: Catalogue = CATALOGUE,
@@ -64,10 +64,11 @@ def machine_of(
     """The worker ``hardware_name`` that serves ``model_name``, all of it from data sheets.
 
     ``tp`` overrides what the name says. ``weight_dtype`` and ``kv_dtype``: ``auto`` (bf16) or
-    ``int8``, which is read as half the bytes and computed as bf16. ``link`` and ``runtime``: others
-    than the hardware's own. ``room`` overrides what the pool is reckoned from. ``model``: a shape
-    that the catalogue does not know. Raises `ConfigError` for an unknown name, and for a model that
-    does not fit, with the bytes needed and the bytes there.
+    ``int8``, which is read as half the bytes and computed as bf16. ``link`` and ``runtime``: not
+    the hardware's own. ``max_step_tokens``: of the largest step, whose activations need memory.
+    ``room`` overrides what the pool is reckoned from. ``model``: one not in the catalogue. Raises
+    `ConfigError` for an unknown name, and for a model that does not fit, with the bytes needed and
+    the bytes there.
     """
     known = model or find(catalogue.models, model_name, "model")
     base, written_tp = split_name(hardware_name, catalogue)
@@ -75,7 +76,11 @@ def machine_of(
     shape = _stored(known.shape, weight_dtype, kv_dtype)
     devices = _num_devices(catalogue.hardware, base, model_name, shape, tp or written_tp)
     block_bytes = _block_bytes(shape, devices, block_size, kv_dtype)
-    num_blocks = _num_blocks(room, hardware, devices, shape, block_bytes, f"{model_name} on {base}")
+    num_blocks = room.num_blocks
+    if num_blocks is None:
+        num_bytes = _pool_bytes(room, hardware, devices, shape, max_step_tokens)
+        remedy = f"{model_name} on {devices} x {base} needs more devices (-tpN), or larger ones"
+        num_blocks = pool_blocks(num_bytes, block_bytes, remedy)
     runtime_name = runtime or hardware.runtime
     timer = RooflineTimer(shape, hardware, devices, find(RUNTIMES, runtime_name, "runtime"))
     pool_tokens = num_blocks * block_size
@@ -170,20 +175,15 @@ def _stored(shape: ModelShape, weight_dtype: str, kv_dtype: str) -> ModelShape:
     return replace(shape, weight_bytes=weight_bytes, kv_bytes=kv_bytes)
 
 
-def _num_blocks(
-    room: Room, hardware: Hardware, devices: int, shape: ModelShape, block_bytes: int, what: str
+def _pool_bytes(
+    room: Room, hardware: Hardware, devices: int, shape: ModelShape, max_step_tokens: int
 ) -> int:
-    if room.num_blocks is not None:
-        return room.num_blocks
-    num_bytes = pool_bytes(
+    return pool_bytes(
         hardware.pool,
         room.memory_bytes or int(hardware.memory_bytes * devices),
         num_workers=room.num_workers,
         weight_bytes=shape.memory_bytes,
-        step_bytes=_step_bytes(shape, room.max_step_tokens),
-    )
-    return pool_blocks(
-        num_bytes, block_bytes, f"that is {what} with {devices}: use more or larger devices"
+        step_bytes=_step_bytes(shape, max_step_tokens),
     )
 
 

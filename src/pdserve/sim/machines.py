@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdserve.core.errors import ConfigError
+from pdserve.cost.catalogue import CATALOGUE, Catalogue, find
 from pdserve.cost.machine import ClusterTimes, LinkSpec, MachineModel
 from pdserve.cost.profile import Profile, from_text, machine_from_profile
-from pdserve.cost.roofline import CATALOGUE, Catalogue, find, machine_of
+from pdserve.cost.roofline import machine_of
 from pdserve.cost.table import PerfTable
 from pdserve.cost.table_machine import machine_of_table
 from pdserve.sim.spec import ClusterSpec, Group
