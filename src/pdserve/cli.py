@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.set_defaults(run=_run_pull)
     _add_bench(commands)
     _add_sim(commands)
+    _add_plan(commands)
     _add_calibrate(commands)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
@@ -126,6 +127,20 @@ def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     add_arguments(sim)
     sim.set_defaults(run=_run_sim)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pdserve.sim.plan.arguments import add_arguments
+
+    plan = commands.add_parser(
+        "plan",
+        help="find the cluster for a trace: split or not, how many of which",
+        description="Search clusters in the simulator: the cheapest for a rate, or the most for a "
+        "budget.",
+        epilog="docs/planning.md leads from a trace to a purchase order, and says how sure it is.",
+    )
+    add_arguments(plan)
+    plan.set_defaults(run=_run_plan)
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -235,6 +250,12 @@ def _run_bench(parsed: argparse.Namespace) -> int:
 
 def _run_sim(parsed: argparse.Namespace) -> int:
     from pdserve.sim.command import run
+
+    return run(parsed)
+
+
+def _run_plan(parsed: argparse.Namespace) -> int:
+    from pdserve.sim.plan.command import run
 
     return run(parsed)
 

@@ -226,7 +226,7 @@ class SimOptions:
             workload=workload_options(parsed),
             classes=classes,
             service_of=_service_of(classes, parsed.class_shares, parsed.seed),
-            declared_tokens=_declared(parsed.declared_tokens),
+            declared_tokens=declared(parsed.declared_tokens),
             slo=parse_slo(parsed.slo, "--slo") if parsed.slo else None,
             scenario=read_scenario(parsed.scenario) if parsed.scenario else None,
             parsed=parsed,
@@ -267,7 +267,8 @@ def check_blocks(parsed: argparse.Namespace, block_size: int) -> None:
             )
 
 
-def _declared(text: str) -> int | None:
+def declared(text: str) -> int | None:
+    """What ``--declared-tokens`` says. Raises `ConfigError`."""
     if text == EXACT:
         return None
     if not text.isdigit() or not int(text):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
+from pdserve.core.request import DEFAULT_SERVICE, Role, ServiceClass
 from pdserve.core.step import StepShape
 from pdserve.cost.machine import MachineModel, StepTimer
 from pdserve.cost.step import StepModel
@@ -20,28 +20,26 @@ from pdserve.sim.plan.trial import Candidate, Evaluation, Trial
 from pdserve.sim.plan.windows import Windows
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
-from pdserve.sim.spec import ClusterSpec
 from pdserve.workload.summary import percentile
 
 PERCENTS = (50, 90, 99)
-MakeSettings = Callable[[ClusterSpec, tuple[MachineModel, ...], str], SimSettings]
-"""Of a cluster, the model of each of its groups' workers, and a policy."""
 
 
 class SimEvaluate:
-    """Implements ``trial.Evaluate``. ``machines`` by hardware, as designs write it."""
+    """Implements ``trial.Evaluate``. ``machines`` by hardware, as designs write it, and role.
+    ``template``: the settings of a simulation but for its cluster, machines and policy."""
 
     def __init__(
         self,
         windows: Windows,
         promise: Promise,
-        machines: Mapping[str, MachineModel],
-        settings: MakeSettings,
+        machines: Mapping[tuple[str, Role], MachineModel],
+        template: SimSettings,
     ) -> None:
         self._windows = windows
         self._promise = promise
         self._machines = machines
-        self._settings = settings
+        self._template = template
 
     def num_judged(self, window: int) -> int:
         return self._windows.num_judged
@@ -69,11 +67,18 @@ class SimEvaluate:
 
     def settings_of(self, candidate: Candidate, slower: Mapping[str, float]) -> SimSettings:
         """Of a simulation of the candidate."""
+        design = candidate.design
         machines = tuple(
-            slowed(self._machines[name], slower.get(name, 1.0))
-            for name in candidate.design.hardware
+            slowed(self._machines[(name, role)], slower.get(name, 1.0))
+            for name, role in zip(design.hardware, design.roles, strict=True)
         )
-        return self._settings(candidate.cluster, machines, candidate.design.policy)
+        return replace(
+            self._template,
+            cluster=candidate.cluster,
+            machines=machines,
+            policy=design.policy,
+            make_policy=None,
+        )
 
 
 def service_of(promise: Promise) -> ServiceClass:
