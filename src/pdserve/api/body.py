@@ -82,7 +82,7 @@ def _path_in(document: Any, loc: tuple[int | str, ...], *, is_missing: bool) -> 
                 document = document[part]
             elif is_missing and position == len(loc) - 1:
                 path.append(part)
-        elif isinstance(part, int) and isinstance(document, list):
+        elif isinstance(part, int) and isinstance(document, list) and part < len(document):
             path.append(f"[{part}]")
             document = document[part]
     return path

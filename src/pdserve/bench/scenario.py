@@ -21,7 +21,7 @@ from pdserve.workload.scenario import Scenario
 from pdserve.workload.scenario_score import ScenarioScore
 from pdserve.workload.slo import Slo
 
-CHECK_CONCURRENCY = 4
+CHECK_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

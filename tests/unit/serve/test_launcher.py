@@ -221,3 +221,43 @@ def test_a_worker_dies_with_its_launcher() -> None:
         process.send_signal(signal.SIGKILL)
         assert select.select([descriptor], [], [], 10)[0], "the worker outlives its launcher"
         os.close(descriptor)
+
+
+def test_a_slot_that_is_held_is_started_when_it_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        real = loop.call_later
+
+        def call_later(
+            delay: float, callback: Callable[..., object], *args: object
+        ) -> asyncio.TimerHandle:
+            if getattr(callback, "__name__", "") == "_start":
+                pauses.append(delay)
+                delay = 0
+            return real(delay, callback, *args)
+
+        monkeypatch.setattr(loop, "call_later", call_later)
+        office = Office(lambda worker, epoch: "linger", A)
+        launcher = office.launcher
+        launcher.start()
+        await office.until(lambda: ("a", 1) in office.told)
+        launcher.hold(A, 7.0)
+        launcher.kill(A, Epoch(1))
+        await office.until(lambda: ("a", 2) in office.told)
+        launcher.hold(A, None)
+        launcher.kill(A, Epoch(2))
+        await office.until(lambda: len(office.exits) == 2)
+        assert pauses == [7.0]  # the second time nobody starts it
+        assert [pid for _, _, pid in launcher.slots()] == [None]
+        launcher.release()
+        await office.until(lambda: ("a", 3) in office.told)
+        launcher.kill(A, Epoch(3))  # held for one end each
+        await office.until(lambda: ("a", 4) in office.told)
+        assert pauses == [7.0, 0.001]
+        await launcher.stop(0)
+
+    run(work)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import LeaseRenew, Message
 from pdserve.core.request import Role
@@ -15,6 +16,7 @@ from pdserve.serve.links import Identity, Link, Listener, connect, greet, new_ad
 from pdserve.serve.mesh import Mesh, MeshEvents
 from pdserve.transport.base import Region
 from pdserve.transport.inproc import InprocHub, InprocTransport
+from pdserve.transport.link_faults import LinkFault, LinkFaults
 from pdserve.transport.peers import PeerAddress, Peers
 from pdserve.transport.progress import LayersWritten
 
@@ -262,5 +264,54 @@ def test_nobody_waits_for_a_link_that_does_not_come(monkeypatch: pytest.MonkeyPa
         await a.until(("lost", "b", 1), ("lost", "b", 1))
         a.close()
         b.close()
+
+    run(work)
+
+
+def test_a_link_that_is_cut_stays_down_until_it_is_healed_and_no_other_is_touched() -> None:
+    cut = LinkFaults((LinkFault(one=WorkerId("b"), other=WorkerId("a"), factor=None),))
+
+    async def work(hub: InprocHub) -> None:
+        a, b, c = nodes = [Node(hub, name) for name in ("a", "b", "c")]
+        tell(*nodes)
+        for node in nodes:
+            for other in nodes:
+                if other is not node:
+                    await node.until(("up", other.name, 1))
+        for node in nodes:
+            node.mesh.set_faults(cut)
+        await a.until(("lost", "b", 1))
+        await b.until(("lost", "a", 1))
+        a.mesh.send(b.name, renew(1))  # waits for the link
+        a.mesh.send(c.name, renew(2))
+        await c.until(("got", "a", 2))
+        assert ("lost", "a", 1) not in c.log
+        stranger = await connect(b.listener.address)  # who does not know of it is turned away
+        identity = Identity(worker=a.name, epoch=a.epoch, role=Role.MIXED, secret=SECRET)
+        with pytest.raises(ProtocolError):
+            await greet(stranger, identity, None)
+        for node in nodes:
+            node.mesh.set_faults(LinkFaults(()))
+        await a.until(("lost", "b", 1), ("up", "b", 1))
+        await b.until(("lost", "a", 1), ("up", "a", 1), ("got", "a", 1))
+        for node in nodes:
+            node.close()
+
+    run(work)
+
+
+def test_a_link_that_is_slow_says_so_to_its_ends_alone() -> None:
+    slow = LinkFaults((LinkFault(one=WorkerId("a"), other=WorkerId("b"), factor=3.0),))
+
+    async def work(hub: InprocHub) -> None:
+        a, b, c = nodes = [Node(hub, name) for name in ("a", "b", "c")]
+        for node in nodes:
+            node.mesh.set_faults(slow)
+        assert (a.mesh.slowness(b.name), b.mesh.slowness(a.name)) == (3.0, 3.0)
+        assert (a.mesh.slowness(c.name), c.mesh.slowness(b.name)) == (1.0, 1.0)
+        tell(*nodes)
+        await a.until(("up", "b", 1))
+        for node in nodes:
+            node.close()
 
     run(work)
