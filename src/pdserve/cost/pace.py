@@ -68,10 +68,10 @@ class Lost:
         return self.beside_decode if kind == DECODE else self.beside_prompt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pace:
     """``spreads`` and ``lost`` by kind of step; a kind that is not there has none. ``per_host``:
-    how many workers of each home role share a host."""
+    how many workers of each home role share a host. No two are equal."""
 
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     lost: Mapping[str, Lost] = field(default_factory=dict)
