@@ -75,31 +75,30 @@ def machine_of(
     hardware = catalogue.hardware[base]
     shape = _stored(known.shape, weight_dtype, kv_dtype)
     devices = _num_devices(catalogue.hardware, base, model_name, shape, tp or written_tp)
-    block_bytes = _block_bytes(shape, devices, block_size, kv_dtype)
     num_blocks = room.num_blocks
     if num_blocks is None:
-        num_bytes = _pool_bytes(room, hardware, devices, shape, max_step_tokens)
-        remedy = f"{model_name} on {devices} x {base} needs more devices (-tpN), or larger ones"
-        num_blocks = pool_blocks(num_bytes, block_bytes, remedy)
-    runtime_name = runtime or hardware.runtime
-    timer = RooflineTimer(shape, hardware, devices, find(RUNTIMES, runtime_name, "runtime"))
-    pool_tokens = num_blocks * block_size
-    ends = find(catalogue.links, link or hardware.network, "link")
+        num_blocks = pool_blocks(
+            _pool_bytes(room, hardware, devices, shape, max_step_tokens),
+            _block_bytes(shape, devices, block_size, kv_dtype),
+            f"{model_name} on {devices} x {base} needs more devices (-tpN), or larger ones",
+        )
+    software = find(RUNTIMES, runtime or hardware.runtime, "runtime")
+    timer = RooflineTimer(shape, hardware, devices, software)
     return MachineModel(
         name=f"{base}-tp{devices}" if hardware.max_devices > 1 else base,
         model=model_name,
         steps=timer,
-        linear=nearest(timer, pool_tokens),
+        linear=nearest(timer, num_blocks * block_size),
         num_layers=shape.num_layers,
         token_kv_bytes=round(shape.token_kv_bytes),
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_tokens=longest_request(known.max_model_tokens, num_blocks, block_size),
-        link=ends.of_worker(devices),
+        link=find(catalogue.links, link or hardware.network, "link").of_worker(devices),
         power=_power(hardware, shape, devices, timer),
         price_per_hour=hardware.price_per_hour * devices,
         num_devices=devices,
-        source=f"data sheets of {base}, {known.source}, runtime {runtime_name}",
+        source=f"data sheets of {base}, {known.source}, runtime {runtime or hardware.runtime}",
     )
 
 

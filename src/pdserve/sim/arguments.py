@@ -21,6 +21,7 @@ from pdserve.policy.registry import (
     make_policy,
 )
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
+from pdserve.sim.catalogue import read_catalogue
 from pdserve.sim.machines import MachineOptions
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import ClusterSpec, parse_cluster
@@ -70,7 +71,7 @@ def add_cluster(group: argparse._ArgumentGroup) -> None:
 def add_machines(group: argparse._ArgumentGroup) -> None:
     """What the workers are made of."""
     add = group.add_argument
-    add("--model", metavar="NAME", help="what is served, a name of the catalogue's")
+    add("--model", metavar="NAME", help="a name of the catalogue's, or a model's folder")
     add("--catalogue", type=Path, metavar="FILE", help="TOML with hardware, models, links of yours")
     add("--link", metavar="NAME", help="of workers that name none (default: of their hardware)")
     add(
@@ -241,6 +242,7 @@ def machine_options(parsed: argparse.Namespace) -> MachineOptions:
         perf_table=parsed.perf_table,
         link=parsed.link or "",
         max_step_tokens=parsed.max_step_tokens,
+        catalogue=read_catalogue(parsed.catalogue, parsed.model or ""),
     )
 
 
