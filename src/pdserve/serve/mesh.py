@@ -114,6 +114,8 @@ class Mesh:
         before, self._faults = self._faults, faults.of(self._identity.worker)
         for entry in list(self._entries.values()):
             if self._is_cut(entry.worker):
+                if entry.link is not None:
+                    log.warning("link to %s cut on purpose", entry.worker)
                 self._unlink(entry, "cut on purpose")
             elif before.get(entry.worker, 1.0) is None and entry.address is not None:
                 self._dial(entry)
