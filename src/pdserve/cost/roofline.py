@@ -67,23 +67,19 @@ def machine_of(
     ``int8``, which is read as half the bytes and computed as bf16. ``link`` and ``runtime``: not
     the hardware's own. ``max_step_tokens``: of the largest step, whose activations need memory.
     ``room`` overrides what the pool is reckoned from. ``model``: one not in the catalogue. Raises
-    `ConfigError` for an unknown name, and for a model that does not fit, with the bytes needed and
-    the bytes there.
+    `ConfigError`: an unknown name, or a model that does not fit, with the bytes needed and there.
     """
     known = model or find(catalogue.models, model_name, "model")
     base, written_tp = split_name(hardware_name, catalogue)
     hardware = catalogue.hardware[base]
     shape = _stored(known.shape, weight_dtype, kv_dtype)
     devices = _num_devices(catalogue.hardware, base, model_name, shape, tp or written_tp)
-    num_blocks = room.num_blocks
-    if num_blocks is None:
-        num_blocks = pool_blocks(
-            _pool_bytes(room, hardware, devices, shape, max_step_tokens),
-            _block_bytes(shape, devices, block_size, kv_dtype),
-            f"{model_name} on {devices} x {base} needs more devices (-tpN), or larger ones",
-        )
-    software = find(RUNTIMES, runtime or hardware.runtime, "runtime")
-    timer = RooflineTimer(shape, hardware, devices, software)
+    num_blocks = room.num_blocks or pool_blocks(
+        _pool_bytes(room, hardware, devices, shape, max_step_tokens),
+        _block_bytes(shape, devices, block_size, kv_dtype),
+        f"{model_name} on {devices} x {base} needs more devices (-tpN), or larger ones",
+    )
+    timer = roofline(shape, hardware, devices, runtime)
     return MachineModel(
         name=f"{base}-tp{devices}" if hardware.max_devices > 1 else base,
         model=model_name,
@@ -99,6 +95,15 @@ def machine_of(
         price_per_hour=hardware.price_per_hour * devices,
         num_devices=devices,
         source=f"data sheets of {base}, {known.source}, runtime {runtime or hardware.runtime}",
+    )
+
+
+def roofline(
+    shape: ModelShape, hardware: Hardware, devices: int, runtime: str = ""
+) -> RooflineTimer:
+    """Of a model on so many devices. Raises `ConfigError` for an unknown runtime."""
+    return RooflineTimer(
+        shape, hardware, devices, find(RUNTIMES, runtime or hardware.runtime, "runtime")
     )
 
 
