@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pdserve import __version__
+from pdserve.core.effects import Refusal
 from pdserve.cost.machine import MachineModel
 from pdserve.policy.registry import default_batching
 from pdserve.sim.observe import Observer
@@ -104,6 +105,7 @@ class Report:
                 "are extrapolated"
             )
         found += self._errors()
+        found += self._refusals()
         if self._falls_behind():
             found.append(
                 "the cluster did not keep up: requests wait longer the later they came, so "
@@ -117,6 +119,24 @@ class Report:
             for machine in dict.fromkeys(self.settings.machines)
             if machine.error is not None
         ]
+
+    def _refusals(self) -> list[str]:
+        """What can be done about them."""
+        settings, failures = self.settings, self.requests.overall().failures
+        found = []
+        if failures[Refusal.TOO_LONG]:
+            found.append(
+                f"{failures[Refusal.TOO_LONG]} requests are longer than the workers take: "
+                "--max-input N leaves longer prompts out"
+            )
+        if failures[Refusal.OVERLOADED]:
+            found.append(
+                f"{failures[Refusal.OVERLOADED]} requests were refused: nobody began them within "
+                f"{settings.queue_timeout_s:g} s (--queue-timeout), more than "
+                f"{settings.max_queued_requests} waited (--max-queued-requests), or admission "
+                f"{settings.admission} turned them away"
+            )
+        return found
 
     def _falls_behind(self) -> bool:
         """Whether in the last quarter of the arrivals more requests waited than in the second
