@@ -18,87 +18,43 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paper_runs import EnoughError, Lab, highest, lowest, parser_of, patient, plain, simulate
+from paper_runs import Lab, highest, lowest, parser_of, patient, plain, simulate
 from paper_tables import Cell, apart, bars_svg, table, write
+from splitwise_clusters import (
+    BUDGETS,
+    COST,
+    COUNTS,
+    DESIGNS,
+    POWER,
+    SHARE_STEP,
+    Design,
+    division,
+)
+from splitwise_slowdowns import Measure, Slowdowns, measured, measured_as_there
 
-from pdserve.core.step import StepShape
 from pdserve.cost.links import LINKS
 from pdserve.cost.machine import MachineModel
 from pdserve.cost.table import PerfTable
 from pdserve.cost.table_machine import machine_of_table
-from pdserve.sim.observe import Ended, Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import parse_cluster
 from pdserve.sim.splitwisesim import imitate
 from pdserve.workload.arrivals import arrivals
 from pdserve.workload.request import TraceRequest
-from pdserve.workload.summary import percentile
 from pdserve.workload.synthetic import drawn
 from pdserve.workload.traces import read_trace
 
 MODEL = "bloom-176b"
 LOADS = {"conversation": "azure_2023_conv.csv", "code": "azure_2023_code.csv"}
 GUESSES = {"conversation": 100, "code": 70}
-SLOWDOWNS = {
-    "ttft": ((50, 2.0), (90, 3.0), (99, 6.0)),
-    "tbt": ((50, 1.25), (90, 1.5), (99, 5.0)),
-    "e2e": ((50, 1.25), (90, 1.5), (99, 5.0)),
-}
-COST = {"a100": 8 * 2.21, "h100": 8 * 4.76, "h100cap": 8 * 4.76}
-"""Of a machine, per hour: the artifact's notebooks/utils.py."""
-POWER = {"a100": 24.8, "h100": 44.0, "h100cap": 30.8}
-"""Of a machine, in the artifact's unit."""
 NETWORK = {"a100": "ib-200", "h100": "ib-400", "h100cap": "ib-400"}
 
 
-@dataclass(frozen=True, slots=True)
-class Design:
-    """``prompt``, ``token``: the hardware of the two pools; the same and ``mixed``: a baseline."""
-
-    prompt: str
-    token: str
-    mixed: bool = False
-
-    def cluster(self, counts: Sequence[int]) -> str:
-        if self.mixed:
-            return f"{counts[0]}x{self.prompt}:mixed"
-        return f"{counts[0]}x{self.prompt}:prefill,{counts[1]}x{self.token}:decode"
-
-    def total(self, counts: Sequence[int], of: dict[str, float]) -> float:
-        return sum(n * of[name] for n, name in zip(counts, (self.prompt, self.token), strict=False))
-
-
-DESIGNS = {
-    "Baseline-A100": Design("a100", "a100", mixed=True),
-    "Baseline-H100": Design("h100", "h100", mixed=True),
-    "AA": Design("a100", "a100"),
-    "HH": Design("h100", "h100"),
-    "HA": Design("h100", "a100"),
-    "HHcap": Design("h100", "h100cap"),
-}
-COUNTS: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
-    ("equal power", "conversation"): {
-        "Baseline-A100": (70,), "Baseline-H100": (40,),
-        "AA": (45, 25), "HH": (25, 15), "HA": (25, 26), "HHcap": (25, 21),
-    },
-    ("equal power", "code"): {
-        "Baseline-A100": (70,), "Baseline-H100": (40,),
-        "AA": (55, 15), "HH": (35, 5), "HA": (35, 8), "HHcap": (35, 7),
-    },
-    ("equal cost", "conversation"): {
-        "Baseline-A100": (86,), "Baseline-H100": (40,),
-        "AA": (51, 35), "HH": (25, 15), "HA": (30, 21), "HHcap": (30, 10),
-    },
-    ("equal cost", "code"): {
-        "Baseline-A100": (86,), "Baseline-H100": (40,),
-        "AA": (66, 20), "HH": (35, 5), "HA": (35, 10), "HHcap": (35, 7),
-    },
-}  # fmt: skip
 ROBUST = ("AA", "HH", "HA", "HHcap")
 """Designs that serve conversation on the cluster that is sized for code (sec. VI-D)."""
 PAPER_CHANGE = {"AA": 0.0, "HH": 0.0, "HA": -0.07, "HHcap": -0.07}
@@ -116,96 +72,6 @@ loads of 120 s of its own generator: our runs of it."""
 
 
 # --- what is asked of a run -------------------------------------------------------------------
-
-
-Measure = Callable[[Ended], dict[str, tuple[float | None, float]]]
-"""Of a request: TTFT, TBT and E2E as they were, and as an idle A100 machine would have had them."""
-
-
-def measured(idle: MachineModel) -> Measure:
-    """TBT as this project defines TPOT; a machine that decodes alone reads the answer's context."""
-
-    def measure(request: Ended) -> dict[str, tuple[float | None, float]]:
-        tokens, answer = request.prompt_tokens, request.output_tokens
-        ttft_s = idle.steps.step_s(StepShape(tokens, tokens * tokens))
-        alone = StepShape(num_decoding=1, context_tokens=tokens + answer // 2)
-        tbt_s = idle.steps.step_s(alone)
-        found = {
-            "ttft": (request.ttft_s, ttft_s),
-            "e2e": (request.e2e_s, ttft_s + (answer - 1) * tbt_s),
-        }
-        if answer > 1:
-            found["tbt"] = (request.tpot_s, tbt_s)
-        return found
-
-    return measure
-
-
-def measured_as_there(table: PerfTable, model: str) -> Measure:
-    """TBT by all tokens of the answer, and looked up at the prompt's length for the idle machine,
-    as SplitwiseSim's notebooks do."""
-    timer = machine_of_table(table, "a100", model, as_splitwisesim=True).steps
-
-    def measure(request: Ended) -> dict[str, tuple[float | None, float]]:
-        tokens, answer = request.prompt_tokens, request.output_tokens
-        ttft_s = timer.step_s(StepShape(prompt_tokens=tokens))
-        tbt_s = timer.step_s(StepShape(num_decoding=tokens))
-        seen_s = None
-        if request.e2e_s is not None and request.ttft_s is not None:
-            seen_s = (request.e2e_s - request.ttft_s) / answer
-        return {
-            "ttft": (request.ttft_s, ttft_s),
-            "tbt": (seen_s, tbt_s),
-            "e2e": (request.e2e_s, ttft_s + (answer - 1) * tbt_s),
-        }
-
-    return measure
-
-
-class Slowdowns(Observer):
-    """Of each request, TTFT, TBT and E2E over those of an idle A100 machine. Stops the run as soon
-    as one of the nine objectives cannot be kept any more, unless it is to ``count_all``."""
-
-    def __init__(self, measure: Measure, num_requests: int, *, count_all: bool) -> None:
-        self.values: dict[str, list[float]] = {name: [] for name in SLOWDOWNS}
-        self._measure = measure
-        self._num = num_requests
-        self._count_all = count_all
-        self._over = {
-            (name, percent): 0 for name, bounds in SLOWDOWNS.items() for percent, _ in bounds
-        }
-
-    def ended(self, at_s: float, request: Ended) -> None:
-        for name, (seen_s, idle_s) in self._measure(request).items():
-            lost = seen_s is None or request.failure is not None
-            slowdown = float("inf") if lost or seen_s is None else seen_s / idle_s
-            self.values[name].append(slowdown)
-            for percent, bound in SLOWDOWNS[name]:
-                if slowdown >= bound:
-                    self._over[name, percent] += 1
-        if not self._count_all:
-            for (_, percent), over in self._over.items():
-                if over > self._num * (1 - percent / 100) + 1:
-                    raise EnoughError
-
-    def violated(self) -> list[str]:
-        """The objectives that are not kept, as ``ttft_p90``."""
-        found = []
-        for name, bounds in SLOWDOWNS.items():
-            values = sorted(self.values[name])
-            found += [
-                f"{name}_p{percent}"
-                for percent, bound in bounds
-                if values and percentile(values, percent) >= bound
-            ]
-        return found
-
-    def percentiles(self) -> dict[str, list[float]]:
-        return {
-            name: [percentile(sorted(self.values[name]), percent) for percent, _ in bounds]
-            for name, bounds in SLOWDOWNS.items()
-            if self.values[name]
-        }
 
 
 class Study:
@@ -344,6 +210,25 @@ def equal_throughput(study: Study, way: str, name: str, rate: int) -> tuple[int,
     return None if found is None else counts_of(found)
 
 
+def redivided(
+    study: Study, way: str, name: str, rate: int, setting: str = "equal power"
+) -> tuple[tuple[int, ...], int]:
+    """The division of the budget that bears most, from the paper's on as long as a step makes it
+    better, and what it bears."""
+    load = "conversation"
+    counts: tuple[int, ...] = COUNTS[setting, load][name]
+    of, hardware, number = BUDGETS[setting]
+    share = counts[0] * of[DESIGNS[name].prompt] / (of[hardware] * number)
+    for step in (-SHARE_STEP, SHARE_STEP):
+        while 0.05 < share + step < 0.95:
+            other = division(setting, name, share + step)
+            if not study.bears(way, load, name, other, rate + study.grid):
+                break
+            rate = study.most(way, load, name, other, rate + study.grid)
+            counts, share = other, share + step
+    return counts, rate
+
+
 # --- what is shown ----------------------------------------------------------------------------
 
 
@@ -351,6 +236,7 @@ def report(
     ways: dict[str, dict[tuple[str, str, str], int]],
     robust: dict[str, dict[str, tuple[int, int]]],
     equal: dict[str, list[list[Cell]]],
+    divided: list[list[Cell]],
     said: str,
 ) -> str:
     parts = [f"{said}\n"]
@@ -380,6 +266,10 @@ def report(
     head = ["ratio", "setting", "load", "paper"]
     head += [part for way in ways for part in (way, "apart")]
     parts.append(f"### Ratios that the paper states\n\n{table(head, rows)}")
+    if divided:
+        head = ["design", "paper's machines", "rps", "best found", "rps", "over Baseline-A100"]
+        title = "### Divided anew: pdserve, equal power, conversation"
+        parts.append(f"{title}\n\n{table(head, divided)}")
     if any(robust.values()):
         rows = []
         for name in ROBUST:
@@ -422,6 +312,21 @@ def savings(study: Study, way: str, rates: dict[tuple[str, str, str], int]) -> l
     return rows
 
 
+def divisions(
+    study: Study, way: str, rates: dict[tuple[str, str, str], int], names: Sequence[str]
+) -> list[list[Cell]]:
+    setting, load = "equal power", "conversation"
+    base = rates.get((setting, load, "Baseline-A100"))
+    rows: list[list[Cell]] = []
+    for name in (name for name in ROBUST if name in names):
+        paper = rates[setting, load, name]
+        counts, rate = redivided(study, way, name, paper)
+        before = " + ".join(map(str, COUNTS[setting, load][name]))
+        after = " + ".join(map(str, counts))
+        rows.append([name, before, paper, after, rate, rate / base if base else None])
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("splitwise", __doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
@@ -430,7 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--designs", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--duration", type=float, help="of each load in s (default: 120)")
     parser.add_argument("--grid", type=int, help="of the rates in requests/s (default: 5)")
-    parser.add_argument("--only-rates", action="store_true", help="no robustness, no savings")
+    parser.add_argument(
+        "--only-rates", action="store_true", help="no robustness, no savings, no new divisions"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.quick:
         chosen.loads, chosen.only_rates = ["conversation"], True
@@ -451,6 +358,7 @@ def answer(study: Study, chosen: argparse.Namespace) -> list[Path]:
     ways = {way: throughputs(study, way, chosen.loads, chosen.designs) for way in chosen.ways}
     robust: dict[str, dict[str, tuple[int, int]]] = {}
     equal: dict[str, list[list[Cell]]] = {}
+    divided: list[list[Cell]] = []
     if not chosen.only_rates and "conversation" in chosen.loads:
         for way, rates in ways.items():
             own = {
@@ -458,11 +366,13 @@ def answer(study: Study, chosen: argparse.Namespace) -> list[Path]:
             }
             robust[way] = robustness(study, way, list(own), own)
             equal[way] = savings(study, way, rates)
+        if "pdserve" in ways:
+            divided = divisions(study, "pdserve", ways["pdserve"], chosen.designs)
     said = (
         f"{MODEL}, Poisson loads of {study.duration_s:g} s, grid {study.grid} requests/s, seed "
         f"{study.seed}; made by revision {', '.join(sorted(study.lab.revisions))}."
     )
-    markdown = report(ways, robust, equal, said)
+    markdown = report(ways, robust, equal, divided, said)
     pictures = {}
     for setting, load in COUNTS:
         groups = {
@@ -476,6 +386,7 @@ def answer(study: Study, chosen: argparse.Namespace) -> list[Path]:
         "rates": {w: {" | ".join(k): v for k, v in r.items()} for w, r in ways.items()},
         "robustness": robust,
         "equal_throughput": equal,
+        "divided_anew": divided,
         "revisions": sorted(study.lab.revisions),
     }
     print(markdown)

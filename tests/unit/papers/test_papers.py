@@ -18,7 +18,16 @@ from pdserve.sim.observe import Ended
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "papers"
 DATA = Path(__file__).parents[1] / "workload" / "data"
-MODULES = ("paper_runs", "paper_tables", "splitwise", "mooncake", "taichi", "fleet")
+MODULES = (
+    "paper_runs",
+    "paper_tables",
+    "splitwise_clusters",
+    "splitwise_slowdowns",
+    "splitwise",
+    "mooncake",
+    "taichi",
+    "fleet",
+)
 
 
 @pytest.fixture
@@ -172,6 +181,19 @@ def test_slowdowns_are_against_an_idle_machine(study, data, tmp_path):
     assert watched.violated() == ["ttft_p50", "tbt_p50", "tbt_p90", "e2e_p50", "e2e_p90"]
 
 
+def test_divisions_spend_the_budget(study):
+    splitwise = study("splitwise")
+    paper = splitwise.COUNTS["equal power", "conversation"]
+    for name in splitwise.ROBUST:
+        design = splitwise.DESIGNS[name]
+        share = paper[name][0] * splitwise.POWER[design.prompt] / (40 * 44.0)
+        assert splitwise.division("equal power", name, share) == paper[name]
+        for tenth in range(1, 10):
+            counts = splitwise.division("equal power", name, tenth / 10)
+            taken = design.total(counts, splitwise.POWER)
+            assert 40 * 44.0 - 24.8 - 0.5 * 44 < taken <= 40 * 44.0
+
+
 # --- the scripts ------------------------------------------------------------------------------
 
 
@@ -179,6 +201,8 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     splitwise = study("splitwise")
     small = {name: (2,) if design.mixed else (1, 1) for name, design in splitwise.DESIGNS.items()}
     monkeypatch.setattr(splitwise, "COUNTS", dict.fromkeys(splitwise.COUNTS, small))
+    for setting, (of, hardware, _) in splitwise.BUDGETS.items():
+        monkeypatch.setitem(splitwise.BUDGETS, setting, (of, hardware, 2))
     monkeypatch.setattr(splitwise, "GUESSES", {"conversation": 4, "code": 4})
     out = tmp_path / "out"
     flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
@@ -195,6 +219,9 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     }
     assert all(rate >= 2 and rate % 2 == 0 for rate in rates.values())
     assert document["robustness"]["pdserve"].keys() == {"AA"}
+    [divided] = document["divided_anew"]
+    assert divided[0] == "AA"
+    assert divided[4] >= divided[2] == rates["equal power | conversation | AA"]
     shown = capsys.readouterr().out
     assert "AA / Baseline-A100 | equal power | conversation | 2.15" in shown
     assert is_svg(out / "splitwise-equal-power-conversation.svg")
