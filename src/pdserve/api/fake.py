@@ -108,6 +108,10 @@ class FakeGateway(Gateway):
     def cluster(self) -> Mapping[str, Any]:
         return {"workers": [{"id": "fake-0", "role": "mixed", "home_role": "mixed"}]}
 
+    def traffic(self) -> Mapping[str, Any]:
+        requests = [{"prompt_tokens": len(r.prompt_token_ids)} for r in self.submitted]
+        return {"model": self.card.name, "workers": [], "requests": requests}
+
     async def command(self, asked: Command) -> str:
         if asked.worker != "fake-0":
             raise NotFoundError(f"no worker {asked.worker} is up", "worker")

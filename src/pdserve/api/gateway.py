@@ -78,6 +78,10 @@ class Gateway(Protocol):
         """JSON document of ``/cluster``."""
         ...
 
+    def traffic(self) -> Mapping[str, Any]:
+        """JSON document of ``/cluster/traffic``."""
+        ...
+
     async def command(self, asked: Command) -> str:
         """Have the router do this, and wait until it is done: what has come of it, in words.
 

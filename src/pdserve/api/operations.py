@@ -45,6 +45,14 @@ def operations_router(edge: Edge) -> APIRouter:
         """Workers with their roles, load and blocks."""
         return _json(gateway.cluster())
 
+    @router.get("/cluster/traffic")
+    async def traffic() -> Response:
+        """Recent requests by size and time, and what is known of the workers' speed.
+
+        ``pdserve plan --live`` reads it.
+        """
+        return _json(gateway.traffic())
+
     @router.get("/v1/requests/{request_id}/timeline")
     async def timeline(request_id: str) -> Response:
         """Phases of a recent request: times, workers, and the router's reasons.

@@ -13,7 +13,7 @@ there is no such request the oldest running one.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pdserve.core.events import LifeEvent, LifeName
@@ -69,6 +69,10 @@ class LifeLog:
         if life is None:
             return None
         return tuple(sorted(life.events, key=lambda event: event.at_s))
+
+    def timelines(self) -> Iterator[tuple[LifeEvent, ...]]:
+        """Of all requests that it remembers, the events of each as they arrived."""
+        return (tuple(life.events) for life in self._lives.values())
 
     def _keep(self, event: LifeEvent) -> None:
         request_id = event.request_id

@@ -28,6 +28,10 @@ class Client:
         """The ``/cluster`` document."""
         return self._ask("/cluster")
 
+    def traffic(self) -> dict[str, Any]:
+        """The ``/cluster/traffic`` document."""
+        return self._ask("/cluster/traffic")
+
     def timeline(self, request_id: str) -> dict[str, Any]:
         """The ``/v1/requests/{id}/timeline`` document."""
         return self._ask(f"/v1/requests/{urllib.parse.quote(request_id, safe='')}/timeline")

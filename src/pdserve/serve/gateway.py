@@ -41,6 +41,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import Epoch, RequestId, WorkerId
 from pdserve.core.messages import LoadReport, Message
 from pdserve.core.request import Request, Role
+from pdserve.node.books import ClusterBooks
 from pdserve.obs.life import LifeLog
 from pdserve.obs.logs import log_life_event
 from pdserve.obs.metrics import Metrics
@@ -50,6 +51,7 @@ from pdserve.serve.faults import LiveFaults
 from pdserve.serve.links import Identity
 from pdserve.serve.roster import Roster, RosterEvents
 from pdserve.serve.streams import TokenStream
+from pdserve.serve.traffic import traffic_document
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +110,16 @@ class LiveGateway:
         recorder: Recorder | None = None,
         crashed: Callable[[str], None] = lambda reason: None,
         allow_faults: bool = False,
+        books: ClusterBooks | None = None,
+        policy: str = "",
     ) -> None:
+        """``books`` of the router that ``machine`` is, and its ``policy``, are for `traffic`."""
         self.card = card
         self._roles = roles
         self._supervisor = supervisor
         self._on_crash = crashed
+        self._books = books or ClusterBooks()
+        self._policy = policy
         self._began_s = time.monotonic()
         self._streams: dict[RequestId, TokenStream] = {}
         self._workers: dict[WorkerId, _Known] = {}
@@ -195,6 +202,10 @@ class LiveGateway:
                 for worker, epoch, pid in self._supervisor.slots()
             ],
         }
+
+    def traffic(self) -> Mapping[str, Any]:
+        ups = [known.up for _, known in sorted(self._workers.items())]
+        return traffic_document(self.card, self._life, ups, self._books, self._policy)
 
     def _describe(self, worker: WorkerId, epoch: Epoch, pid: int | None) -> dict[str, Any]:
         role, role_epoch = self._standing[worker]

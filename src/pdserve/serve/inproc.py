@@ -104,6 +104,8 @@ class InprocCluster:
             supervisor=self,
             recorder=recorder,
             crashed=self._crashed,
+            books=self.router.books,
+            policy=self._policy,
         )
         for worker in self._slots:
             self.restart(worker)

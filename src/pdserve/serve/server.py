@@ -123,6 +123,8 @@ class Server:
             recorder=recorder_of(self._config.record, self._config.policy, router=settings),
             crashed=self._fail,
             allow_faults=self._config.allow_faults,
+            books=self._router.books,
+            policy=self._config.policy,
         )
 
     async def run(self, bound: socket.socket) -> int:

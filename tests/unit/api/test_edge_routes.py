@@ -91,6 +91,7 @@ async def test_every_response_has_an_id(client_of, gateway):
         ("POST", "/tokenize"),
         ("POST", "/detokenize"),
         ("GET", "/cluster"),
+        ("GET", "/cluster/traffic"),
         ("GET", "/v1/requests/x/timeline"),
         ("GET", "/v1/anything"),
     ],
@@ -182,7 +183,9 @@ async def test_metrics_cluster_and_version(client_of, gateway):
     async with client_of(gateway) as client:
         metrics = await client.get("/metrics")
         cluster = await client.get("/cluster")
+        traffic = await client.get("/cluster/traffic")
         version = await client.get("/version")
+    assert traffic.json() == gateway.traffic()
     assert metrics.content == gateway.metrics_text()
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert cluster.json() == gateway.cluster()
