@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--loads", nargs="+", choices=tuple(LOADS), default=list(LOADS))
     parser.add_argument("--speed", type=float, default=10.0, metavar="X")
-    parser.add_argument("--window", type=float, nargs=2, default=(600.0, 2100.0), metavar="S")
+    parser.add_argument("--window", type=float, nargs=2, default=(600.0, 1500.0), metavar="S")
     parser.add_argument("--ttft", type=float, default=2.0, metavar="S", help="promise (default: 2)")
     parser.add_argument("--tpot", type=float, default=0.05, metavar="S", help="(default: 0.05)")
     parser.add_argument("--most", type=int, default=64, metavar="N", help="workers (default: 64)")

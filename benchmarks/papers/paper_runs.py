@@ -28,8 +28,6 @@ from pdserve.workload.summary import percentile
 
 NEVER_S = 1e6
 """Longer than any run: for queues that nothing leaves before it is served."""
-LOWEST_STEP = 1
-"""A search that fails at this multiple of its grid has found that nothing passes."""
 
 
 class EnoughError(Exception):
@@ -234,11 +232,11 @@ def _short(values: dict[str, Any]) -> str:
 def highest(passes: Callable[[int], bool], guess: int, most: int = 1 << 20) -> int:
     """The highest whole number that passes, where all below one that passes do as well; 0: none.
 
-    It steps from the guess by a quarter, then by a half and so on, until it has one that passes and
-    one that does not; then it halves what is between them.
+    It goes from the guess by 1, 2, 4 and so on, until it has one that passes and one that does not;
+    then it halves what is between them.
     """
     low, high = 0, most + 1
-    at, step = max(1, min(guess, most)), 0.25
+    at, step = max(1, min(guess, most)), 1
     while low < high - 1:
         if passes(at):
             low = at
@@ -247,9 +245,9 @@ def highest(passes: Callable[[int], bool], guess: int, most: int = 1 << 20) -> i
         if low and high <= most:
             at = (low + high) // 2
         elif low:
-            at = min(most, max(low + 1, round(low * (1 + step))))
+            at = min(most, low + step)
         else:
-            at = max(LOWEST_STEP, min(high - 1, round(high / (1 + step))))
+            at = max(1, high - step)
         step *= 2
     return low
 

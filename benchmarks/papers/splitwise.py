@@ -51,7 +51,6 @@ from pdserve.workload.traces import read_trace
 
 MODEL = "bloom-176b"
 LOADS = {"conversation": "azure_2023_conv.csv", "code": "azure_2023_code.csv"}
-GUESSES = {"conversation": 100, "code": 70}
 NETWORK = {"a100": "ib-200", "h100": "ib-400", "h100cap": "ib-400"}
 
 
@@ -69,6 +68,8 @@ ITSELF = {
 }  # fmt: skip
 """What SplitwiseSim itself (8f99e7d) finds at equal power on conversation, on the same grid, with
 loads of 120 s of its own generator: our runs of it."""
+GUESSES = {"conversation": ITSELF, "code": dict.fromkeys(ITSELF, 70)}
+"""Where searches start."""
 
 
 # --- what is asked of a run -------------------------------------------------------------------
@@ -173,10 +174,7 @@ def throughputs(
         for name in names if load in loads else ():
             counts = counts_of[name]
             if (load, name, counts) not in known:
-                guess = max((rate for (_, of, _), rate in found.items() if of == load), default=0)
-                known[load, name, counts] = study.most(
-                    way, load, name, counts, guess or GUESSES[load]
-                )
+                known[load, name, counts] = study.most(way, load, name, counts, GUESSES[load][name])
             found[setting, load, name] = known[load, name, counts]
     return found
 

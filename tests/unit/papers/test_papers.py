@@ -203,7 +203,8 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(splitwise, "COUNTS", dict.fromkeys(splitwise.COUNTS, small))
     for setting, (of, hardware, _) in splitwise.BUDGETS.items():
         monkeypatch.setitem(splitwise.BUDGETS, setting, (of, hardware, 2))
-    monkeypatch.setattr(splitwise, "GUESSES", {"conversation": 4, "code": 4})
+    guesses = dict.fromkeys(splitwise.DESIGNS, 4)
+    monkeypatch.setattr(splitwise, "GUESSES", dict.fromkeys(splitwise.LOADS, guesses))
     out = tmp_path / "out"
     flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
     flags += ["--designs", "Baseline-A100", "AA", "--grid", "2"]
