@@ -218,4 +218,6 @@ def _hardware(table: _Table, known: Mapping[str, Hardware], links: Mapping[str, 
         made = replace(made, pool=base.pool)
     if share is not None:
         made = replace(made, pool=PoolRule(share=share))
+    if made.idle_w > made.limit_w:
+        raise table.error(f"draws {made.idle_w:g} W idle and at most {made.limit_w:g} W")
     return made

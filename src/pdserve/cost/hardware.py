@@ -84,7 +84,7 @@ _A100 = Hardware(
     peer_bytes_per_s=300e9,
     network="ib-200",
     tdp_w=400.0,
-    idle_w=60.0,
+    idle_w=80.0,
     host_w=412.5,
     price_per_hour=2.21,
     sources=_SHARES
@@ -97,7 +97,8 @@ _A100 = Hardware(
         "network": "DGX A100: one 200 Gbit/s adapter for each device; Splitwise, table I",
         "host_speed": "the measure",
         "tdp_w": "NVIDIA A100 80GB SXM data sheet",
-        "idle_w": "0.15 of the TDP: DGX A100s report 50 to 65 W a device with a model loaded",
+        "idle_w": "some 52 W, and 28 W as long as software holds the device (arXiv:2605.23918 "
+        "measured 26 to 50 W for that on A100 and H100)",
         "host_w": "DGX A100 data sheet: 6.5 kW at most, less 8 x 400 W, by 8",
         "price_per_hour": "Splitwise's artifact, notebooks/utils.py: 2.21 per GPU-hour",
     },
@@ -112,7 +113,7 @@ _H100 = Hardware(
     network="ib-400",
     host_speed=1.4,
     tdp_w=700.0,
-    idle_w=100.0,
+    idle_w=120.0,
     host_w=575.0,
     price_per_hour=4.76,
     sources=_SHARES
@@ -125,17 +126,18 @@ _H100 = Hardware(
         "network": "DGX H100: one 400 Gbit/s adapter for each device; Splitwise, table I",
         "host_speed": _HOST,
         "tdp_w": "NVIDIA H100 SXM data sheet",
-        "idle_w": "0.15 of the TDP, as A100",
+        "idle_w": "some 70 W, and 50 W as long as software holds the device: as A100",
         "host_w": "DGX H100 data sheet: 10.2 kW at most, less 8 x 700 W, by 8",
         "price_per_hour": "Splitwise's artifact, notebooks/utils.py: 4.76 per GPU-hour",
     },
 )
 _COREWEAVE = "CoreWeave's price list, February 2026, a machine of 8 by 8"
 _LIKE_H100 = {
+    "pool": "core.capacity.DEVICE_POOL",
     "compute_share": "taken to be that of H100",
     "memory_share": "taken to be that of H100",
     "peer_share": "taken to be that of H100",
-    "idle_w": "0.15 of the TDP, as A100",
+    "idle_w": "taken to be the share of the TDP that H100 has",
 }
 
 HARDWARE: Mapping[str, Hardware] = {
@@ -177,7 +179,7 @@ HARDWARE: Mapping[str, Hardware] = {
         network="ib-400",
         host_speed=1.4,
         tdp_w=1000.0,
-        idle_w=150.0,
+        idle_w=170.0,
         host_w=787.5,
         price_per_hour=8.6,
         sources=_LIKE_H100
@@ -204,7 +206,7 @@ HARDWARE: Mapping[str, Hardware] = {
         network="roce-100",
         host_speed=1.4,
         tdp_w=350.0,
-        idle_w=50.0,
+        idle_w=100.0,
         host_w=150.0,
         price_per_hour=2.25,
         sources=_LIKE_H100
@@ -217,6 +219,7 @@ HARDWARE: Mapping[str, Hardware] = {
             "network": "assumed",
             "host_speed": "taken to be that of H100",
             "tdp_w": "NVIDIA L40S data sheet",
+            "idle_w": "some 35 W, and 66 W as long as software holds the device: as A100",
             "host_w": "assumed: 1.2 kW of a server with 8",
             "price_per_hour": _COREWEAVE + ": 18.00",
         },
@@ -231,9 +234,9 @@ HARDWARE: Mapping[str, Hardware] = {
         network="ib-400",
         host_speed=1.4,
         tdp_w=750.0,
-        idle_w=140.0,
+        idle_w=130.0,
         host_w=500.0,
-        price_per_hour=6.0,
+        price_per_hour=2.59,
         sources=_LIKE_H100
         | {
             "flops": "AMD Instinct MI300X data sheet: 1307.4 TFLOP/s",
@@ -247,14 +250,14 @@ HARDWARE: Mapping[str, Hardware] = {
             "host_speed": "taken to be that of H100",
             "tdp_w": "AMD Instinct MI300X data sheet",
             "host_w": "assumed: 4 kW of a server with 8",
-            "price_per_hour": "Oracle Cloud's price list, BM.GPU.MI300X.8, per GPU-hour",
+            "price_per_hour": "DigitalOcean's list price, October 2026, gpu-mi300x1-192gb",
         },
     ),
     "cpu-server": Hardware(
-        flops=4.6e14,
+        flops=4.7e14,
         bytes_per_s=6.14e11,
-        memory_bytes=1024 * GIB,
-        compute_share=0.25,
+        memory_bytes=1536 * GIB,
+        compute_share=0.2,
         memory_share=0.6,
         max_devices=1,
         network="eth-100",
@@ -263,13 +266,13 @@ HARDWARE: Mapping[str, Hardware] = {
         tdp_w=700.0,
         idle_w=250.0,
         host_w=250.0,
-        price_per_hour=9.68,
+        price_per_hour=12.7,
         sources={
-            "flops": "2 Xeon Platinum 8480+ of 56 cores: AMX does 2048 bf16 FLOP a cycle (Intel's "
-            "optimization manual), at 2.0 GHz",
+            "flops": "2 Xeon Platinum 8488C of 48 cores: AMX does 2048 bf16 FLOP a cycle and core "
+            "(Intel's optimization manual), at 2.4 GHz",
             "bytes_per_s": "2 x 8 channels of DDR5-4800 (Intel ARK)",
-            "memory_bytes": "assumed: 16 modules of 64 GB",
-            "compute_share": "assumed: two sockets, and a clock that AMX lowers",
+            "memory_bytes": "Amazon EC2 r7i.metal-48xl",
+            "compute_share": "assumed: some 90 TFLOP/s of two sockets, since AMX lowers the clock",
             "memory_share": "assumed: half of the reads cross the sockets",
             "pool": "as of a device: the machine serves one worker",
             "max_devices": "one worker has both sockets",
@@ -278,7 +281,7 @@ HARDWARE: Mapping[str, Hardware] = {
             "tdp_w": "Intel ARK: 350 W a socket",
             "idle_w": "assumed",
             "host_w": "assumed: memory, fans, power supplies",
-            "price_per_hour": "Amazon EC2 m7i.metal-48xl on demand (2 x 48 such cores, 768 GiB)",
+            "price_per_hour": "Amazon EC2 r7i.metal-48xl on demand: 12.70",
         },
     ),
     "cpu": Hardware(

@@ -40,6 +40,8 @@ learned is out of date, and speeds up forgetting by its square."""
 MOST_HASTE = 16.0
 EAGER_SAMPLES = 16
 """So many samples are each followed by a solution; later on every eighth is."""
+LEAST_MEASURED_S = 1e-12
+"""A time below that is none: squares of such would vanish."""
 LEAST_PIVOT = 1e-10
 """A feature that the others explain up to this share of its square is left out."""
 
@@ -109,7 +111,7 @@ class Regression:
 
     def add(self, features: Features, measured_s: float) -> None:
         """Learn from one sample; one without a time above 0 says nothing."""
-        if not (measured_s > 0.0 and isfinite(measured_s)):
+        if not (measured_s >= LEAST_MEASURED_S and isfinite(measured_s)):
             return
         predicted_s = self.predict(features)
         stated_s = sum(map(_times, self._prior_coefficients, features))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdserve.core.ids import WorkerId
@@ -54,6 +54,7 @@ def test_hand_offs_that_are_all_hidden_show_the_constant_alone() -> None:
     assert 0.5 < ratio < 3.0
 
 
+@example([(0, 1e-260, 0.0), (0, 1e-260, 0.0)])
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
