@@ -255,9 +255,15 @@ def _run_sim(parsed: argparse.Namespace) -> int:
 
 
 def _run_plan(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.client import Client
     from pdserve.sim.plan.command import run
+    from pdserve.sim.plan.live import Recorded
 
-    return run(parsed)
+    def fetch(url: str, api_key: str | None) -> Recorded:
+        client = Client(url, api_key)
+        return Recorded(client.cluster(), client.traffic())
+
+    return run(parsed, fetch)
 
 
 def _run_calibrate(parsed: argparse.Namespace) -> int:

@@ -65,6 +65,7 @@ class WorkBounds:
             new = new_tokens(windows.requests[window], prefix_cache=prefix_cache)
             self._requests += list(zip(windows.requests[window], new, strict=True))[windows.lead :]
         self._work = {name: self._works_on(machine) for name, machine in machines.items()}
+        self._floors: dict[Design, str | None] = {}
         self._likely = {name: self._likely_on(machine) for name, machine in machines.items()}
 
     def refuses(self, design: Design, counts: Counts, rate: float) -> bool:
@@ -99,6 +100,11 @@ class WorkBounds:
 
     def floor_breaks(self, design: Design) -> str | None:
         """What of the promise no number of such workers could hold, in words; None: nothing."""
+        if design not in self._floors:
+            self._floors[design] = self._floor_breaks(design)
+        return self._floors[design]
+
+    def _floor_breaks(self, design: Design) -> str | None:
         floors = self.floor_of(design)
         allowed = allowed_misses(self._promise, len(floors))
         misses = floor_misses(self._promise, floors)

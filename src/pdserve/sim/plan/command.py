@@ -18,6 +18,7 @@ from pdserve.sim.plan.bar import SearchBar
 from pdserve.sim.plan.book import Book, Journal
 from pdserve.sim.plan.bounds import WorkBounds
 from pdserve.sim.plan.document import document, print_plan
+from pdserve.sim.plan.live import Fetch, live_problem
 from pdserve.sim.plan.most import RateGrid
 from pdserve.sim.plan.picture import front_svg
 from pdserve.sim.plan.planner import Plan, Questions, make_plan
@@ -28,15 +29,13 @@ from pdserve.sim.plan.simulate import SimEvaluate
 from pdserve.sim.plan.trial import Factors
 
 
-def run(typed: argparse.Namespace) -> int:
-    """Gives the exit status."""
+def run(typed: argparse.Namespace, fetch: Fetch) -> int:
+    """Gives the exit status. ``fetch`` asks a running server."""
     options = PlanOptions.of(typed)
     parsed = options.parsed
     check_place(parsed.json)
     if parsed.live:
-        from pdserve.sim.plan.live import live_problem
-
-        problem = live_problem(options)
+        problem = live_problem(options, fetch(parsed.live, parsed.api_key))
     else:
         problem = problem_of(options)
     for note in problem.notes:

@@ -19,7 +19,6 @@ Holds = Callable[[Counts], bool]
 
 STRETCH = 1.4
 ROUNDING = 1e-9
-MOST_STRETCH = 64.0
 
 
 def least(
@@ -30,10 +29,11 @@ def least(
     refused: Holds = lambda counts: False,
     limit: float = math.inf,
     most_workers: int = 1024,
+    most_stretch: float = 64.0,
 ) -> Counts | None:
     """The counts that ``holds`` accepts and that weigh least, or None if there are none among those
     on the ray from ``start`` (fractions) that weigh at most ``limit`` and have at most
-    ``most_workers``.
+    ``most_workers`` and stretch by at most ``most_stretch``.
 
     ``holds`` is monotone: what it accepts it accepts with more workers. What is ``refused`` it
     would not accept, so it is not asked.
@@ -42,7 +42,7 @@ def least(
     def asked(counts: Counts) -> bool:
         return not refused(counts) and holds(counts)
 
-    best = _on_ray(asked, weigh, start, limit, most_workers)
+    best = _on_ray(asked, weigh, start, limit, most_workers, most_stretch)
     while best is not None:
         better = next((c for c in _maximal(weigh, best) if asked(c)), None)
         if better is None:
@@ -52,7 +52,12 @@ def least(
 
 
 def _on_ray(
-    asked: Holds, weigh: Weigh, start: Sequence[float], limit: float, most_workers: int
+    asked: Holds,
+    weigh: Weigh,
+    start: Sequence[float],
+    limit: float,
+    most_workers: int,
+    most_stretch: float,
 ) -> Counts | None:
     def at(stretch: float) -> Counts:
         return tuple(max(1, math.ceil(max(part, 0.5) * stretch - ROUNDING)) for part in start)
@@ -61,7 +66,7 @@ def _on_ray(
     while not asked(at(high)):
         low, high = high, high * STRETCH
         beyond = weigh(at(high))[0] > limit * (1 + ROUNDING) or sum(at(high)) > most_workers
-        if high > MOST_STRETCH or beyond:
+        if high > most_stretch or beyond:
             return None
     if low == 0.0:
         low = 1.0

@@ -20,6 +20,8 @@ from pdserve.sim.plan.trial import Candidate, Conditions, Counts, Design, Factor
 
 HOPELESS = 32.0
 """A design that serves less than the estimate by this factor serves nothing."""
+MOST_STRETCH = 16.0
+"""A design that needs more workers than the estimate by this factor will not do."""
 
 
 class Measure(StrEnum):
@@ -102,6 +104,8 @@ class Limits(Protocol):
 
     def likely(self, design: Design, rate: float) -> tuple[float, ...]: ...
 
+    def floor_breaks(self, design: Design) -> str | None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
@@ -120,6 +124,8 @@ class Race:
     ) -> Found | None:
         """The best of the design. ``start``: where to begin. None if none holds the promise, or
         none comes near ``beat``, a value of the goal."""
+        if self.bounds_of(level, self.looser).floor_breaks(design) is not None:
+            return None
         if self.goal.is_least:
             return self._least_of(design, level, start, beat)
         return self._most_of(design, level, beat)
@@ -171,6 +177,7 @@ class Race:
             refused=lambda counts: bounds.refuses(design, counts, rate),
             limit=math.inf if beat is None else beat,
             most_workers=self.most_workers,
+            most_stretch=MOST_STRETCH,
         )
         return None if counts is None else self.found(Candidate(design, counts), rate)
 

@@ -8,6 +8,8 @@ from pdserve.sim.plan.race import Found, Goal, Measure
 from pdserve.sim.plan.sureness import Comparison
 
 UNIT_OF_COST = "$/h"
+UNKNOWN_W = 1e-3
+"""Less than this is no power: it was not known."""
 
 
 def answer(plan: Plan, goal: Goal, unit: str = UNIT_OF_COST) -> list[str]:
@@ -29,7 +31,14 @@ def price(found: Found, unit: str) -> str:
 
 
 def watts(power_w: float) -> str:
-    return f"{power_w / 1e3:,.4g} kW"
+    return f"{power_w / 1e3:,.4g} kW" if power_w > UNKNOWN_W else "-"
+
+
+def spent(found: Found, unit: str) -> str:
+    """Cost and power, as far as they are known."""
+    if found.power_w <= UNKNOWN_W:
+        return price(found, unit)
+    return f"{price(found, unit)}, {watts(found.power_w)}"
 
 
 def turn_words(turn: Turn) -> str:
@@ -46,12 +55,9 @@ def turn_words(turn: Turn) -> str:
 def _serves(found: Found, goal: Goal, unit: str) -> str:
     if goal.is_least:
         what = f"serve {goal.rate:.4g} requests/s within the SLO"
-        return f"{what} for {price(found, unit)}, {watts(found.power_w)}"
+        return f"{what} for {spent(found, unit)}"
     limit = watts(goal.budget or 0) if goal.measure is Measure.POWER else f"{goal.budget:g} {unit}"
-    return (
-        f"serve {found.rate:.4g} requests/s within the SLO and {limit} "
-        f"({price(found, unit)}, {watts(found.power_w)})"
-    )
+    return f"serve {found.rate:.4g} requests/s within the SLO and {limit} ({spent(found, unit)})"
 
 
 def _against(plan: Plan, goal: Goal) -> str:
@@ -114,14 +120,14 @@ def _runner_up(plan: Plan, goal: Goal, unit: str) -> str:
     gain = goal.gain(plan.winner, found)
     what = f"{found.rate:.4g} requests/s, " if not goal.is_least else ""
     return (
-        f"Runner-up: {found.candidate}, {what}{price(found, unit)}, {watts(found.power_w)}; the "
-        f"winner is {_better(gain, goal)}."
+        f"Runner-up: {found.candidate}, {what}{spent(found, unit)}; the winner is "
+        f"{_better(gain, goal)}."
     )
 
 
 def _other_measure(plan: Plan, goal: Goal, unit: str) -> str:
     found = plan.by_other_measure
-    if found is None:
+    if found is None or found.power_w <= UNKNOWN_W:
         return ""
     sought = "Least power" if goal.measure is Measure.COST else "Cheapest"
     if found.candidate == plan.winner.candidate:

@@ -49,6 +49,9 @@ class OffLimits:
     def refuses(self, design, counts, rate):
         return False
 
+    def floor_breaks(self, design):
+        return None
+
     def likely(self, design, rate):
         if design.is_split:
             prefill = rate / self.evaluate.prefill_rps[design.hardware[0]]
