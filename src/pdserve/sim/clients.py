@@ -101,13 +101,16 @@ class Clients:
         declared_tokens: int | None,
         longest_tokens: int,
         service_of: Callable[[TraceRequest], ServiceClass],
+        request_of: Callable[[TraceRequest], Request] | None = None,
     ) -> None:
+        """``request_of``: the request that is sent, where it is not made of the trace's lengths."""
         self.open: dict[RequestId, Client] = {}
         self.num_sent = 0
         self._requests = requests
         self._declared_tokens = declared_tokens
         self._longest_tokens = longest_tokens
         self._service_of = service_of
+        self._request_of = request_of or self._made
 
     def next_asked(self) -> TraceRequest | None:
         """The next one to come."""
@@ -115,25 +118,28 @@ class Clients:
 
     def send(self, asked: TraceRequest, now: float) -> Request:
         """A client sends its request."""
-        prompt = prompt_of(asked)
-        params = SamplingParams(
-            max_tokens=self._max_tokens(len(prompt), asked.output_tokens),
-            seed=0,
-            eos_token_ids=(ENDING,),
-        )
-        request = Request(
-            request_id=RequestId(f"r{self.num_sent}"),
-            prompt_token_ids=prompt,
-            params=params,
-            service=self._service_of(asked),
-        )
-        last_index = min(asked.output_tokens, params.max_tokens) - 1
+        request = self._request_of(asked)
+        last_index = min(asked.output_tokens, request.params.max_tokens) - 1
         notable = last_index
         if asked.cancel_after_tokens:
             notable = min(last_index, asked.cancel_after_tokens - 1)
         self.open[request.request_id] = Client(request, asked, now, last_index, notable)
         self.num_sent += 1
         return request
+
+    def _made(self, asked: TraceRequest) -> Request:
+        prompt = prompt_of(asked)
+        params = SamplingParams(
+            max_tokens=self._max_tokens(len(prompt), asked.output_tokens),
+            seed=0,
+            eos_token_ids=(ENDING,),
+        )
+        return Request(
+            request_id=RequestId(f"r{self.num_sent}"),
+            prompt_token_ids=prompt,
+            params=params,
+            service=self._service_of(asked),
+        )
 
     def _max_tokens(self, prompt_tokens: int, output_tokens: int) -> int:
         """What the client declares: at least what it will get, and no more than any worker holds,

@@ -20,7 +20,7 @@ from pdserve.node.sequence import Sequence as Rider
 from pdserve.node.worker import WorkerNode
 from pdserve.sim.clients import ENDING, Client
 from pdserve.sim.clock import Clock
-from pdserve.sim.tempo import Tempo
+from pdserve.sim.conditions import Pacer
 
 FIRST_LOOK_STEPS = 4
 """Steps of a stretch whose times are worked out at first; then twice as many, and so on."""
@@ -61,19 +61,19 @@ class VirtualEngine:
         step_gap_s: float,
         *,
         stretches: bool = True,
-        tempo: Tempo | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         """Without ``stretches`` the machine is told of each step when it ends; so it is of steps
-        that have a ``tempo``, which take what that says."""
+        that have a ``pacer``, which take what that says."""
         self._clock = clock
         self._audience = audience
         self._worker = node.settings.worker
         self._step_s = machine.steps.step_s
         self._gap_s = step_gap_s
-        self._stretches = stretches and tempo is None
-        self._tempo = tempo
-        if tempo is not None:
-            tempo.moved = self._moved
+        self._stretches = stretches and pacer is None
+        self._pacer = pacer
+        if pacer is not None:
+            pacer.moved = self._moved
         self._node = node
         self._feed = feed
         self._plan: StepPlan | None = None
@@ -100,11 +100,12 @@ class VirtualEngine:
         """The machine's next step begins."""
         self._plan = effect.plan
         self._shape = effect.plan.shape
-        self._begun_s = at_s + self._gap_s
-        if self._tempo is None:
+        if self._pacer is None:
+            self._begun_s = at_s + self._gap_s
             self._ends = [self._begun_s + self._step_s(self._shape)]
         else:
-            self._ends = [self._tempo.begin(self._shape, self._begun_s)]
+            self._begun_s, ended_s = self._pacer.begin(self._shape, at_s)
+            self._ends = [ended_s]
         riders = self._node.riders
         if riders is not self._riders:
             self._riders = riders
@@ -141,9 +142,9 @@ class VirtualEngine:
         """The process is dead."""
         self._plan = None
         self._version += 1
-        if self._tempo is not None:
-            self._tempo.end()
-            self._tempo.rest()
+        if self._pacer is not None:
+            self._pacer.end()
+            self._pacer.rest()
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -198,12 +199,12 @@ class VirtualEngine:
             )
         self._audience.stepped(self._worker, begun_s, ended_s, shape, count)
         elapsed_s = ended_s - begun_s - (count - 1) * self._gap_s
-        if self._tempo is None:
+        if self._pacer is None:
             self._feed(StepsDone(count, elapsed_s, ended), ended_s)
             return
-        self._tempo.end()
+        self._pacer.end()
         self._feed(StepsDone(count, elapsed_s, ended), ended_s)
-        self._tempo.rest()
+        self._pacer.rest()
 
     # --- who draws ----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
+from pdserve.core.request import DEFAULT_SERVICE, Request, ServiceClass
 from pdserve.cost.machine import ClusterTimes, MachineModel
 from pdserve.node.settings import RoleControl
 from pdserve.policy.batch import BatchPolicy
@@ -24,6 +24,7 @@ class SimSettings:
     as the trace says, and no policy knows how long. None: they ask for exactly what they get (as
     load clients do that replay a trace).
     ``service``: the class of every request, unless ``service_of`` says which one each has.
+    ``request_of``: the requests themselves, if they are not made of the trace's lengths.
     ``learns``: the router fits its step and link models to what it sees, as live; if not, it is
     told the `MachineModel.linear` of each worker from the start.
     ``stretches``: decode steps that are alike pass in one go; the result is the same.
@@ -39,6 +40,7 @@ class SimSettings:
     make_batching: Callable[[], BatchPolicy] | None = None
     service: ServiceClass = DEFAULT_SERVICE
     service_of: Callable[[TraceRequest], ServiceClass] | None = None
+    request_of: Callable[[TraceRequest], Request] | None = None
     roles: RoleControl = RoleControl.FIXED
     admission: str = "none"
     declared_tokens: int | None = 4096

@@ -33,9 +33,9 @@ from pdserve.core.step import StepShape
 from pdserve.node.router import RouterNode
 from pdserve.policy.batch import BatchPolicy
 from pdserve.policy.registry import default_batching, make_batching, make_policy
-from pdserve.sim.births import router_settings, worker_settings
 from pdserve.sim.clients import Client, Clients
 from pdserve.sim.clock import Clock
+from pdserve.sim.conditions import Conditions, Modelled
 from pdserve.sim.gateway import VirtualGateway
 from pdserve.sim.launcher import VirtualLauncher
 from pdserve.sim.network import End, Network
@@ -43,7 +43,6 @@ from pdserve.sim.observe import Observer, Told, WorkerLoad
 from pdserve.sim.peer_links import PeerLinks
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import Group
-from pdserve.sim.tempo import Hosts
 from pdserve.sim.worker import VirtualWorker
 from pdserve.workload.request import TraceRequest
 
@@ -61,12 +60,15 @@ class Simulation:
         settings: SimSettings,
         requests: Iterator[TraceRequest],
         observers: Sequence[Observer] = (),
+        conditions: Conditions | None = None,
     ) -> None:
+        """``conditions`` None: as the settings say."""
         self.settings = settings
         self.times = settings.times
         self.clock = Clock()
         self.network = Network(self.clock)
-        self._hosts = Hosts(self.clock, settings.seed)
+        self._conditions: Conditions = conditions or Modelled(settings)
+        self._delay = self._conditions.delay
         self._told = Told(observers)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
@@ -76,7 +78,7 @@ class Simulation:
         self.when_over: list[Callable[[], None]] = []
         self.on_answer: Callable[[Answer], None] = lambda answer: None
         policy = settings.make_policy() if settings.make_policy else make_policy(settings.policy)
-        self.router = RouterNode(router_settings(settings), policy)
+        self.router = RouterNode(self._conditions.router(), policy)
         self.gateway = VirtualGateway(self.router, self.clock, self)
         longest = max(m.num_blocks * m.block_size for m in settings.machines)
         self.clients = Clients(
@@ -84,6 +86,7 @@ class Simulation:
             declared_tokens=settings.declared_tokens,
             longest_tokens=min(longest, max(m.max_model_tokens for m in settings.machines)),
             service_of=settings.service_of or (lambda asked: settings.service),
+            request_of=settings.request_of,
         )
         self._exhausted = False
 
@@ -188,7 +191,7 @@ class Simulation:
 
     def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
         received = Received(sender.worker, sender.epoch, message)
-        arrives_s = at_s + self.times.message_s
+        arrives_s = at_s + self._delay_s(sender.worker, to, message)
         if to == GATEWAY:
             self.clock.at(arrives_s, self.gateway.hear, received)
             return
@@ -199,6 +202,11 @@ class Simulation:
             self.links.send(sender, receiver, received)
         else:
             self.clock.at(arrives_s, receiver.hear, received)
+
+    def _delay_s(self, sender: WorkerId, receiver: WorkerId, message: Message) -> float:
+        if self._delay is None:
+            return self.times.message_s
+        return self._delay(sender, receiver, message)
 
     def end_of(self, worker: WorkerId) -> End | None:
         found = self.workers.get(worker)
@@ -235,7 +243,8 @@ class Simulation:
         worker = self.workers.get(effect.to)
         if worker is not None:
             received = Received(GATEWAY, Epoch(0), message)
-            self.clock.after(self.times.message_s, worker.hear, received)
+            delay_s = self._delay_s(GATEWAY, effect.to, message)
+            self.clock.after(delay_s, worker.hear, received)
 
     def kill(self, effect: KillWorker) -> None:
         worker = self.workers.get(effect.worker)
@@ -258,17 +267,17 @@ class Simulation:
         self._epochs[worker] = epoch
         group = self.slots[worker]
         machine = self.settings.machine(group)
-        settings = worker_settings(self.settings, worker, epoch, group.role, machine)
+        settings = self._conditions.worker(worker, epoch, group.role, machine)
         process = VirtualWorker(
             self,
             settings,
             machine,
             self._batching(),
             stretches=self.settings.stretches,
-            tempo=self._hosts.tempo(worker, group.role, machine),
+            pacer=self._conditions.pacer(self.clock, worker, machine),
         )
         self.workers[worker] = process
-        self.gateway.hear(process.up())
+        self.gateway.hear(self._conditions.up(process.up()))
         process.start()
         self.launcher.ready(worker)
         for tell in self._told.worker_up:

@@ -28,20 +28,23 @@ _NOTHING = Lost()
 class Hosts:
     """Which workers share one: ``per_host`` of each role, in the order of their numbers."""
 
-    def __init__(self, clock: Clock, seed: int) -> None:
-        self._clock = clock
+    def __init__(self, seed: int, gap_s: float) -> None:
+        """``gap_s``: between two steps."""
         self._seed = seed
+        self._gap_s = gap_s
         self._hosts: dict[tuple[str, int], list[Tempo]] = {}
 
-    def tempo(self, worker: WorkerId, role: Role, machine: MachineModel) -> Tempo | None:
-        """Of a new process of the worker; None if its machine's steps take just what they do."""
+    def tempo(self, clock: Clock, worker: WorkerId, machine: MachineModel) -> Tempo | None:
+        """Of a new process of the worker, named after its home role; None if its machine's steps
+        take just what they do."""
         if machine.pace is None:
             return None
-        per_host = max(1, machine.pace.per_host.get(role, 1))
-        number = int(worker.rpartition("-")[2]) // per_host
+        role, _, place = worker.rpartition("-")
+        per_host = max(1, machine.pace.per_host.get(Role(role), 1))
+        number = int(place) // per_host
         host = self._hosts.setdefault((machine.name, number), [])
         host[:] = [tempo for tempo in host if tempo.worker != worker]
-        tempo = Tempo(self._clock, host, worker, machine, machine.pace, self._seed)
+        tempo = Tempo(clock, host, worker, machine, machine.pace, self._seed, self._gap_s)
         host.append(tempo)
         return tempo
 
@@ -57,6 +60,7 @@ class Tempo:
         machine: MachineModel,
         pace: Pace,
         seed: int,
+        gap_s: float,
     ) -> None:
         self.worker = worker
         self.moved: Callable[[float], None] = lambda end_s: None
@@ -64,6 +68,7 @@ class Tempo:
         self._host = host
         self._step_s = machine.steps.step_s
         self._pace = pace
+        self._gap_s = gap_s
         self._random = Random(f"{seed}/{worker}/pace")
         self._moods: dict[str, float] = {}
         self._kind = ""  # of the step that runs, or ran a moment ago; empty: it rests
@@ -72,9 +77,10 @@ class Tempo:
         self._left_s = 0.0  # of the step, alone, from `_since_s` on
         self._since_s = 0.0
 
-    def begin(self, shape: StepShape, begun_s: float) -> float:
-        """A step begins; when it ends, as far as is known."""
+    def begin(self, shape: StepShape, asked_s: float) -> tuple[float, float]:
+        """A step is asked for: when it begins and ends, as far as is known."""
         kind = kind_of(shape)
+        begun_s = asked_s + self._gap_s
         self._left_s = self._step_s(shape) * self._strays(kind)
         self._since_s = begun_s
         self._runs = True
@@ -82,7 +88,7 @@ class Tempo:
         self._rate = self._rate_beside_others()
         if changed:
             self._tell_others()
-        return begun_s + self._left_s / self._rate
+        return begun_s, begun_s + self._left_s / self._rate
 
     def end(self) -> None:
         """The step is over, and the next one may follow at once."""

@@ -34,9 +34,9 @@ from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy
 from pdserve.sim.clock import Clock
+from pdserve.sim.conditions import Pacer
 from pdserve.sim.engine import Audience, VirtualEngine
 from pdserve.sim.network import End, Network
-from pdserve.sim.tempo import Tempo
 from pdserve.sim.transfers import Transfers
 
 
@@ -73,7 +73,7 @@ class VirtualWorker:
         policy: BatchPolicy,
         *,
         stretches: bool = True,
-        tempo: Tempo | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self.worker = settings.worker
         self.epoch = settings.epoch
@@ -101,7 +101,7 @@ class VirtualWorker:
             self._feed,
             world.times.step_gap_s,
             stretches=stretches,
-            tempo=tempo,
+            pacer=pacer,
         )
         self._perform: dict[type, Callable[..., None]] = {
             Send: self._send,

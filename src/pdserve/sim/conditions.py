@@ -1,0 +1,90 @@
+"""What a simulation is told of its machines and of time: from models, or from a recording.
+
+`Modelled` is what ``pdserve sim`` uses: machines are told what follows from the settings, messages
+take the time that the cluster's times say. Who knows better of one live run (`calibrate.parity`)
+gives other ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from pdserve.core.effects import WorkerUp
+from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.messages import Message
+from pdserve.core.request import Role
+from pdserve.core.step import StepShape
+from pdserve.cost.machine import MachineModel
+from pdserve.node.settings import RouterSettings, WorkerSettings
+from pdserve.sim.births import router_settings, worker_settings
+from pdserve.sim.clock import Clock
+from pdserve.sim.settings import SimSettings
+from pdserve.sim.tempo import Hosts
+
+Delay = Callable[[WorkerId, WorkerId, Message], float]
+"""Seconds that a message takes from the one to the other."""
+
+
+class Pacer(Protocol):
+    """When the steps of one worker begin and end, if no step model alone says it. ``moved`` is told
+    when the running step will end at another time than was said."""
+
+    moved: Callable[[float], None]
+
+    def begin(self, shape: StepShape, asked_s: float) -> tuple[float, float]:
+        """The machine asks for a step: when it begins and ends, as far as is known."""
+        ...
+
+    def end(self) -> None:
+        """The step is over, and the next one may follow at once."""
+        ...
+
+    def rest(self) -> None:
+        """No step followed."""
+        ...
+
+
+class Conditions(Protocol):
+    """Of one simulation."""
+
+    delay: Delay | None
+    """None: the time that the cluster's times say."""
+
+    def router(self) -> RouterSettings: ...
+
+    def worker(
+        self, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
+    ) -> WorkerSettings: ...
+
+    def up(self, up: WorkerUp) -> WorkerUp:
+        """How a process introduces itself, given how it would by its settings."""
+        ...
+
+    def pacer(self, clock: Clock, worker: WorkerId, machine: MachineModel) -> Pacer | None:
+        """None: its steps take what its machine's timer says."""
+        ...
+
+
+class Modelled:
+    """As the settings and the machines' models say."""
+
+    delay: Delay | None = None
+
+    def __init__(self, settings: SimSettings) -> None:
+        self._settings = settings
+        self._hosts = Hosts(settings.seed, settings.times.step_gap_s)
+
+    def router(self) -> RouterSettings:
+        return router_settings(self._settings)
+
+    def worker(
+        self, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
+    ) -> WorkerSettings:
+        return worker_settings(self._settings, worker, epoch, role, machine)
+
+    def up(self, up: WorkerUp) -> WorkerUp:
+        return up
+
+    def pacer(self, clock: Clock, worker: WorkerId, machine: MachineModel) -> Pacer | None:
+        return self._hosts.tempo(clock, worker, machine)
