@@ -115,9 +115,9 @@ class RooflineTimer:
     """A `StepTimer` of a model on ``num_devices`` devices. See the head of this module."""
 
     __slots__ = (
+        "_context_token_s",
         "_decode_launch_s",
         "_head_token_s",
-        "_kv_token_s",
         "_pair_s",
         "_prompt_launch_s",
         "_reduce_fixed_s",
@@ -137,10 +137,11 @@ class RooflineTimer:
         self._token_s = 2.0 * shape.layer_weights / flops
         self._head_token_s = 2.0 * shape.head_weights / flops
         self._weights_s = weights * shape.weight_bytes / bytes_per_s
-        self._pair_s = shape.pair_flops / (flops * runtime.attention_share)
+        pair_s = shape.pair_flops / (flops * runtime.attention_share)
+        self._pair_s = 0.5 * pair_s  # of n^2, half are a query and a key before it
         copies = max(1.0, num_devices / shape.num_kv_heads)
-        kv_bytes_per_s = bytes_per_s * runtime.kv_share
-        self._kv_token_s = copies * shape.token_kv_bytes / kv_bytes_per_s
+        read_s = copies * shape.token_kv_bytes / (bytes_per_s * runtime.kv_share)
+        self._context_token_s = max(read_s, pair_s)
         self._reduce_fixed_s = self._reduce_token_s = 0.0
         if num_devices > 1:
             reductions = 2.0 * shape.num_layers
@@ -161,28 +162,22 @@ class RooflineTimer:
         tokens = prompt_tokens + sequences
         if not tokens:
             return 0.0
-        launch_s = self._prompt_launch_s if prompt_tokens else self._decode_launch_s
-        host_s = launch_s + self._sequence_s * sequences
-        return self._step_s + _together(self._device_s(shape), host_s, UNMET)
-
-    def _device_s(self, shape: StepShape) -> float:
-        sequences, context_tokens = shape.num_decoding, shape.context_tokens
-        tokens = shape.prompt_tokens + sequences
         products_s = self._token_s * tokens + self._head_token_s * (sequences or 1)
-        pairs_s = self._pair_s * context_tokens
-        reads_s = self._kv_token_s * context_tokens
-        return (
-            _together(products_s, self._weights_s, UNHIDDEN)
-            + (reads_s if reads_s > pairs_s else pairs_s)
-            + 0.5 * self._pair_s * shape.prompt_pairs
-            + self._reduce_fixed_s
-            + self._reduce_token_s * tokens
-        )
-
-
-def _together(one_s: float, other_s: float, remains: float) -> float:
-    """Two at a time: the longer, and what remains of the shorter."""
-    return one_s + remains * other_s if one_s > other_s else other_s + remains * one_s
+        weights_s = self._weights_s
+        if products_s > weights_s:
+            device_s = products_s + UNHIDDEN * weights_s
+        else:
+            device_s = weights_s + UNHIDDEN * products_s
+        device_s += self._reduce_fixed_s + self._reduce_token_s * tokens
+        device_s += self._context_token_s * shape.context_tokens
+        if prompt_tokens:
+            device_s += self._pair_s * shape.prompt_pairs
+            host_s = self._prompt_launch_s + self._sequence_s * sequences
+        else:
+            host_s = self._decode_launch_s + self._sequence_s * sequences
+        if device_s > host_s:
+            return self._step_s + device_s + UNMET * host_s
+        return self._step_s + host_s + UNMET * device_s
 
 
 GRID_PROMPTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
