@@ -79,12 +79,12 @@ class Batcher:
 
     def step(self) -> bool:
         """One step; False if there was nothing to do."""
-        waited = {s.key for s in self.machine._resuming.values()}
+        waited = {s.key for s in self.machine.queues.resuming.values()}
         planned = self.machine.plan()
         for sequence in planned.preempted:
             self.preempted[sequence.key] = self.preempted.get(sequence.key, 0) + 1
         if planned.admitted:
-            for key in waited & set(self.machine._resuming):
+            for key in waited & set(self.machine.queues.resuming):
                 self.overtaken[key] = self.overtaken.get(key, 0) + 1
         if planned.plan is None:
             assert self.machine.is_empty, "nothing is computed, and somebody waits"
@@ -182,12 +182,12 @@ def test_after_its_last_preemption_a_sequence_has_room_for_its_answer() -> None:
     for number in range(100):
         if batcher.preempted.get(_key("long"), 0) == 4:
             break
-        if not batcher.machine._waiting:
+        if not batcher.machine.queues.waiting:
             batcher.submit(f"p{number}", 24, 1)
         batcher.step()
     else:
         pytest.fail("never preempted four times")
-    while _key("long") not in batcher.machine._decoding:
+    while _key("long") not in batcher.machine.queues.decoding:
         batcher.step()
     (long,) = (s for s in batcher.machine.sequences() if s.key == _key("long"))
     assert len(long.block_ids) == LAYOUT.num_blocks_for(29)

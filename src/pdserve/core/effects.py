@@ -73,6 +73,22 @@ class StepDone:
     elapsed_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepsDone:
+    """Answer to `RunStep` of a driver that computes nothing: ``num_steps`` steps are done, the
+    running one and others just like it, in ``elapsed_s`` seconds all together.
+
+    Whoever drew a token drew `SILENT_TOKEN`, of which the router is told later or never
+    (`TokenDelta.skipped`); but in the last step the rows that ``ended`` names (row, token id) drew
+    that, and what a prompt draws first is told as well. Only as many steps may pass in one go as
+    `WorkerNode.steady_steps` says.
+    """
+
+    num_steps: int
+    elapsed_s: float
+    ended: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSent:
     """Answer to `BindTransfer`: every block is written. No write will follow."""
@@ -302,6 +318,7 @@ Input = (
     | Received
     | TimerFired
     | StepDone
+    | StepsDone
     | TransferSent
     | TransferFailed
     | TransferStopped

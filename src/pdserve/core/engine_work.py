@@ -13,6 +13,7 @@ from enum import StrEnum
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import SamplingParams
+from pdserve.core.token_ids import TokenIds
 
 
 class EnginePhase(StrEnum):
@@ -32,7 +33,7 @@ class EngineWork:
 
     attempt: AttemptId
     choices: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     num_prompt_tokens: int
     params: SamplingParams
     cache_salt: str = ""

@@ -30,11 +30,13 @@ from pdserve.core.ids import AttemptId, BlockHash, BlockId, Epoch, RequestId, Wo
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import FinishReason, Job, Role, SamplingParams
 from pdserve.core.step import StepSample, TokenLogprobs, TransferSample
+from pdserve.core.token_ids import TokenIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
-    """Output token ``index`` of one choice. ``finish`` ends the choice with this token."""
+    """Output token ``index`` of one choice. ``finish`` ends the choice with this token. ``skipped``
+    tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`)."""
 
     request_id: RequestId
     epoch: Epoch
@@ -43,6 +45,7 @@ class TokenDelta:
     token_id: int
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    skipped: int = 0
 
 
 # --- router -> worker -------------------------------------------------------------------------
@@ -114,7 +117,7 @@ class SendPrefix:
 
     attempt: AttemptId
     to: WorkerId
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     cache_salt: str
 
 
@@ -202,13 +205,12 @@ class LoadReport:
     ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
     allocated at once (unused, or cached and unreferenced: ``cached_blocks`` of them);
     ``quarantined_blocks`` wait for a writer's word. ``pending_prefill_tokens`` leaves out what was
-    cached when its prompt came. ``num_running`` counts prompts too;
-    ``num_decoding`` sequences decode here, or will once their prompt, which is being computed, is
-    done; ``context_tokens`` is their length, all together. ``steps`` and
-    ``transfers`` are what ended since the last report, at most a few dozen of each.
-    ``role_epoch`` is that of the last `SetRole` (0: none came). ``is_empty``: no request, lease
-    or unsent KV is left. ``num_left_out``: sequences that are here, prompts and decodes, and have no
-    part in the running step.
+    cached when its prompt came. ``num_running`` counts prompts too; ``num_decoding`` sequences
+    decode here, or will once their prompt, which is being computed, is done; ``context_tokens`` is
+    their length, all together. ``steps`` and ``transfers`` are what ended since the last report, at
+    most a few dozen of each. ``role_epoch`` is that of the last `SetRole` (0: none came).
+    ``is_empty``: no request, lease or unsent KV is left. ``num_left_out``: sequences that are here,
+    prompts and decodes, and have no part in the running step.
     """
 
     seq: int
@@ -245,7 +247,6 @@ class LoadReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """Opens a hand-off. The KV of all of ``token_ids`` will come; the next token index follows.
-
     ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
     sender's numerics class. ``opaque`` marks a payload that only an engine of the same kind reads:
     no blocks, no layers, the bytes come as `OpaquePayload` messages, in ``payload_format``.
@@ -254,7 +255,7 @@ class Header:
 
     attempt: AttemptId
     choices: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     num_prompt_tokens: int
     params: SamplingParams
     cache_salt: str
@@ -271,7 +272,6 @@ class Header:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
     """Write block i of the sequence, for i >= ``first_block``, into ``block_ids[i - first_block]``.
-
     Blocks before ``first_block`` are already here and pinned. The lease is a duration on the
     granter's own clock, renewed by `LeaseRenew`.
     """

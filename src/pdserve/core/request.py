@@ -7,6 +7,7 @@ from enum import StrEnum
 from math import inf
 
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.token_ids import TokenIds
 
 
 class RoutePreference(StrEnum):
@@ -108,7 +109,7 @@ class Request:
     """
 
     request_id: RequestId
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     num_choices: int = 1
     cache_salt: str = ""
@@ -139,7 +140,7 @@ class Job:
     request_id: RequestId
     epoch: Epoch
     choices: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     num_prompt_tokens: int
     params: SamplingParams
     prefill_worker: WorkerId

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from pdserve.core.ids import AttemptId, BlockId, StepId, WorkerId
 from pdserve.core.request import SamplingParams
+from pdserve.core.token_ids import TokenIds
+
+SILENT_TOKEN = 0
+"""What a row has drawn in a step of which nobody says what it has drawn (`StepsDone`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,7 @@ class StepRow:
     """
 
     attempt: AttemptId
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     start: int
     block_ids: tuple[BlockId, ...]
     sample: SampleSpec | None
@@ -90,6 +94,18 @@ class StepShape:
     prompt_pairs: int = 0
     num_decoding: int = 0
     context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BarePlan(StepPlan):
+    """A plan without rows, for a driver that computes nothing: ``size`` is what it needs of them.
+    Rows cost far more to make than all else in a step of many decodes."""
+
+    size: StepShape
+
+    @property
+    def shape(self) -> StepShape:
+        return self.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 from pdserve.core.errors import OutOfBlocksError
 from pdserve.core.ids import BlockHash, BlockId
@@ -51,6 +52,8 @@ class BlockPool:
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest first
         self._quarantined: dict[BlockId, None] = {}
         self._changes: dict[BlockHash, bool] | None = None  # True: entered the index, False: left
+        self.num_releases = 0
+        """How often blocks may have come free: as long as it is the same, none has."""
 
     @property
     def num_free(self) -> int:
@@ -82,14 +85,26 @@ class BlockPool:
         self._assert_in_pool(block)
         return self._hash_of[block] is not None
 
-    def match(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
-        """Blocks of the longest prefix of ``hashes`` that is indexed. Changes nothing.
+    def num_shared(self, blocks: Sequence[BlockId]) -> int:
+        """How many of these blocks somebody holds."""
+        references = self._references
+        return sum([references[block] > 0 for block in blocks])
+
+    def num_sole(self, blocks: Sequence[BlockId]) -> int:
+        """How many of these blocks have one reference only."""
+        references = self._references
+        return sum([references[block] == 1 for block in blocks])
+
+    def match(self, hashes: Sequence[BlockHash], most: int | None = None) -> list[BlockId]:
+        """Blocks of the longest prefix of (the first ``most``) ``hashes`` that is indexed. Changes
+        nothing.
 
         `acquire` them before the next `allocate`, which may otherwise evict them.
         """
-        found = []
-        for block_hash in hashes:
-            block = self._block_of.get(block_hash)
+        found: list[BlockId] = []
+        find = self._block_of.get
+        for block_hash in hashes if most is None else islice(hashes, most):
+            block = find(block_hash)
             if block is None:
                 break
             found.append(block)
@@ -97,12 +112,13 @@ class BlockPool:
 
     def acquire(self, blocks: Sequence[BlockId]) -> None:
         """One more reference on each of these blocks, all of them referenced or cached."""
+        self._assert_all_in_pool(blocks)
+        references, cached = self._references, self._cached
         for block in blocks:
-            self._assert_in_pool(block)
-            if self._references[block] == 0:
-                assert block in self._cached, f"acquired block {block}, which nobody holds"
-                del self._cached[block]
-            self._references[block] += 1
+            if references[block] == 0:
+                assert block in cached, f"acquired block {block}, which nobody holds"
+                del cached[block]
+            references[block] += 1
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
         """Blocks with one reference each: free ones first, then the least recently used cached.
@@ -115,11 +131,15 @@ class BlockPool:
                 f"{num_blocks} KV blocks are needed and {self.num_free} of {self.num_blocks} can "
                 "be had: wait for running requests, or give the worker a larger KV pool"
             )
-        taken = []
-        for _ in range(num_blocks):
-            block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
-            taken.append(block)
+        free, references = self._free, self._references
+        first = max(0, len(free) - num_blocks)
+        taken = free[first:]
+        del free[first:]
+        taken.reverse()  # from the top of the stack
+        while len(taken) < num_blocks:
+            taken.append(self._evict())
+        for block in taken:
+            references[block] = 1
         return taken
 
     def release(self, blocks: Sequence[BlockId]) -> None:
@@ -128,16 +148,19 @@ class BlockPool:
         A block without references is cached if it is indexed, and free otherwise. The last block
         of the table is the first to be evicted: a prefix is of no use without its head.
         """
+        self._assert_all_in_pool(blocks)
+        self.num_releases += 1
+        references, hash_of, cached = self._references, self._hash_of, self._cached
         for block in reversed(blocks):
-            self._assert_in_pool(block)
-            assert self._references[block] > 0, f"released block {block}, which nobody holds"
-            self._references[block] -= 1
-            if self._references[block] > 0:
+            left = references[block] - 1
+            assert left >= 0, f"released block {block}, which nobody holds"
+            references[block] = left
+            if left:
                 continue
-            if self._hash_of[block] is None:
+            if hash_of[block] is None:
                 self._free.append(block)
             else:
-                self._cached[block] = None
+                cached[block] = None
 
     def publish(self, block: BlockId, block_hash: BlockHash) -> None:
         """Let `match` find this referenced block, which is full and will not be written again.
@@ -145,15 +168,21 @@ class BlockPool:
         If another block has the hash already, that one stays and this one remains unindexed: it
         goes to the free list when its last reference does. Publishing twice changes nothing.
         """
-        self._assert_in_pool(block)
-        assert self._references[block] > 0, f"published block {block}, which nobody holds"
-        if not self.prefix_cache or self._hash_of[block] == block_hash:
-            return
-        assert self._hash_of[block] is None, f"published block {block} under a second hash"
-        if block_hash not in self._block_of:
-            self._block_of[block_hash] = block
-            self._hash_of[block] = block_hash
-            self._note(block_hash, entered=True)
+        self.publish_all((block,), (block_hash,))
+
+    def publish_all(self, blocks: Sequence[BlockId], hashes: Sequence[BlockHash]) -> None:
+        """`publish` each block under the hash in its place."""
+        self._assert_all_in_pool(blocks)
+        references, hash_of, block_of = self._references, self._hash_of, self._block_of
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            assert references[block] > 0, f"published block {block}, which nobody holds"
+            if not self.prefix_cache or hash_of[block] == block_hash:
+                continue
+            assert hash_of[block] is None, f"published block {block} under a second hash"
+            if block_hash not in block_of:
+                block_of[block_hash] = block
+                hash_of[block] = block_hash
+                self._note(block_hash, entered=True)
 
     def quarantine(self, blocks: Sequence[BlockId]) -> None:
         """Take blocks out of circulation because a writer may still write into them.
@@ -170,6 +199,7 @@ class BlockPool:
 
     def release_quarantine(self, blocks: Sequence[BlockId]) -> None:
         """The writer of these blocks has promised to stop, or is dead: they are free again."""
+        self.num_releases += 1
         for block in reversed(blocks):
             assert block in self._quarantined, f"block {block} is not in quarantine"
             del self._quarantined[block]
@@ -177,6 +207,7 @@ class BlockPool:
 
     def clear_cache(self) -> None:
         """Forget every prefix. Cached blocks become free; referenced ones stay, unindexed."""
+        self.num_releases += 1
         while self._cached:
             self._free.append(self._evict())
         for block_hash, block in self._block_of.items():
@@ -235,6 +266,11 @@ class BlockPool:
         """The index has changed; a change back leaves nothing to tell."""
         if self._changes is not None and self._changes.setdefault(block_hash, entered) != entered:
             del self._changes[block_hash]
+
+    def _assert_all_in_pool(self, blocks: Sequence[BlockId]) -> None:
+        assert not blocks or (min(blocks) >= 0 and max(blocks) < self.num_blocks), (
+            f"blocks {min(blocks)} to {max(blocks)} of a pool of {self.num_blocks}"
+        )
 
     def _assert_in_pool(self, block: BlockId) -> None:
         assert 0 <= block < self.num_blocks, f"block {block} of a pool of {self.num_blocks}"

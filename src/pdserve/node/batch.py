@@ -16,43 +16,46 @@ one that breaks the engine is lost.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from itertools import chain, islice
+from collections.abc import Iterator
+from itertools import islice
 
 from pdserve.core.ids import AttemptId, StepId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import Job, Role
-from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
+from pdserve.core.step import BarePlan, StepPlan, StepResult, StepShape
 from pdserve.kv.hashing import root_hash
+from pdserve.node.batch_view import Lookout
 from pdserve.node.planned import Planned, StepOutcome
-from pdserve.node.sequence import Sequence, SequenceKey, sample_spec, token_deltas
+from pdserve.node.queues import Queue, Queues
+from pdserve.node.ride import Ride, rows_of, shape_of
+from pdserve.node.sequence import Sequence, SequenceKey, untold
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
+from pdserve.node.step_ends import StepEnds, steps_left
 from pdserve.node.tables import BlockTables
-from pdserve.node.turns import first_old, in_turn, pass_by, reserve_answer
-from pdserve.policy.batch import BatchPolicy, BatchView, DecodeView, PromptView
+from pdserve.node.turns import first_old, pass_by, set_back
+from pdserve.policy.batch import BatchPlan, BatchPolicy
+
+_NOTHING = BatchPlan(())
 
 
 class BatchMachine:
-    """Queues of one worker. One step is under way at a time."""
+    """Queues of one worker. One step is under way at a time: ``ride``."""
 
     def __init__(
         self, settings: WorkerSettings, policy: BatchPolicy, standing: Standing | None = None
     ) -> None:
         self.settings = settings
         self.standing = standing or Standing(settings.role)
+        self.queues = Queues()
         self.tables = BlockTables(settings)
         self.num_preemptions = 0
         self.num_steps = 0
-        self.running_step: StepPlan | None = None
+        self.ride: Ride | None = None
+        self._last_ride: Ride | None = None
         self._policy = policy
-        self._arrivals = 0
-        self._waiting: dict[SequenceKey, Sequence] = {}
-        self._resuming: dict[SequenceKey, Sequence] = {}
-        self._admitted: dict[SequenceKey, Sequence] = {}
-        self._decoding: dict[SequenceKey, Sequence] = {}
-        self._held: dict[SequenceKey, Sequence] = {}
-        self._in_flight: list[Sequence] = []
+        self._lookout = Lookout(settings, policy, self.queues, self.tables)
+        self._ends = StepEnds(settings, self.queues, self.tables)
         self._suspects: list[Sequence] = []
 
     # --- arrivals and departures --------------------------------------------------------------
@@ -63,13 +66,17 @@ class BatchMachine:
             attempt=job.attempt,
             choices=job.choices,
             params=job.params,
-            token_ids=list(job.token_ids),
+            given=job.token_ids,
             num_prompt_tokens=job.num_prompt_tokens,
             root=root_hash(self.settings.layout, job.cache_salt),
-            arrival=self._next_arrival(),
+            arrival=self.queues.next_arrival(),
             hands_off=hands_off,
+            number=job.number,
+            answer_tokens=job.answer_tokens or job.params.max_tokens,
+            reserved_tokens=len(job.token_ids) + 1 if self._policy.reserves else 0,
         )
-        self._waiting[sequence.key] = sequence
+        sequence.num_found = self.tables.cached_tokens(sequence)
+        self.queues.enter(self.queues.waiting, sequence)
         return sequence
 
     def adopt(self, parent: Sequence, deltas: tuple[TokenDelta, ...]) -> list[Sequence]:
@@ -77,24 +84,25 @@ class BatchMachine:
 
         ``parent`` holds blocks with the KV of all of its tokens; this call owns their references.
         """
-        parent.arrival = self._next_arrival()
+        parent.arrival = self.queues.next_arrival()
         parent.started = True
         self.tables.publish(parent)
-        return self._branches(parent, [delta for delta in deltas if delta.finish is None])
+        return self._ends.branches(parent, [delta for delta in deltas if delta.finish is None])
 
     def drop(self, attempt: AttemptId, choices: tuple[int, ...] | None = None) -> None:
         """Forget the attempt's sequences (those of ``choices``), and release their blocks, at the
         latest when the running step is done. Held sequences are the hand-off machine's: not here.
         """
-        for queue in (self._waiting, self._resuming, self._admitted, self._decoding):
+        queues = self.queues
+        for queue in (queues.waiting, queues.resuming, queues.admitted, queues.decoding):
             for sequence in [s for s in queue.values() if s.attempt == attempt]:
                 left = () if choices is None else _without(sequence.choices, choices)
                 if left == sequence.choices:
                     continue
-                del queue[sequence.key]
+                queues.leave(queue, sequence)
                 if left:
                     sequence.choices = left
-                    queue[sequence.key] = sequence
+                    queues.enter(queue, sequence)
                 else:
                     self.let_go(sequence)
 
@@ -102,22 +110,25 @@ class BatchMachine:
         """Take an outbound sequence out of all queues, but keep its blocks: a transfer may still
         read them. `let_go` gives them back."""
         sequence.detached = True
-        for queue in (self._waiting, self._admitted, self._held):
+        for queue in (self.queues.waiting, self.queues.admitted, self.queues.held):
             if queue.get(sequence.key) is sequence:
-                del queue[sequence.key]
+                self.queues.leave(queue, sequence)
+                self.queues.count_departure()
 
     def decoding_alone(self, attempt: AttemptId) -> Sequence | None:
         """The attempt's only sequence here, if it decodes."""
         own = [sequence for sequence in self.sequences() if sequence.attempt == attempt]
-        return own[0] if len(own) == 1 and own[0].key in self._decoding else None
+        return own[0] if len(own) == 1 and own[0].key in self.queues.decoding else None
 
     def hold(self, sequence: Sequence) -> None:
         """A running sequence is to be handed off: it runs no step until it is to `go_on`."""
-        self._held[sequence.key] = self._decoding.pop(sequence.key)
+        self.queues.leave(self.queues.decoding, sequence)
+        self.queues.enter(self.queues.held, sequence)
 
     def go_on(self, sequence: Sequence) -> None:
         """The hand-off of a held sequence came to nothing."""
-        self._decoding[sequence.key] = self._held.pop(sequence.key)
+        self.queues.leave(self.queues.held, sequence)
+        self.queues.enter(self.queues.decoding, sequence)
 
     def let_go(self, sequence: Sequence) -> None:
         """Release the blocks of a sequence that is in no queue (after the running step)."""
@@ -131,59 +142,112 @@ class BatchMachine:
     def plan(self) -> Planned:
         """The next step, if none is under way and there is something to compute."""
         planned = Planned()
-        if self.running_step is not None:
+        if self.ride is not None:
             return planned
         self._make_room(planned)
-        rows = self._suspect_row() or self._rows(planned)
-        if rows:
-            self.num_steps += 1
-            planned.plan = self.running_step = StepPlan(
-                step_id=StepId(self.num_steps),
-                rows=tuple(rows),
-                copies=self.tables.take_copies(self._in_flight),
-            )
+        last, self._last_ride = self._last_ride, None
+        if last is not None and self._is_settled(last):
+            self._ride_again(last)
+        elif not self._send_suspect():
+            self._choose(planned)
+        if self.ride is not None:
+            planned.plan = self.ride.plan
         return planned
 
-    def _suspect_row(self) -> list[StepRow]:
-        """The next suspect that is still running, alone."""
-        while self._suspects:
-            sequence = self._suspects.pop(0)
-            queues = (self._admitted, self._decoding)
-            if any(queue.get(sequence.key) is sequence for queue in queues):
-                remaining = len(sequence.token_ids) - sequence.num_computed
-                return [self._row(sequence, min(remaining, self.settings.max_step_tokens))]
-        return []
+    def _ride_again(self, last: Ride) -> None:
+        """The same riders, each a token further."""
+        before, riders = last.shape, last.riders
+        context = sum([s.num_tokens for s in riders])
+        shape = StepShape(0, 0, before.num_decoding, context)
+        self._start(riders, len(riders), [], shape, last.settled)
+        assert self.ride is not None
+        self.ride.steps_left = last.steps_left
 
-    def _rows(self, planned: Planned) -> list[StepRow]:
+    def _ride_out(
+        self, decodes: list[Sequence], prompts: list[tuple[Sequence, int]], *, settled: bool
+    ) -> None:
+        """These, and so many tokens of each prompt."""
+        if not decodes and not prompts:
+            return
+        chunks = [chunk for _, chunk in prompts]
+        riders = decodes + [sequence for sequence, _ in prompts]
+        shape = shape_of(riders, len(decodes), chunks)
+        until = (self.changes, self.standing.role) if settled else None
+        self._start(riders, len(decodes), chunks, shape, until)
+
+    def _start(
+        self,
+        riders: list[Sequence],
+        num_decodes: int,
+        chunks: list[int],
+        shape: StepShape,
+        settled: tuple[int, Role] | None,
+    ) -> None:
+        for sequence in riders:
+            sequence.in_flight = True
+        self.num_steps += 1
+        step_id, copies = StepId(self.num_steps), self.tables.take_copies(riders)
+        plan: StepPlan
+        if self.settings.bare_plans and not _any_shared(riders[num_decodes:]):
+            plan = BarePlan(step_id=step_id, rows=(), copies=copies, size=shape)
+        else:
+            rows = rows_of(riders, num_decodes, chunks)
+            plan = StepPlan(step_id=step_id, rows=rows, copies=copies)
+        self.ride = Ride(plan, riders, num_decodes, chunks, shape, None if copies else settled)
+
+    def _send_suspect(self) -> bool:
+        """The next suspect that is still running, alone; False if there is none."""
+        while self._suspects and self.ride is None:
+            sequence = self._suspects.pop(0)
+            if self.queues.decoding.get(sequence.key) is sequence:
+                self._ride_out([sequence], [], settled=False)
+            elif self.queues.admitted.get(sequence.key) is sequence:
+                remaining = sequence.num_tokens - sequence.num_computed
+                chunk = min(remaining, self.settings.max_step_tokens)
+                self._ride_out([], [(sequence, chunk)], settled=False)
+        return self.ride is not None
+
+    def _choose(self, planned: Planned) -> None:
         """Every running sequence's next token, and the prompt chunks that the policy grants."""
-        batch = self._policy.plan(self._view())
-        waited = list(self._resuming.values())
+        queues = self.queues
+        prompts: list[tuple[Sequence, int]] = []
+        reserves = self._policy.reserves
+        batch = _NOTHING
+        if reserves or queues.waiting or queues.resuming or queues.admitted:
+            batch = self._policy.plan(self._lookout.view(self.standing.role, self.growth_headroom))
+            self._lookout.memory = batch.memory
+        waited = list(queues.resuming.values())
         for key in batch.preempts:
-            self._preempt(self._decoding[key], planned)
-        rows: list[StepRow] = []
-        for sequence in list(self._decoding.values())[: self.settings.max_running]:
-            rows.append(self._row(sequence, 1))
+            self._preempt(queues.decoding[key], planned)
+        decodes = _but(queues.decoding, batch.pauses)[: self.settings.max_running]
+        for sequence in decodes:
             if not sequence.decode_started:
                 sequence.decode_started = True
+                if reserves:
+                    self.tables.reserve_answer(sequence)
                 planned.started_decoding.append(sequence)
-        num_new = len(self._waiting)
+        num_new = len(queues.waiting)
         for grant in batch.grants:
-            if grant.key not in self._admitted and not self._admit(grant.key, planned):
+            if grant.key not in queues.admitted and not self._admit(grant.key, planned):
                 break
-            sequence = self._admitted[grant.key]
-            remaining = len(sequence.token_ids) - sequence.num_computed
-            rows.append(self._row(sequence, min(grant.num_tokens, remaining)))
-        if len(self._waiting) < num_new:
-            pass_by(s for s in waited if s.key in self._resuming)
-        return rows
+            sequence = queues.admitted[grant.key]
+            remaining = sequence.num_tokens - sequence.num_computed
+            prompts.append((sequence, min(grant.num_tokens, remaining)))
+        if len(queues.waiting) < num_new:
+            pass_by(s for s in waited if s.key in queues.resuming)
+        all_ride = len(decodes) + len(batch.pauses) == len(queues.decoding)
+        settled = all_ride and not batch.grants and not batch.preempts
+        self._ride_out(decodes, prompts, settled=settled)
 
     def _admit(self, key: SequenceKey, planned: Planned) -> bool:
         """Give a waiting sequence its blocks, if they can be had."""
-        queue = self._waiting if key in self._waiting else self._resuming
+        queues = self.queues
+        queue = queues.waiting if key in queues.waiting else queues.resuming
         sequence = queue[key]
         if not self.tables.admit(sequence):
             return False
-        self._admitted[key] = queue.pop(key)
+        queues.leave(queue, sequence)
+        queues.enter(queues.admitted, sequence)
         if not sequence.started:
             sequence.started = True
             planned.admitted.append(sequence)
@@ -191,208 +255,144 @@ class BatchMachine:
 
     def step_done(self, result: StepResult) -> StepOutcome:
         """Account for the step that has just ended."""
-        plan, self.running_step = self.running_step, None
-        assert plan is not None
-        assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
-        in_flight, self._in_flight = self._in_flight, []
-        outcome = StepOutcome()
-        if result.error is not None:
-            self._step_broke(in_flight, outcome)
-            return outcome
-        self.tables.copies_done()
-        for index, (sequence, row) in enumerate(zip(in_flight, plan.rows, strict=True)):
-            sequence.in_flight = False
-            if sequence.doomed:
-                self.tables.release(sequence)
-            else:
-                sequence.num_computed = row.end
-                self.tables.publish(sequence)
-                if row.sample is not None and not sequence.detached:
-                    self._take(sequence, row.sample, result.tokens[index], outcome)
+        ride = self._arrive()
+        assert ride.plan.step_id == result.step_id, (ride.plan.step_id, result.step_id)
+        if result.error is None:
+            return self._ends.one(ride, result)
+        outcome = self._ends.broken(ride)
+        self._last_ride = None
+        self._suspects += outcome.suspects
         return outcome
+
+    def steps_done(self, num_steps: int, ended: tuple[tuple[int, int], ...]) -> StepOutcome:
+        """Account for several steps that have just ended, as far as `steady_steps` allowed."""
+        ride = self._arrive()
+        outcome = self._ends.several(ride, num_steps, ended)
+        self.num_steps += num_steps - 1
+        if ride.steps_left is not None:
+            ride.steps_left -= num_steps
+        return outcome
+
+    def _arrive(self) -> Ride:
+        ride, self.ride = self.ride, None
+        assert ride is not None, "a step has ended, and none was under way"
+        self._last_ride = ride
+        return ride
+
+    def steady_steps(self) -> int:
+        """See `WorkerNode.steady_steps`."""
+        ride = self.ride
+        if ride is None or _any_shared(ride.riders[ride.num_decodes :]):
+            return 0
+        if not self._is_settled(ride):
+            return 1
+        if ride.steps_left is None:
+            longest_tokens = self.settings.longest_tokens
+            ride.steps_left = min([steps_left(s, longest_tokens) for s in ride.riders])
+        if self._policy.reserves:
+            return ride.steps_left
+        blocks_each = self.tables.pool.num_free // len(ride.riders)
+        return min(ride.steps_left, 1 + blocks_each * self.settings.layout.block_size)
 
     # --- figures ------------------------------------------------------------------------------
 
     @property
-    def num_running(self) -> int:
-        return len(self._admitted) + len(self._decoding)
+    def changes(self) -> int:
+        """As long as it is the same, nobody who had to wait can be let in."""
+        return self.queues.changes + self.tables.pool.num_releases
 
-    def queues(self) -> tuple[Collection[Sequence], ...]:
-        """Sequences that wait, whose prompt is being computed, and that decode."""
-        waits = [*self._waiting.values(), *self._resuming.values()]
-        return waits, self._admitted.values(), self._decoding.values()
+    @property
+    def num_running(self) -> int:
+        return len(self.queues.admitted) + len(self.queues.decoding)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queues.waiting) + len(self.queues.resuming)
+
+    @property
+    def num_left_out(self) -> int:
+        """Sequences that wait, or have no part in the running step though they decode."""
+        num_riding = 0 if self.ride is None else self.ride.num_decodes
+        return max(0, self.num_waiting + len(self.queues.decoding) - num_riding)
+
+    @property
+    def reserves(self) -> bool:
+        """See `BatchPolicy.reserves`."""
+        return self._policy.reserves
 
     @property
     def growth_headroom(self) -> int:
         """Blocks that can be given away while each running sequence can still grow by one."""
-        return max(0, self.tables.pool.num_free - len(self._decoding))
+        if self._policy.reserves:
+            return self.tables.pool.num_free
+        return max(0, self.tables.pool.num_free - len(self.queues.decoding))
 
     @property
     def spare_blocks(self) -> int:
         """Blocks that hand-offs may have: what an old sequence waits for is kept for it."""
-        old = first_old(self._waiting, self._resuming, self.settings)
+        old = first_old(self.queues.waiting, self.queues.resuming, self.settings)
         return self.growth_headroom - (0 if old is None else self.tables.missing_blocks(old))
 
     def let_past(self) -> None:
         """A hand-off is given blocks, before those who wait here."""
-        pass_by([*self._resuming.values(), *islice(self._waiting.values(), 1)])
+        if self.num_waiting:
+            queues = self.queues
+            queues.changes += 1
+            pass_by([*queues.resuming.values(), *islice(queues.waiting.values(), 1)])
 
     @property
     def is_empty(self) -> bool:
-        return next(self.sequences(), None) is None and self.running_step is None
+        return self.ride is None and self.queues.are_empty
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence in a queue, each once."""
-        yield from chain(self._waiting.values(), self._resuming.values(), self._admitted.values())
-        yield from chain(self._decoding.values(), self._held.values())
+        return self.queues.sequences()
+
+    def untold(self) -> list[TokenDelta]:
+        """The tokens of which nobody has been told; from now on they count as told."""
+        deltas = map(untold, self.sequences())
+        return [delta for delta in deltas if delta is not None]
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _next_arrival(self) -> int:
-        self._arrivals += 1
-        return self._arrivals
-
-    def _view(self) -> BatchView:
-        is_mixed = self.standing.role is Role.MIXED
-        new_first = self._policy.new_first and is_mixed
-        turns = in_turn(self._waiting, self._resuming, self.settings, new_first=new_first)
-        return BatchView(
-            num_decoding=min(len(self._decoding), self.settings.max_running),
-            prompts=map(self._prompt_view, chain(list(self._admitted.values()), turns)),
-            num_admitted=len(self._admitted),
-            free_blocks=self.growth_headroom,
-            block_size=self.settings.layout.block_size,
-            max_step_tokens=self.settings.max_step_tokens,
-            mixed_chunk_tokens=self.settings.mixed_chunk_tokens,
-            max_running=self.settings.max_running,
-            preemptible=self._preemptible() if is_mixed else (),
-        )
-
-    def _prompt_view(self, sequence: Sequence) -> PromptView:
-        waits = sequence.key not in self._admitted
-        return PromptView(
-            key=sequence.key,
-            num_computed=sequence.num_computed,
-            num_tokens=len(sequence.token_ids),
-            blocks_missing=self.tables.missing_blocks(sequence) if waits else 0,
-            is_new=sequence.key in self._waiting,
-        )
-
-    def _preemptible(self) -> Iterator[DecodeView]:
-        for sequence in sorted(self._decoding.values(), key=lambda s: -s.arrival):
-            if not sequence.reserved_tokens:
-                yield DecodeView(key=sequence.key, blocks_freed=self.tables.freed_by(sequence))
+    def _is_settled(self, ride: Ride) -> bool:
+        """True if the step after this one has the same riders, unless one of them ends."""
+        settled = ride.settled
+        return settled is not None and settled == (self.changes, self.standing.role)
 
     def _make_room(self, planned: Planned) -> None:
         """A slot for the next token of each running sequence, oldest first."""
-        for sequence in sorted(self._decoding.values(), key=lambda s: s.arrival):
-            while sequence.key in self._decoding and not self.tables.grow(sequence):
-                able = (s for s in self._decoding.values() if not s.reserved_tokens)
+        decoding, tables = self.queues.decoding, self.tables
+        lacking = [sequence for sequence in decoding.values() if tables.lacks_slot(sequence)]
+        for sequence in sorted(lacking, key=lambda s: s.arrival):
+            while sequence.key in decoding and not tables.grow(sequence):
+                able = (s for s in decoding.values() if not s.reserved_tokens)
                 self._preempt(max(able, key=lambda s: s.arrival), planned)
 
     def _preempt(self, sequence: Sequence, planned: Planned) -> None:
         """Take a running sequence's blocks: it is done elsewhere, or here and later."""
         self.num_preemptions += 1
         sequence.num_preemptions += 1
-        del self._decoding[sequence.key]
+        self.queues.leave(self.queues.decoding, sequence)
         self.tables.release(sequence)
         if self.standing.role is Role.DECODE:
             planned.handed_back.append(sequence)
         else:
             planned.preempted.append(sequence)
-            self._requeue(sequence)
+            set_back(sequence, self.queues, self.settings)
 
-    def _requeue(self, sequence: Sequence) -> None:
-        """To be recomputed here; all of it is then of our own class."""
-        sequence.num_computed = sequence.num_cached_blocks = sequence.num_published = 0
-        if not sequence.extends_hashes:
-            sequence.extends_hashes, sequence.hashes = True, []
-        reserve_answer(sequence, self.settings)
-        self._resuming[sequence.key] = sequence
 
-    def _row(self, sequence: Sequence, num_tokens: int) -> StepRow:
-        start = sequence.num_computed
-        end = start + num_tokens
-        sequence.in_flight = True
-        self._in_flight.append(sequence)
-        return StepRow(
-            attempt=sequence.attempt,
-            token_ids=tuple(sequence.token_ids[start:end]),
-            start=start,
-            block_ids=tuple(sequence.block_ids),
-            sample=sample_spec(sequence) if end == len(sequence.token_ids) else None,
-            pushes=sequence.hands_off,
-        )
+def _but(decoding: Queue, pauses: tuple[SequenceKey, ...]) -> list[Sequence]:
+    """All who decode but for these."""
+    if not pauses:
+        return list(decoding.values())
+    paused = set(pauses)
+    return [sequence for key, sequence in decoding.items() if key not in paused]
 
-    def _take(
-        self,
-        sequence: Sequence,
-        spec: SampleSpec,
-        sampled: tuple[SampledToken, ...],
-        outcome: StepOutcome,
-    ) -> None:
-        """A row drew tokens: finish, go on, fork, or wait for the hand-off."""
-        was_decoding = self._decoding.pop(sequence.key, None) is not None
-        if not was_decoding:
-            del self._admitted[sequence.key]
-            outcome.prefilled.append(sequence)
-        room_tokens = self.settings.longest_tokens - len(sequence.token_ids) - 1
-        deltas = token_deltas(sequence, spec, sampled, room_tokens)
-        if sequence.hands_off:
-            self._held[sequence.key] = sequence
-            outcome.held.append((sequence, deltas))
-            return
-        outcome.deltas.extend(deltas)
-        branches = self._branches(sequence, [delta for delta in deltas if delta.finish is None])
-        if not was_decoding:
-            outcome.decoding.extend(branches)
 
-    def _branches(self, parent: Sequence, live: list[TokenDelta]) -> list[Sequence]:
-        """A running sequence per choice that goes on; the last takes over the parent's table."""
-        if not live:
-            self.tables.release(parent)
-            return []
-        branches = [self._fork(parent, delta) for delta in live[:-1]]
-        parent.choices = (live[-1].choice,)
-        parent.token_ids.append(live[-1].token_id)
-        self._decoding[parent.key] = parent
-        return [*branches, parent]
-
-    def _fork(self, parent: Sequence, delta: TokenDelta) -> Sequence:
-        child = Sequence(
-            attempt=parent.attempt,
-            choices=(delta.choice,),
-            params=parent.params,
-            token_ids=[*parent.token_ids, delta.token_id],
-            num_prompt_tokens=parent.num_prompt_tokens,
-            root=parent.root,
-            arrival=self._next_arrival(),
-            extends_hashes=parent.extends_hashes,
-            hashes=list(parent.hashes),
-            started=True,
-        )
-        if self.tables.fork(parent, child):
-            self._decoding[child.key] = child
-        else:  # recomputed later, most of it from the prefix cache
-            self._requeue(child)
-        return child
-
-    def _step_broke(self, in_flight: list[Sequence], outcome: StepOutcome) -> None:
-        """What the step wrote is not to be trusted; nothing counts as computed, so it is redone."""
-        self.tables.copies_failed()
-        for sequence in in_flight:
-            sequence.in_flight = False
-            if sequence.doomed:
-                self.tables.release(sequence)
-            elif sequence.detached:
-                continue
-            elif len(in_flight) > 1:
-                outcome.suspects.append(sequence)
-            else:
-                self._decoding.pop(sequence.key, None)
-                self._admitted.pop(sequence.key, None)
-                outcome.failed.append(sequence)
-        self._suspects += outcome.suspects
+def _any_shared(prompts: list[Sequence]) -> bool:
+    """True if one of them stands for several choices."""
+    return any(len(sequence.choices) > 1 for sequence in prompts)
 
 
 def _without(choices: tuple[int, ...], gone: tuple[int, ...]) -> tuple[int, ...]:

@@ -80,6 +80,8 @@ class BlockCargo(Cargo):
             block_hashes=tuple(self.sequence.hashes),
             layout=self._settings.layout,
             digest_algorithm=DIGEST_ALGORITHM,
+            number=job.number,
+            answer_tokens=job.answer_tokens,
         )
 
     def open(self, out: Outbox) -> None:

@@ -1,22 +1,30 @@
 """Hand-offs of KV that is finished: choices that move, and prefixes that are shared.
 
 A choice that is to move stays in its queue until the step that it rides in is done; then it is held
-while its KV travels, and comes back if that fails. A prefix is what the pool has cached of it: its
+while its KV travels, and comes back if that fails. Where hand-offs are late, that of a job is one
+of these, too: it begins when the prefill is done. A prefix is what the pool has cached of it: its
 blocks are referenced for as long as they are read, by a sequence that never runs.
 """
 
 from __future__ import annotations
 
 from pdserve.core.ids import AttemptId, WorkerId
-from pdserve.core.messages import MoveAttempt, MoveFailed, PrefixSent, SendPrefix, TokenDelta
+from pdserve.core.messages import (
+    MoveAttempt,
+    MoveFailed,
+    PrefixSent,
+    SendPrefix,
+    TokenDelta,
+    Tokens,
+)
 from pdserve.core.request import Job, SamplingParams
 from pdserve.kv.hashing import root_hash
 from pdserve.node.batch import BatchMachine
 from pdserve.node.cargo import BlockCargo
-from pdserve.node.errands import MoveErrand, PrefixErrand
+from pdserve.node.errands import Errand, LateErrand, MoveErrand, PrefixErrand
 from pdserve.node.outbound import OutboundHandoffs
 from pdserve.node.outbox import Outbox
-from pdserve.node.sequence import Sequence
+from pdserve.node.sequence import Sequence, untold
 
 _NO_PARAMS = SamplingParams(max_tokens=0, seed=0)
 
@@ -28,6 +36,11 @@ class Departures:
         self._batch = batch
         self._outbound = outbound
         self._asked: dict[AttemptId, MoveAttempt] = {}
+
+    @property
+    def are_none(self) -> bool:
+        """True if nobody waits for the end of the step to leave."""
+        return not self._asked
 
     def move(self, asked: MoveAttempt, out: Outbox) -> None:
         """Now, or when the running step is done."""
@@ -53,7 +66,7 @@ class Departures:
             attempt=asked.attempt,
             choices=(),
             params=_NO_PARAMS,
-            token_ids=list(asked.token_ids),
+            given=asked.token_ids,
             num_prompt_tokens=len(asked.token_ids),
             root=root_hash(settings.layout, asked.cache_salt),
             arrival=0,
@@ -64,9 +77,24 @@ class Departures:
         job = _job(sequence, settings.worker, asked, asked.cache_salt, "")
         self._open(job, sequence, PrefixErrand(asked.attempt, len(sequence.hashes)), (), out)
 
+    def hand_off_late(
+        self, job: Job, sequence: Sequence, deltas: tuple[TokenDelta, ...], out: Outbox
+    ) -> None:
+        """The prefill of a job is done, and nothing of its hand-off: the client has the first
+        tokens at once, and their KV leaves for the decode worker from now on."""
+        out.tell_router(Tokens(deltas))
+        if all(delta.finish is not None for delta in deltas):
+            self._batch.detach(sequence)
+            self._batch.let_go(sequence)
+        else:
+            self._open(job, sequence, LateErrand(job.attempt), deltas, out)
+
     def _leave(self, sequence: Sequence, asked: MoveAttempt, out: Outbox) -> None:
         self._batch.hold(sequence)
-        *known, last = sequence.token_ids
+        silent = untold(sequence)
+        if silent is not None:
+            out.tell_router(Tokens((silent,)))
+        (last,) = sequence.tokens(sequence.num_tokens - 1, sequence.num_tokens)
         job = _job(
             sequence, self._batch.settings.worker, asked, asked.cache_salt, asked.trace_context
         )
@@ -77,7 +105,7 @@ class Departures:
             index=sequence.next_index - 1,
             token_id=last,
         )
-        assert len(known) == sequence.num_computed, (len(known), sequence.num_computed)
+        assert sequence.num_tokens - 1 == sequence.num_computed, sequence
         errand = MoveErrand(asked.attempt, self._batch, sequence)
         self._open(job, sequence, errand, (delta,), out)
 
@@ -85,7 +113,7 @@ class Departures:
         self,
         job: Job,
         sequence: Sequence,
-        errand: MoveErrand | PrefixErrand,
+        errand: Errand,
         deltas: tuple[TokenDelta, ...],
         out: Outbox,
     ) -> None:
@@ -116,7 +144,7 @@ def _job(
         request_id=sequence.attempt.request_id,
         epoch=sequence.attempt.epoch,
         choices=sequence.choices,
-        token_ids=tuple(sequence.token_ids[: sequence.num_computed]),
+        token_ids=sequence.tokens(0, sequence.num_computed),
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=sequence.params,
         prefill_worker=worker,

@@ -69,6 +69,13 @@ class JobErrand(Errand):
         """It has never left its queue."""
 
 
+class LateErrand(JobErrand):
+    """An attempt whose hand-off begins when its prefill is done."""
+
+    def drawn(self, deltas: tuple[TokenDelta, ...], out: Outbox) -> None:
+        """The router has had them."""
+
+
 class MoveErrand(Errand):
     """A running choice on its way to another decode worker."""
 

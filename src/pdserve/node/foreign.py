@@ -58,6 +58,7 @@ class EngineLoadSource:
             num_waiting=self._tasks.num_waiting + self._inbound.num_queued,
             num_running=self._tasks.num_running,
             num_decoding=self._tasks.num_staying,
+            num_left_out=self._tasks.num_waiting,
             free_blocks=self._inbound.free_blocks,
             cached_blocks=self._tasks.load.cached_tokens // self._block_size,
             quarantined_blocks=0,

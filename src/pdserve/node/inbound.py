@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pdserve.core.effects import CancelTimer, TransferVerified, VerifyTransfer
+from pdserve.core.effects import CancelTimer, SetTimer, TransferVerified, VerifyTransfer
 from pdserve.core.events import LifeName
-from pdserve.core.ids import AttemptId, BlockId, Epoch, WorkerId
+from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import (
     Accepted,
     AttemptFailed,
@@ -36,6 +36,9 @@ from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
 
+ASK_TIMER = "ask for room"
+
+
 class InboundState(Enum):
     QUEUED = "queued"
     GRANTED = "granted"
@@ -46,7 +49,8 @@ class InboundState(Enum):
 @dataclass(slots=True)
 class Inbound:
     """One hand-off. ``pinned`` were here already; the peer writes ``fresh``, which follow them.
-    ``doomed``: dropped while the check reads the blocks; they are released when it ends."""
+    ``spare``: a slot for the first token, where answers are reserved. ``doomed``: dropped while the
+    check reads the blocks; they are released when it ends. ``asks_at_s``: not before, for room."""
 
     header: Header
     peer: WorkerId
@@ -54,6 +58,8 @@ class Inbound:
     state: InboundState = InboundState.QUEUED
     pinned: list[BlockId] = field(default_factory=list)
     fresh: list[BlockId] = field(default_factory=list)
+    spare: list[BlockId] = field(default_factory=list)
+    asks_at_s: float = 0.0
     trailer: Trailer | None = None
     doomed: bool = False
 
@@ -67,19 +73,39 @@ class InboundHandoffs:
         self._batch = batch
         self._pool = batch.tables.pool
         self._handoffs: dict[AttemptId, Inbound] = {}
+        self._stuck = (-1, AttemptId(RequestId(""), Epoch(0)))
 
     @property
     def num_queued(self) -> int:
-        return sum(h.state is InboundState.QUEUED for h in self._handoffs.values())
+        return self._count(InboundState.QUEUED)
 
     @property
     def num_leases(self) -> int:
         """Tickets that a writer may use now."""
-        return sum(h.state is InboundState.GRANTED for h in self._handoffs.values())
+        return self._count(InboundState.GRANTED)
 
     @property
     def is_empty(self) -> bool:
         return not self._handoffs
+
+    @property
+    def is_stuck(self) -> bool:
+        """True if the first one in the queue has found no room, and there has been no change."""
+        changes, attempt = self._stuck
+        head = self._handoffs.get(attempt) if changes == self._batch.changes else None
+        return head is not None and head.state is InboundState.QUEUED
+
+    @property
+    def is_settled(self) -> bool:
+        """True if nobody waits, or whoever waits will go on waiting until there is a change."""
+        return not self.num_queued or self.is_stuck or self._settings.ask_again_s > 0
+
+    def _count(self, state: InboundState) -> int:
+        number = 0
+        for handoff in self._handoffs.values():
+            if handoff.state is state:
+                number += 1
+        return number
 
     def handoffs(self) -> list[Inbound]:
         """All of them, for invariant checks."""
@@ -100,12 +126,19 @@ class InboundHandoffs:
 
     def grant_waiting(self, out: Outbox) -> None:
         """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
-        is only to be had here too does not wait: nobody shall for its sake."""
+        is only to be had here too does not wait: nobody shall for its sake. Who found no room is
+        not tried again until there has been a change."""
+        if not self._handoffs or self.is_stuck:
+            return
+        if self._settings.ask_again_s:
+            self._let_ask(out)
+            return
         for handoff in list(self._handoffs.values()):
             if handoff.state is not InboundState.QUEUED or self._grant(handoff, out):
                 continue
             attempt = handoff.header.attempt
             if handoff.header.choices:
+                self._stuck = (self._batch.changes, attempt)
                 break
             del self._handoffs[attempt]
             out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
@@ -203,6 +236,8 @@ class InboundHandoffs:
 
     def timer_fired(self, timer: str, out: Outbox) -> bool:
         """True if the timer was one of these hand-offs'."""
+        if timer == ASK_TIMER:
+            return True  # what follows every input follows
         for attempt, handoff in self._handoffs.items():
             if timer == _lease_timer(attempt):
                 if handoff.state is InboundState.GRANTED:
@@ -211,6 +246,16 @@ class InboundHandoffs:
         return False
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _let_ask(self, out: Outbox) -> None:
+        """Whoever is to ask for room now, and finds none, asks again later."""
+        for handoff in list(self._handoffs.values()):
+            waits = handoff.state is InboundState.QUEUED and handoff.asks_at_s <= out.now
+            if waits and not self._grant(handoff, out):
+                handoff.asks_at_s = out.now + self._settings.ask_again_s
+        asks = [h.asks_at_s for h in self._handoffs.values() if h.state is InboundState.QUEUED]
+        if asks:
+            out.add(SetTimer(ASK_TIMER, min(asks)))
 
     def _from_peer(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch) -> Inbound | None:
         """The hand-off, if this very process is its writer."""
@@ -236,7 +281,8 @@ class InboundHandoffs:
     def _num_needed(self, header: Header) -> int:
         """Blocks for all tokens and for each further choice's copy of the last one."""
         further = max(0, len(header.choices) - 1)
-        return self._layout.num_blocks_for(len(header.token_ids)) + further
+        num_tokens = len(header.token_ids) + self._batch.reserves
+        return self._layout.num_blocks_for(num_tokens) + further
 
     def _grant(self, handoff: Inbound, out: Outbox) -> bool:
         header = handoff.header
@@ -249,6 +295,9 @@ class InboundHandoffs:
         num_blocks = self._layout.num_blocks_for(len(header.token_ids))
         handoff.pinned = pinned
         handoff.fresh = self._pool.allocate(num_blocks - len(pinned))
+        if self._batch.reserves:
+            with_first = self._layout.num_blocks_for(len(header.token_ids) + 1)
+            handoff.spare = self._pool.allocate(with_first - num_blocks)
         handoff.state = InboundState.GRANTED
         out.send(
             handoff.peer,
@@ -284,15 +333,18 @@ class InboundHandoffs:
             attempt=header.attempt,
             choices=header.choices,
             params=header.params,
-            token_ids=list(header.token_ids),
+            given=header.token_ids,
             num_prompt_tokens=header.num_prompt_tokens,
             root=root_hash(self._layout, header.cache_salt),
             arrival=0,
             extends_hashes=same_class,
             num_computed=len(header.token_ids),
             num_published=len(handoff.pinned),
-            block_ids=handoff.pinned + handoff.fresh,
+            block_ids=handoff.pinned + handoff.fresh + handoff.spare,
             hashes=list(header.block_hashes),
+            number=header.number,
+            answer_tokens=header.answer_tokens or header.params.max_tokens,
+            reserved_tokens=len(header.token_ids) + 1 if self._batch.reserves else 0,
         )
         # The first tokens again, on this link and before the next ones: should the prefill worker's
         # copy be late or lost, the router still takes them in order.
@@ -322,9 +374,9 @@ class InboundHandoffs:
             handoff.doomed = True
         elif handoff.state is InboundState.GRANTED:
             out.add(CancelTimer(_lease_timer(handoff.header.attempt)))
-            self._pool.release(handoff.pinned)
+            self._pool.release(handoff.pinned + handoff.spare)
             self._pool.quarantine(handoff.fresh)
-            handoff.pinned = []
+            handoff.pinned, handoff.spare = [], []
             handoff.state = InboundState.QUARANTINED
             out.send(handoff.peer, Revoke(handoff.header.attempt))
 
@@ -335,7 +387,7 @@ class InboundHandoffs:
             self._pool.release_quarantine(handoff.fresh)
         else:
             out.add(CancelTimer(_lease_timer(handoff.header.attempt)))
-            self._pool.release(handoff.pinned + handoff.fresh)
+            self._pool.release(handoff.pinned + handoff.fresh + handoff.spare)
 
 
 def _lease_timer(attempt: AttemptId) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdserve.core.events import Scalar
 from pdserve.core.ids import AttemptId, BlockHash, Epoch, WorkerId
 from pdserve.core.messages import FailureKind, TokenDelta
 from pdserve.core.request import FinishReason, Job, Request
+from pdserve.core.step import SILENT_TOKEN
 from pdserve.node.ledger import Decision
 
 
@@ -73,7 +75,7 @@ class Life:
     numerics: str | None = None
     first_token_at_s: float | None = None
     decision: Decision | None = None
-    hashes: dict[tuple[BlockHash, int | None], list[BlockHash]] = field(default_factory=dict)
+    hashes: dict[tuple[BlockHash, int | None], Sequence[BlockHash]] = field(default_factory=dict)
     number: int = 0
 
     @classmethod
@@ -128,13 +130,17 @@ class Life:
         choice = self.choices[delta.choice]
         if choice.finish is not None or delta.epoch != choice.epoch:
             return ()
-        if delta.index >= len(choice.taken):
-            choice.early[delta.index] = delta
+        taken = choice.taken
+        first = delta.index - delta.skipped
+        if delta.index >= len(taken) >= first and not choice.early:  # the usual case
+            _append(choice, delta)
+            return (delta,)
+        if delta.index >= len(taken):
+            choice.early[max(first, len(taken))] = delta
         found = []
-        while choice.finish is None and len(choice.taken) in choice.early:
-            found.append(choice.early.pop(len(choice.taken)))
-            choice.taken.append(found[-1].token_id)
-            choice.finish = found[-1].finish
+        while choice.finish is None and len(taken) in choice.early:
+            found.append(choice.early.pop(len(taken)))
+            _append(choice, found[-1])
         return tuple(found)
 
     def wait_again(self, index: int) -> None:
@@ -173,3 +179,12 @@ class Life:
 
     def attempt_id(self, epoch: Epoch) -> AttemptId:
         return AttemptId(self.request.request_id, epoch)
+
+
+def _append(choice: Choice, delta: TokenDelta) -> None:
+    """Take a token, and those before it that were skipped and are not known yet."""
+    num_new = delta.index - len(choice.taken)
+    if num_new:
+        choice.taken += [SILENT_TOKEN] * num_new
+    choice.taken.append(delta.token_id)
+    choice.finish = delta.finish

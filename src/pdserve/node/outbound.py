@@ -197,14 +197,14 @@ class OutboundHandoffs:
             self._stop(handoff, "aborted", out)
         return True
 
-    def keep(self, sequence: Sequence, detail: str, out: Outbox) -> None:
-        """Give the hand-off up, but let the sequence go on here."""
+    def gives_up(self, sequence: Sequence, detail: str, out: Outbox) -> bool:
+        """End the hand-off, and let the sequence go on here; False if it was ending already."""
         handoff = self._open.get(sequence.attempt)
         if handoff is None or handoff.stopping:
-            return
-        sequence.hands_off = False
+            return False
         handoff.keeps_sequence = True
         self._stop(handoff, detail, out)
+        return True
 
     def revoked(self, attempt: AttemptId, peer: WorkerId, out: Outbox) -> None:
         """The decode worker takes the ticket back. Unknown attempts have settled long ago."""

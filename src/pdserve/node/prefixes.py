@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pdserve.core.ids import BlockHash, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.messages import CacheChanged
-from pdserve.kv.hashing import extend_hash, root_hash
+from pdserve.core.token_ids import NamedTokens, TokenIds
+from pdserve.kv.hashing import block_hashes, extend_hash, root_hash
 from pdserve.kv.prefix_index import PrefixIndex
 from pdserve.node.books import ClusterBooks
 from pdserve.node.lives import Life
@@ -147,22 +148,22 @@ class Prefixes:
                 kind = self._kind_of[worker] = root_hash(book.up.layout, "")
         return kind
 
-    def _hashes(self, life: Life, choice: int, kind_id: BlockHash) -> list[BlockHash]:
+    def _hashes(self, life: Life, choice: int, kind_id: BlockHash) -> Sequence[BlockHash]:
         """Of all full blocks of the choice's known tokens. Only ever appended to."""
         layout = self._kinds[kind_id].layout
         request, taken = life.request, life.choices[choice].taken
         prompt = life.hashes.get((kind_id, None))
         if prompt is None:
-            prompt = life.hashes[kind_id, None] = []
-            _extend(prompt, request.prompt_token_ids, layout, request.cache_salt)
+            root = root_hash(layout, request.cache_salt)
+            prompt = block_hashes(root, request.prompt_token_ids, layout.block_size)
+            life.hashes[kind_id, None] = prompt
         if not taken:
             return prompt
         hashes = life.hashes.get((kind_id, choice))
-        if hashes is None:
-            hashes = life.hashes[kind_id, choice] = list(prompt)
         num_tokens = len(request.prompt_token_ids) + len(taken)
-        if len(hashes) < num_tokens // layout.block_size:
-            tokens = (*request.prompt_token_ids, *taken)
+        if hashes is None or len(hashes) < num_tokens // layout.block_size:
+            hashes = life.hashes[kind_id, choice] = list(hashes or prompt)
+            tokens = request.prompt_token_ids + tuple(taken)
             _extend(hashes, tokens, layout, request.cache_salt)
         return hashes
 
@@ -175,10 +176,13 @@ class Prefixes:
 
 
 def _extend(
-    hashes: list[BlockHash], token_ids: Sequence[int], layout: KvLayout, cache_salt: str
+    hashes: list[BlockHash], token_ids: TokenIds, layout: KvLayout, cache_salt: str
 ) -> None:
     """Append the hashes of the full blocks that have none yet."""
     size = layout.block_size
+    if isinstance(token_ids, NamedTokens):
+        hashes += block_hashes(root_hash(layout, cache_salt), token_ids, size)[len(hashes) :]
+        return
     parent = hashes[-1] if hashes else root_hash(layout, cache_salt)
     for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
         parent = extend_hash(parent, token_ids[start : start + size])

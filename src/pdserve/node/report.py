@@ -1,16 +1,17 @@
 """When a worker tells the router what it holds, and what it says.
 
 A report goes out when something has changed, at most every ``report_interval_s``, and as a
-heartbeat every ``heartbeat_s``; what has entered and left the prefix cache since the last one goes
-before it. A worker that is idle says nothing else. What it holds is asked of a `LoadSource`:
-`BatchLoad` for a native worker, an engine's tasks for a foreign one.
+heartbeat every ``heartbeat_s``. That sequences grow as they decode is no news by itself, for the
+router hears of each token; a hundredth of the blocks is. What has entered and left the prefix cache
+since the last report goes before it. A worker that is idle says nothing else. What it holds is
+asked of a `LoadSource`: `BatchLoad` for a native worker, an engine's tasks for a foreign one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from pdserve.core.effects import CancelTimer
@@ -19,7 +20,6 @@ from pdserve.core.step import StepSample, StepShape, TransferSample
 from pdserve.node.batch import BatchMachine
 from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.outbox import Outbox
-from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
 
@@ -27,23 +27,40 @@ HEARTBEAT_TIMER = "heartbeat"
 REPORT_TIMER = "report"
 SMALL_STEP_TOKENS = 64
 """Steps up to this size are taken to cost the same; larger ones in proportion to their tokens."""
+FORGETTING = 0.99
+"""What is left of the slowest step's time after another step."""
 MAX_SAMPLES = 32
 """Steps, and hand-offs, whose times a report holds at most."""
+NUM_EXACT = 7
+"""Of `LoadFigures`, from the first on: these are told exactly."""
+BLOCKS_TOLD = 0.01
+"""Share of the pool by which blocks may differ from what was told last."""
 MAX_HASHES = 4096
 """Blocks that one `CacheChanged` names at most: 64 KiB, so that tokens need not wait long."""
 
 
 class LoadFigures(NamedTuple):
-    """Figures of `LoadReport` that the router decides by: a change is worth a report."""
+    """Figures of `LoadReport` that the router decides by: a change is worth a report, but for small
+    ones of blocks (which come last here) while all else is the same."""
 
     pending_prefill_tokens: int
     num_waiting: int
     num_running: int
     num_decoding: int
-    free_blocks: int
-    cached_blocks: int
+    num_left_out: int
     quarantined_blocks: int
     open_leases: int
+    free_blocks: int
+    cached_blocks: int
+
+    def differ(self, last: LoadFigures, tolerance: int) -> bool:
+        """Whether that is news after these ``last`` ones."""
+        if self == last:
+            return False
+        if self[:NUM_EXACT] != last[:NUM_EXACT]:
+            return True
+        free, cached = self.free_blocks - last.free_blocks, self.cached_blocks - last.cached_blocks
+        return abs(free) > tolerance or abs(cached) > tolerance
 
 
 class LoadCounters(NamedTuple):
@@ -75,17 +92,14 @@ class BatchLoad:
         self._inbound = inbound
 
     def figures(self) -> LoadFigures:
-        pool = self._batch.tables.pool
-        waiting, admitted, decoding = self._batch.queues()
-        pending = (
-            len(s.token_ids) - max(s.num_computed, s.num_found) for s in chain(waiting, admitted)
-        )
+        batch, pool = self._batch, self._batch.tables.pool
         return LoadFigures(
-            pending_prefill_tokens=sum(pending),
-            num_waiting=len(waiting) + self._inbound.num_queued,
-            num_running=len(admitted) + len(decoding),
-            num_decoding=sum(len(s.choices) for s in self._stays()),
-            free_blocks=self._batch.growth_headroom,
+            pending_prefill_tokens=batch.queues.pending_tokens,
+            num_waiting=batch.num_waiting + self._inbound.num_queued,
+            num_running=batch.num_running,
+            num_decoding=batch.queues.num_staying,
+            num_left_out=batch.num_left_out,
+            free_blocks=batch.growth_headroom,
             cached_blocks=pool.num_cached,
             quarantined_blocks=pool.num_quarantined,
             open_leases=self._inbound.num_leases,
@@ -97,7 +111,7 @@ class BatchLoad:
             num_steps=self._batch.num_steps,
             prefix_queries_tokens=self._batch.tables.queries_tokens,
             prefix_hits_tokens=self._batch.tables.hits_tokens,
-            context_tokens=sum(len(s.choices) * len(s.token_ids) for s in self._stays()),
+            context_tokens=self._batch.queues.context_tokens,
         )
 
     def tell_cache(self, out: Outbox) -> None:
@@ -105,11 +119,6 @@ class BatchLoad:
         for first in range(0, max(len(stored), len(evicted)), MAX_HASHES):
             end = first + MAX_HASHES
             out.tell_router(CacheChanged(stored=stored[first:end], evicted=evicted[first:end]))
-
-    def _stays(self) -> Iterator[Sequence]:
-        """Sequences that decode here, or will when their prompt is done."""
-        _, admitted, decoding = self._batch.queues()
-        return chain(decoding, (s for s in admitted if not s.hands_off))
 
 
 class LoadReporter:
@@ -139,6 +148,7 @@ class LoadReporter:
         self._steps: deque[StepSample] = deque(maxlen=MAX_SAMPLES)
         self._transfers: deque[TransferSample] = deque(maxlen=MAX_SAMPLES)
         self._small_step_s = 0.0
+        self._tolerance = int(BLOCKS_TOLD * settings.num_blocks)
         self._token_s = 0.0
 
     def step_started(self, shape: StepShape, now: float) -> None:
@@ -148,14 +158,22 @@ class LoadReporter:
 
     def step_done(self, elapsed_s: float) -> None:
         """Remember the slowest step of its kind, with slow forgetting."""
+        self.steps_done(1, elapsed_s)
+
+    def steps_done(self, num_steps: int, elapsed_s: float) -> None:
+        """So many steps of one kind, taken to be equally long; to learn from, the middle one."""
         self._step_started_at_s = None
-        num_tokens = _num_tokens(self._step)
+        step, step_s, kept = self._step, elapsed_s / num_steps, FORGETTING**num_steps
+        num_tokens = _num_tokens(step)
         if num_tokens <= SMALL_STEP_TOKENS:
-            self._small_step_s = max(elapsed_s, 0.99 * self._small_step_s)
+            self._small_step_s = max(step_s, kept * self._small_step_s)
         else:
-            self._token_s = max(elapsed_s / num_tokens, 0.99 * self._token_s)
-        if num_tokens:
-            self.step_measured(StepSample(self._step, elapsed_s))
+            self._token_s = max(step_s / num_tokens, kept * self._token_s)
+        if num_tokens and self._settings.report_samples:
+            grown = step.num_decoding * (num_steps - 1) // 2
+            if grown:
+                step = replace(step, context_tokens=step.context_tokens + grown)
+            self.step_measured(StepSample(step, step_s))
 
     def step_failed(self) -> None:
         """How long it took says nothing."""
@@ -167,7 +185,8 @@ class LoadReporter:
 
     def transfer_measured(self, sample: TransferSample) -> None:
         """For the next report; of too many the latest count."""
-        self._transfers.append(sample)
+        if self._settings.report_samples:
+            self._transfers.append(sample)
 
     def beat(self, out: Outbox) -> None:
         """The heartbeat: report whatever happened, and set the next one."""
@@ -189,8 +208,7 @@ class LoadReporter:
         """After each input: report now, later, or not at all."""
         if self._waits:
             return
-        known = (self._last_figures, self._last_empty)
-        if not self.changed and (self._source.figures(), self._is_empty()) == known:
+        if not self.changed and not self._has_news():
             return
         wait_s = self._reported_at_s + self._settings.report_interval_s - out.now
         if wait_s <= 0:
@@ -198,6 +216,12 @@ class LoadReporter:
         else:
             self._waits = True
             out.set_timer(REPORT_TIMER, wait_s)
+
+    def _has_news(self) -> bool:
+        last = self._last_figures
+        if last is None or self._is_empty() is not self._last_empty:
+            return True
+        return self._source.figures().differ(last, self._tolerance)
 
     def _report(self, out: Outbox) -> None:
         if self._waits:
@@ -236,6 +260,7 @@ class LoadReporter:
                 num_decoding=figures.num_decoding,
                 context_tokens=counters.context_tokens,
                 is_empty=self._last_empty,
+                num_left_out=figures.num_left_out,
                 steps=tuple(self._steps),
                 transfers=tuple(self._transfers),
             )

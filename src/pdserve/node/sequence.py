@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pdserve.core.ids import AttemptId, BlockHash, BlockId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, SamplingParams
-from pdserve.core.step import SampledToken, SampleSpec
-from pdserve.kv.hashing import extend_hash
+from pdserve.core.step import SILENT_TOKEN, SampledToken, SampleSpec
+from pdserve.core.token_ids import NamedTokens, TokenIds
+from pdserve.kv.hashing import block_hashes, extend_hash
 
 SequenceKey = tuple[AttemptId, int]
 """Attempt and first choice."""
@@ -27,23 +28,32 @@ NO_CHOICE = -1
 
 @dataclass(slots=True, kw_only=True)
 class Sequence:
-    """``token_ids`` are all known tokens; KV is valid for the first ``num_computed`` of them.
+    """``given`` are the tokens that it came with, ``drawn`` those that were drawn here: together
+    the ``num_tokens`` known ones. KV is valid for the first ``num_computed`` of them.
 
     ``hashes[i]`` is the chained hash of full block i; as many are kept as are known. ``arrival``
     orders sequences of a worker by age. ``hands_off``: leaves for a decode worker after prefill.
     ``extends_hashes`` is False if its KV mixes numerics classes: what it adds is not indexed.
     ``num_found``: tokens that were cached when it came. ``num_preemptions`` and ``num_passed`` are
     its setbacks (`node.turns`); it is admitted with blocks for ``reserved_tokens`` if these are
-    more than it has.
+    more than it has. ``num_told``: index of the first output token of which the router has not
+    been told. ``counted_tokens``: its share in the sum of its queue (`node.queues`). ``number`` and
+    ``answer_tokens`` are its job's.
     """
 
     attempt: AttemptId
     choices: tuple[int, ...]
     params: SamplingParams
-    token_ids: list[int]
+    given: TokenIds
     num_prompt_tokens: int
     root: BlockHash
     arrival: int
+    drawn: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    num_told: int = 0
+    counted_tokens: int = 0
+    number: int = 0
+    answer_tokens: int = 0
     hands_off: bool = False
     extends_hashes: bool = True
     num_computed: int = 0
@@ -61,6 +71,10 @@ class Sequence:
     started: bool = False
     decode_started: bool = False
 
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.given) + len(self.drawn)
+        self.num_told = self.num_tokens - self.num_prompt_tokens
+
     @property
     def key(self) -> SequenceKey:
         return (self.attempt, self.choices[0] if self.choices else NO_CHOICE)
@@ -68,14 +82,38 @@ class Sequence:
     @property
     def next_index(self) -> int:
         """Index of the next output token."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens to be computed before it decodes, but for those that were cached when it came."""
+        return self.num_tokens - max(self.num_computed, self.num_found)
+
+    def append(self, token_id: int) -> None:
+        """One more token is known, here and (soon) by the router."""
+        self.drawn.append(token_id)
+        self.num_tokens += 1
+        self.num_told = self.num_tokens - self.num_prompt_tokens
+
+    def tokens(self, start: int, end: int) -> TokenIds:
+        """Known tokens ``start`` to ``end``."""
+        num_given = len(self.given)
+        if end <= num_given:
+            return self.given[start:end]
+        drawn = tuple(self.drawn[max(0, start - num_given) : end - num_given])
+        return drawn if start >= num_given else self.given[start:] + drawn
 
     def extend_hashes_to(self, num_blocks: int, block_size: int) -> None:
         """Know the hashes of the first ``num_blocks`` full blocks."""
-        for index in range(len(self.hashes), num_blocks):
-            parent = self.hashes[-1] if self.hashes else self.root
-            tokens = self.token_ids[index * block_size : (index + 1) * block_size]
-            self.hashes.append(extend_hash(parent, tokens))
+        hashes = self.hashes
+        if len(hashes) >= num_blocks:
+            return
+        if isinstance(self.given, NamedTokens) and len(hashes) < len(self.given) // block_size:
+            hashes += block_hashes(self.root, self.given, block_size)[len(hashes) : num_blocks]
+        for index in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else self.root
+            tokens = self.tokens(index * block_size, (index + 1) * block_size)
+            hashes.append(extend_hash(parent, tokens))
 
 
 def finish_reason(
@@ -96,25 +134,50 @@ def sample_spec(sequence: Sequence) -> SampleSpec:
         params=sequence.params,
         choices=sequence.choices,
         index=sequence.next_index,
-        history=tuple(sequence.token_ids) if needs_history else None,
+        history=tuple(sequence.tokens(0, sequence.num_tokens)) if needs_history else None,
         num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
     )
 
 
 def token_deltas(
-    sequence: Sequence, spec: SampleSpec, sampled: tuple[SampledToken, ...], room_tokens: int
+    sequence: Sequence,
+    choices: tuple[int, ...],
+    sampled: tuple[SampledToken, ...],
+    longest_tokens: int,
 ) -> tuple[TokenDelta, ...]:
-    """What a row has drawn for the choices that are still wanted."""
+    """What a row has drawn for those of its ``choices`` that are still wanted."""
+    index = sequence.next_index
+    room_tokens = longest_tokens - sequence.num_tokens - 1
     return tuple(
-        TokenDelta(
-            request_id=sequence.attempt.request_id,
-            epoch=sequence.attempt.epoch,
-            choice=choice,
-            index=spec.index,
-            token_id=token.token_id,
-            finish=finish_reason(sequence.params, spec.index, token, room_tokens),
-            logprobs=token.logprobs,
-        )
-        for choice, token in zip(spec.choices, sampled, strict=True)
-        if choice in sequence.choices
+        [
+            TokenDelta(
+                request_id=sequence.attempt.request_id,
+                epoch=sequence.attempt.epoch,
+                choice=choice,
+                index=index,
+                token_id=token.token_id,
+                finish=finish_reason(sequence.params, index, token, room_tokens),
+                logprobs=token.logprobs,
+                skipped=index - sequence.num_told,
+            )
+            for choice, token in zip(choices, sampled, strict=True)
+            if choice in sequence.choices
+        ]
+    )
+
+
+def untold(sequence: Sequence) -> TokenDelta | None:
+    """The last token that was drawn, with all before it that the router has not been told of; None
+    if there are none."""
+    index = sequence.next_index - 1
+    if index < sequence.num_told:
+        return None
+    skipped, sequence.num_told = index - sequence.num_told, index + 1
+    return TokenDelta(
+        request_id=sequence.attempt.request_id,
+        epoch=sequence.attempt.epoch,
+        choice=sequence.choices[0],
+        index=index,
+        token_id=SILENT_TOKEN,
+        skipped=skipped,
     )

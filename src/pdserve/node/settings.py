@@ -39,8 +39,15 @@ class WorkerSettings:
     512). ``lease_s`` is how long a ticket is held without a sign of its writer;
     ``ticket_timeout_s`` how long a finished prefill waits for a ticket before the router is asked
     for another decode worker. ``max_preemptions`` bounds how often a sequence is set back while it
-    waits for blocks (`node.turns`). With ``foreign`` set the blocks only measure an engine's
+    waits for blocks (`node.turns`). With ``late_handoffs`` a hand-off begins when its prefill is
+    done, and the first token waits for none of it: blocks are held for less time where it goes, and
+    nothing is sent before the end. A hand-off that finds no room asks again after ``ask_again_s``;
+    0: it is given blocks as soon as there are any. With ``foreign`` set the blocks only measure an engine's
     memory: nobody else sees them, and the layout has no layers.
+
+    For drivers that compute nothing: with ``bare_plans`` a step's plan says how large it is and not
+    what its rows are; without ``report_samples`` reports say nothing of how long steps and
+    transfers took.
     """
 
     worker: WorkerId
@@ -59,6 +66,10 @@ class WorkerSettings:
     heartbeat_s: float = 0.5
     report_interval_s: float = 0.01
     prefix_cache: bool = True
+    late_handoffs: bool = False
+    ask_again_s: float = 0.0
+    bare_plans: bool = False
+    report_samples: bool = True
     foreign: ForeignSettings | None = None
 
     @property

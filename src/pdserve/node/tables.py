@@ -31,7 +31,7 @@ class BlockTables:
 
     def missing_blocks(self, sequence: Sequence) -> int:
         """Blocks that admitting a waiting sequence would take from the free ones."""
-        shared = sum(self.pool.ref_count(block) > 0 for block in self._cached_prefix(sequence))
+        shared = self.pool.num_shared(self._cached_prefix(sequence))
         return self._num_blocks(sequence) - shared
 
     def cached_tokens(self, sequence: Sequence) -> int:
@@ -40,12 +40,12 @@ class BlockTables:
 
     def freed_by(self, sequence: Sequence) -> int:
         """Blocks that nobody would hold any more if the sequence let go of its own."""
-        return sum(self.pool.ref_count(block) == 1 for block in sequence.block_ids)
+        return self.pool.num_sole(sequence.block_ids)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all of its tokens, and for those that are reserved for
         it, cached ones first."""
-        num_tokens = len(sequence.token_ids)
+        num_tokens = sequence.num_tokens
         cached = self._cached_prefix(sequence)
         self.pool.acquire(cached)
         try:
@@ -60,10 +60,18 @@ class BlockTables:
         self.hits_tokens += sequence.num_computed
         return True
 
+    def reserve_answer(self, sequence: Sequence) -> None:
+        """Give a running sequence slots for its whole answer. Raises `OutOfBlocksError`."""
+        num_tokens = sequence.num_prompt_tokens + sequence.answer_tokens
+        sequence.reserved_tokens = num_tokens
+        missing = self._layout.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        if missing > 0:
+            sequence.block_ids += self.pool.allocate(missing)
+
     def pin_cached(self, sequence: Sequence) -> bool:
         """Give a sequence that will not run what is cached of its full blocks; False if nothing
         is. Its tokens are cut down to those."""
-        sequence.extend_hashes_to(len(sequence.token_ids) // self._block_size, self._block_size)
+        sequence.extend_hashes_to(sequence.num_tokens // self._block_size, self._block_size)
         sequence.block_ids = self.pool.match(sequence.hashes)
         self.pool.acquire(sequence.block_ids)
         num_blocks = len(sequence.block_ids)
@@ -74,7 +82,7 @@ class BlockTables:
 
     def grow(self, sequence: Sequence) -> bool:
         """Have a slot for the sequence's last token; False if no block can be had."""
-        if len(sequence.token_ids) <= len(sequence.block_ids) * self._block_size:
+        if not self.lacks_slot(sequence):
             return True
         try:
             sequence.block_ids += self.pool.allocate(1)
@@ -82,15 +90,24 @@ class BlockTables:
             return False
         return True
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let others find the blocks that are full now."""
-        num_full = sequence.num_computed // self._block_size
-        if sequence.extends_hashes:
-            sequence.extend_hashes_to(num_full, self._block_size)
-        num_full = min(num_full, len(sequence.hashes))
-        for index in range(sequence.num_published, num_full):
-            self.pool.publish(sequence.block_ids[index], sequence.hashes[index])
-        sequence.num_published = max(sequence.num_published, num_full)
+    def lacks_slot(self, sequence: Sequence) -> bool:
+        """True if its last token has no slot yet."""
+        return sequence.num_tokens > len(sequence.block_ids) * self._block_size
+
+    def publish(self, sequence: Sequence, num_full: int | None = None) -> None:
+        """Let others find the blocks that are full now, or the first ``num_full`` of these."""
+        if num_full is None:
+            num_full = sequence.num_computed // self._block_size
+        first = sequence.num_published
+        if num_full <= first:
+            return
+        if self.pool.prefix_cache:
+            if sequence.extends_hashes:
+                sequence.extend_hashes_to(num_full, self._block_size)
+            num_full = min(num_full, len(sequence.hashes))
+            blocks, hashes = sequence.block_ids[first:num_full], sequence.hashes[first:num_full]
+            self.pool.publish_all(blocks, hashes)
+        sequence.num_published = max(first, num_full)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Give ``child`` the KV of ``parent``; False, and nothing done, if no block can be had."""
@@ -122,6 +139,8 @@ class BlockTables:
 
         Those of others wait: were such a sequence dropped in mid-step, its blocks would be free.
         """
+        if not self._copies:
+            return ()
         riders = {id(sequence) for sequence in riding}
         self._copying = [copy for copy in self._copies if id(copy[0]) in riders]
         self._copies = [copy for copy in self._copies if id(copy[0]) not in riders]
@@ -129,8 +148,9 @@ class BlockTables:
 
     def copies_done(self) -> None:
         """The step is over: unpin the sources."""
-        copying, self._copying = self._copying, []
-        self.pool.release([source for _, source, _ in copying])
+        if self._copying:
+            copying, self._copying = self._copying, []
+            self.pool.release([source for _, source, _ in copying])
 
     def copies_failed(self) -> None:
         """The step broke: make the copies in the next one, for those that still live."""
@@ -140,10 +160,12 @@ class BlockTables:
         self._copies = kept + self._copies
 
     def _num_blocks(self, sequence: Sequence) -> int:
-        return self._layout.num_blocks_for(max(len(sequence.token_ids), sequence.reserved_tokens))
+        return self._layout.num_blocks_for(max(sequence.num_tokens, sequence.reserved_tokens))
 
     def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
         """Blocks that need not be computed again; the last token always is, for its logits."""
-        num_tokens = len(sequence.token_ids)
+        if not self.pool.prefix_cache:
+            return []
+        num_tokens = sequence.num_tokens
         sequence.extend_hashes_to(num_tokens // self._block_size, self._block_size)
-        return self.pool.match(sequence.hashes[: (num_tokens - 1) // self._block_size])
+        return self.pool.match(sequence.hashes, (num_tokens - 1) // self._block_size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from pdserve.node.queues import Queues
 from pdserve.node.sequence import Sequence, SequenceKey
 from pdserve.node.settings import WorkerSettings
 
@@ -48,6 +49,15 @@ def pass_by(passed: Iterable[Sequence]) -> None:
     """Others were given blocks before these."""
     for sequence in passed:
         sequence.num_passed += 1
+
+
+def set_back(sequence: Sequence, queues: Queues, settings: WorkerSettings) -> None:
+    """It has lost its blocks, and is to be recomputed here; all of it is then of our own class."""
+    sequence.num_computed = sequence.num_cached_blocks = sequence.num_published = 0
+    if not sequence.extends_hashes:
+        sequence.extends_hashes, sequence.hashes = True, []
+    reserve_answer(sequence, settings)
+    queues.enter(queues.resuming, sequence)
 
 
 def reserve_answer(sequence: Sequence, settings: WorkerSettings) -> None:

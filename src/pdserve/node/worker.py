@@ -7,10 +7,13 @@ the next step if none is under way, and reports its load if that has changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pdserve.core.effects import (
     Input,
     RunStep,
     StepDone,
+    StepsDone,
     TransferFailed,
     TransferSent,
     TransferStopped,
@@ -34,7 +37,9 @@ from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
 from pdserve.node.planned import Planned, StepOutcome
-from pdserve.node.report import BatchLoad
+from pdserve.node.report import HEARTBEAT_TIMER, BatchLoad
+from pdserve.node.sequence import Sequence as Rider
+from pdserve.node.sequence import untold
 from pdserve.node.settings import WorkerSettings
 from pdserve.policy.batch import BatchPolicy
 from pdserve.policy.registry import make_batching
@@ -56,9 +61,42 @@ class WorkerNode(WorkerMachine):
         """True if no request, lease, transfer or quarantine is left."""
         return self.batch.is_empty and self.inbound.is_empty and not len(self.outbound)
 
+    # --- drivers that compute nothing ---------------------------------------------------------
+
+    def steady_steps(self) -> int:
+        """How many steps, from the running one on, `StepsDone` may answer in one go, if none of the
+        riders ends before the last one.
+
+        0: none; the step must be answered by a `StepDone`, since a row draws for several choices
+        (or there is none). 1: only the running one; it computes prompts, or the next one may have
+        other riders. More: until it is certain that nothing else happens by itself, as far as free
+        blocks and the riders' own limits allow for sure.
+        """
+        steps = self.batch.steady_steps()
+        if steps > 1 and not (self._departures.are_none and self.inbound.is_settled):
+            return 1
+        return steps
+
+    @property
+    def riders(self) -> Sequence[Rider]:
+        """Who rides in the running step, in the order of its rows; the same list as before if they
+        are certain to be the same. Only to be read, and only until the next input."""
+        return () if self.batch.ride is None else self.batch.ride.riders
+
+    def reaches(self, rider: Rider) -> int:
+        """Tokens of a rider that will be computed when the running step is done: it draws a token
+        if these are all ``num_tokens``, and else computes a chunk of a prompt."""
+        assert self.batch.ride is not None, "no step is running"
+        return self.batch.ride.reaches(rider)
+
+    def draws(self, rider: Rider) -> bool:
+        """True if the rider draws a token in the running step."""
+        return self.reaches(rider) == rider.num_tokens
+
+    # --- jobs ---------------------------------------------------------------------------------
+
     def _begin_job(self, job: Job, out: Outbox, *, hands_off: bool) -> None:
         sequence = self.batch.submit(job, hands_off=hands_off)
-        sequence.num_found = self.batch.tables.cached_tokens(sequence)
         if sequence.hands_off:
             self._jobs[job.attempt] = job
 
@@ -89,6 +127,10 @@ class WorkerNode(WorkerMachine):
                     self._reporter.step_failed()
                 self._step_done(self.batch.step_done(result), result.error, out)
                 self._departures.step_done(out)
+            case StepsDone(num_steps, elapsed_s, ended):
+                self._reporter.steps_done(num_steps, elapsed_s)
+                self._step_done(self.batch.steps_done(num_steps, ended), None, out)
+                self._departures.step_done(out)
             case TransferSent():
                 self._reporter.transfer_bytes += event.num_bytes
                 self.outbound.sent(event, out)
@@ -109,15 +151,21 @@ class WorkerNode(WorkerMachine):
             num_tokens = sequence.num_computed - cached_tokens
             out.log(LifeName.PREFILL_ENDED, sequence.attempt, tokens=num_tokens)
         for sequence, deltas in outcome.held:
-            self.outbound.prefilled(sequence.attempt, deltas, out)
+            if sequence.attempt not in self._jobs:
+                self.outbound.prefilled(sequence.attempt, deltas, out)
+            else:
+                job = self._jobs.pop(sequence.attempt)
+                self._departures.hand_off_late(job, sequence, deltas, out)
         for attempt in dict.fromkeys(sequence.attempt for sequence in outcome.decoding):
             out.log(LifeName.DECODE_QUEUED, attempt)
         for sequence in outcome.suspects:
-            if sequence.hands_off:
-                self.outbound.keep(sequence, f"the step broke: {error}", out)
+            why = f"the step broke: {error}"
+            if sequence.hands_off and self.outbound.gives_up(sequence, why, out):
+                self.batch.queues.keep(sequence)
         for sequence in outcome.failed:
+            self._tell(sequence, out)
             detail = f"the engine failed: {error}"
-            if sequence.hands_off:
+            if sequence.hands_off and sequence.attempt not in self._jobs:
                 self.outbound.fail(sequence.attempt, FailureKind.ENGINE, detail, out)
                 continue
             self.batch.let_go(sequence)
@@ -134,16 +182,18 @@ class WorkerNode(WorkerMachine):
 
     def _advance(self, out: Outbox) -> None:
         self.inbound.grant_waiting(out)
-        planned = self.batch.plan()
-        self._begin(planned, out)
-        if planned.plan is not None:
-            self._reporter.step_started(planned.plan.shape, out.now)
-            out.add(RunStep(planned.plan))
+        if self.batch.ride is None:
+            planned = self.batch.plan()
+            self._begin(planned, out)
+            if self.batch.ride is not None:
+                self._reporter.step_started(self.batch.ride.shape, out.now)
+                out.add(RunStep(self.batch.ride.plan))
         self._reporter.report_if_changed(out)
 
     def _begin(self, planned: Planned, out: Outbox) -> None:
         """Say what the plan means for the life of each sequence; open hand-offs before the step."""
         for sequence in planned.handed_back:
+            self._tell(sequence, out)
             out.log(LifeName.PREEMPTED, sequence.attempt, choice=sequence.choices[0])
             out.tell_router(
                 AttemptFailed(
@@ -159,15 +209,33 @@ class WorkerNode(WorkerMachine):
             cached_tokens = sequence.num_computed
             out.log(LifeName.PREFILL_STARTED, sequence.attempt, cached_tokens=cached_tokens)
             job = self._jobs.pop(sequence.attempt, None)
-            if job is not None:
+            if job is not None and self.settings.late_handoffs:
+                self._jobs[sequence.attempt] = job
+            elif job is not None:
                 cargo = BlockCargo(self.settings, self.batch, job, sequence)
                 self.outbound.open(job, cargo, out)
         started = dict.fromkeys(sequence.attempt for sequence in planned.started_decoding)
         for attempt in started:
             out.log(LifeName.DECODE_STARTED, attempt)
 
+    def _timer_fired(self, timer: str, out: Outbox) -> None:
+        """With a heartbeat the router hears of all tokens that it has not been told of yet."""
+        if timer == HEARTBEAT_TIMER:
+            silent = self.batch.untold()
+            if silent:
+                out.tell_router(Tokens(tuple(silent)))
+        super()._timer_fired(timer, out)
+
+    def _tell(self, sequence: Rider, out: Outbox) -> None:
+        """Before the router is to do something about it: what it has drawn."""
+        silent = untold(sequence)
+        if silent is not None:
+            out.tell_router(Tokens((silent,)))
+
     def _forget_jobs(self) -> None:
         """Jobs of sequences that were dropped before they ran."""
         if self._jobs:
-            alive = {sequence.attempt for sequence in self.batch.sequences()}
+            queues = self.batch.queues
+            known = [*queues.waiting.values(), *queues.admitted.values()]
+            alive = {sequence.attempt for sequence in known}
             self._jobs = {a: job for a, job in self._jobs.items() if a in alive}

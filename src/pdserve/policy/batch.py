@@ -8,11 +8,38 @@ decodes the prompt is cut into chunks of at most ``mixed_chunk_tokens``: no deco
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.core.ids import AttemptId
+
+SequenceKey = tuple[AttemptId, int]
+"""Attempt and first choice."""
+
+
+class Resident(Protocol):
+    """A sequence that is on the worker, to be looked at only. ``arrival``: its number among all
+    that have come there; ``number``: of its request among all that have come to the router;
+    ``answer_tokens``: for how many output tokens its route reserves room."""
+
+    @property
+    def key(self) -> SequenceKey: ...
+
+    @property
+    def arrival(self) -> int: ...
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def answer_tokens(self) -> int: ...
+
+    @property
+    def hands_off(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +68,13 @@ class DecodeView:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchView:
     """What a batch policy sees. ``prompts`` come once, whose turn it is first, admitted ones before
-    all others. ``preemptible`` come once, youngest first; there are none but on a mixed worker."""
+    all others. ``preemptible`` come once, youngest first; there are none but on a mixed worker.
+
+    ``waiting`` and ``decodes``: the sequences that have not been admitted, and those that decode.
+    ``unused_blocks``: all that are free, growth or not. ``num_arrivals`` sequences have come so far
+    and ``num_departures`` were handed off, the last one after ``departed_at`` arrivals. ``memory``:
+    what the last plan asked to be remembered; it belongs to whoever plans.
+    """
 
     num_decoding: int
     prompts: Iterable[PromptView]
@@ -52,6 +85,17 @@ class BatchView:
     mixed_chunk_tokens: int
     max_running: int
     preemptible: Iterable[DecodeView] = ()
+    waiting: Mapping[SequenceKey, Resident] = field(default_factory=dict)
+    decodes: Mapping[SequenceKey, Resident] = field(default_factory=dict)
+    unused_blocks: int = 0
+    num_arrivals: int = 0
+    num_departures: int = 0
+    departed_at: int = 0
+    memory: object = None
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +108,35 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """``preempts``: running sequences to be set aside before anything else is done."""
+    """``preempts``: running sequences to be set aside before anything else is done, without their
+    blocks. ``pauses``: running sequences that have no part in the step, and keep theirs.
+    ``memory``: for the next view."""
 
     grants: tuple[Grant, ...]
-    preempts: tuple[tuple[AttemptId, int], ...] = ()
+    preempts: tuple[SequenceKey, ...] = ()
+    pauses: tuple[SequenceKey, ...] = ()
+    memory: object = None
 
 
 class BatchPolicy(Protocol):
     """``new_first``: on a mixed worker new prompts go before preempted sequences, until these are
-    old (`node.turns`)."""
+    old (`node.turns`). ``reserves``: a prompt gets a slot for its first token with its own, and a
+    sequence that decodes for the first time slots for its whole answer, as its route has it; none
+    ever grows beyond, so none is preempted for lack of blocks. Such a policy is asked about
+    steps of decodes alone too, and plans none for which there are no blocks."""
 
     @property
     def new_first(self) -> bool: ...
 
+    @property
+    def reserves(self) -> bool: ...
+
     def plan(self, view: BatchView) -> BatchPlan:
-        """Grants in the order in which blocks are to be given; no key twice."""
+        """Grants in the order in which blocks are to be given; no key twice.
+
+        A plan without grants and preemptions stands until there has been more than the growth of
+        the sequences that decode: it is not asked for again before each of their steps.
+        """
         ...
 
 
@@ -88,6 +146,10 @@ class FcfsBatching:
 
     @property
     def new_first(self) -> bool:
+        return False
+
+    @property
+    def reserves(self) -> bool:
         return False
 
     def plan(self, view: BatchView) -> BatchPlan:

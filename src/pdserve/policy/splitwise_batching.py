@@ -24,6 +24,10 @@ class SplitwiseBatching:
     def new_first(self) -> bool:
         return True
 
+    @property
+    def reserves(self) -> bool:
+        return False
+
     def plan(self, view: BatchView) -> BatchPlan:
         # One block at least, beyond the bound if it must be: decodes may never leave room.
         budget = max(view.max_step_tokens - view.num_decoding, view.block_size)

@@ -62,6 +62,7 @@ RECORD_KINDS: dict[int, type[Any]] = {
     84: commands.ChangeRole,
     85: commands.DrainOne,
     86: commands.UndrainOne,
+    87: effects.StepsDone,
     # Effects.
     96: effects.Send,
     97: effects.SetTimer,

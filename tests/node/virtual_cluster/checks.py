@@ -44,7 +44,7 @@ def check_worker(process: Process) -> None:
 
 def _sequences(node: WorkerNode) -> list[Sequence]:
     """Everything that may hold blocks, once."""
-    found = [*node.batch.sequences(), *node.batch._in_flight, *node.outbound.sequences()]
+    found = [*node.batch.sequences(), *node.riders, *node.outbound.sequences()]
     return list({id(sequence): sequence for sequence in found}.values())
 
 
@@ -78,8 +78,9 @@ def _check_copies(node: WorkerNode) -> None:
 
 def _check_queues(node: WorkerNode) -> None:
     """A sequence is in one queue, under its own key; nothing that runs is doomed."""
-    batch = node.batch
-    queues = (batch._waiting, batch._resuming, batch._admitted, batch._decoding, batch._held)
+    batch = node.batch.queues
+    batch.check()
+    queues = (batch.waiting, batch.resuming, batch.admitted, batch.decoding, batch.held)
     seen: set[int] = set()
     for queue in queues:
         for key, sequence in queue.items():
@@ -88,8 +89,8 @@ def _check_queues(node: WorkerNode) -> None:
             assert not sequence.doomed
             assert not sequence.detached
             seen.add(id(sequence))
-    assert not any(s.block_ids for q in (batch._waiting, batch._resuming) for s in q.values())
-    waiting = {sequence.attempt for sequence in batch._waiting.values() if sequence.hands_off}
+    assert not any(s.block_ids for q in (batch.waiting, batch.resuming) for s in q.values())
+    waiting = {sequence.attempt for sequence in batch.waiting.values() if sequence.hands_off}
     assert set(node._jobs) == waiting, "a job is kept for nobody"
 
 
@@ -110,8 +111,8 @@ def check_one_owner(processes: Iterable[Process]) -> None:
     for process in processes:
         if not process.alive:
             continue
-        batch = process.node.batch
-        for queue in (batch._waiting, batch._resuming, batch._admitted, batch._decoding):
+        batch = process.node.batch.queues
+        for queue in (batch.waiting, batch.resuming, batch.admitted, batch.decoding):
             for sequence in queue.values():
                 for choice in sequence.choices:
                     key = (sequence.attempt, choice)

@@ -109,11 +109,11 @@ STAGES: dict[str, tuple[Reached, Holds]] = {
         lambda p: of(p.prefill, "step"),
     ),
     "prefilled, no ticket": (
-        lambda p: bool(p.prefill.node.batch._held),
+        lambda p: bool(p.prefill.node.batch.queues.held),
         lambda p: of(p.decode, "deliver"),
     ),
     "prefilled, writing": (
-        lambda p: p.prefill.pusher.is_writing and bool(p.prefill.node.batch._held),
+        lambda p: p.prefill.pusher.is_writing and bool(p.prefill.node.batch.queues.held),
         lambda p: nothing,
     ),
     "trailer under way": (lambda p: p.says(Trailer, to_decode=True), lambda p: nothing),
