@@ -35,7 +35,6 @@ from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
-
 ASK_TIMER = "ask for room"
 
 

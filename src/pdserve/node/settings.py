@@ -42,8 +42,8 @@ class WorkerSettings:
     waits for blocks (`node.turns`). With ``late_handoffs`` a hand-off begins when its prefill is
     done, and the first token waits for none of it: blocks are held for less time where it goes, and
     nothing is sent before the end. A hand-off that finds no room asks again after ``ask_again_s``;
-    0: it is given blocks as soon as there are any. With ``foreign`` set the blocks only measure an engine's
-    memory: nobody else sees them, and the layout has no layers.
+    0: it is given blocks as soon as there are any. With ``foreign`` set the blocks only measure an
+    engine's memory: nobody else sees them, and the layout has no layers.
 
     For drivers that compute nothing: with ``bare_plans`` a step's plan says how large it is and not
     what its rows are; without ``report_samples`` reports say nothing of how long steps and

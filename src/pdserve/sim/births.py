@@ -48,6 +48,9 @@ def worker_settings(
         prefix_cache=settings.prefix_cache,
         heartbeat_s=settings.heartbeat_s,
         report_interval_s=settings.report_interval_s,
+        late_handoffs=settings.late_handoffs,
+        ask_again_s=settings.ask_again_s,
+        ticket_timeout_s=settings.ticket_timeout_s,
         report_samples=settings.learns,
     )
 
@@ -75,6 +78,8 @@ def router_settings(settings: SimSettings) -> RouterSettings:
         max_queued_requests=settings.max_queued_requests,
         admission=settings.admission,
         roles=settings.roles,
+        return_rule=settings.return_rule,
+        moves=settings.moves,
         silent_after_s=silent_after_s,
         report_timeout_s=2 * silent_after_s,
         costs=KnownCosts(

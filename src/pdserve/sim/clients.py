@@ -99,6 +99,7 @@ class Clients:
         requests: Iterator[TraceRequest],
         *,
         declared_tokens: int | None,
+        oracle: bool = False,
         longest_tokens: int,
         service_of: Callable[[TraceRequest], ServiceClass],
         request_of: Callable[[TraceRequest], Request] | None = None,
@@ -108,6 +109,7 @@ class Clients:
         self.num_sent = 0
         self._requests = requests
         self._declared_tokens = declared_tokens
+        self._oracle = oracle
         self._longest_tokens = longest_tokens
         self._service_of = service_of
         self._request_of = request_of or self._made
@@ -139,6 +141,7 @@ class Clients:
             prompt_token_ids=prompt,
             params=params,
             service=self._service_of(asked),
+            oracle_output_tokens=asked.output_tokens if self._oracle else None,
         )
 
     def _max_tokens(self, prompt_tokens: int, output_tokens: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pdserve.core.request import DEFAULT_SERVICE, Request, ServiceClass
 from pdserve.cost.machine import ClusterTimes, MachineModel
-from pdserve.node.settings import RoleControl
+from pdserve.node.settings import ReturnRule, RoleControl
 from pdserve.policy.batch import BatchPolicy
 from pdserve.policy.cluster import RoutePolicy
 from pdserve.policy.registry import DEFAULT_POLICY
@@ -29,6 +29,9 @@ class SimSettings:
     told the `MachineModel.linear` of each worker from the start.
     ``stretches``: decode steps that are alike pass in one go; the result is the same.
     ``load_s``: from the start of a process to the moment at which it can serve.
+    ``oracle``: requests say how long their answers will be, to a policy that asks.
+    ``late_handoffs``, ``ask_again_s``, ``ticket_timeout_s``: see `WorkerSettings`; ``return_rule``,
+    ``moves``: see `RouterSettings`.
     """
 
     cluster: ClusterSpec
@@ -57,6 +60,12 @@ class SimSettings:
     sample_interval_s: float = 1.0
     load_s: float = 5.0
     stretches: bool = True
+    oracle: bool = False
+    late_handoffs: bool = False
+    ask_again_s: float = 0.0
+    ticket_timeout_s: float = 10.0
+    return_rule: ReturnRule = ReturnRule.DONE
+    moves: bool = True
     seed: int = 0
 
     def machine(self, group: Group) -> MachineModel:
