@@ -19,6 +19,7 @@ from pdserve.core.effects import (
     Effect,
     Fail,
     Input,
+    Log,
     OpenTransfer,
     Received,
     RunStep,
@@ -32,6 +33,7 @@ from pdserve.core.effects import (
 )
 from pdserve.core.engine_work import EngineStepped
 from pdserve.core.errors import ConfigError
+from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import AttemptId, Epoch, RequestId, StepId, WorkerId
 from pdserve.core.messages import Life, Message, StartJob
 from pdserve.core.request import Job, Request
@@ -103,13 +105,14 @@ class RanTransfer:
 
 @dataclass(slots=True, kw_only=True)
 class RanRequest:
-    """A request as the router knew it. ``jobs``: its attempts, with when each was sent out.
-    ``delivered_s``: when tokens were delivered, by delivery; ``num_tokens`` in all, of all
-    choices."""
+    """A request as the router knew it. ``jobs``: its attempts, with when each was sent out;
+    ``routed``: what the router said of each. ``delivered_s``: when tokens were delivered, by
+    delivery; ``num_tokens`` in all, of all choices."""
 
     request: Request
     submitted_s: float
     jobs: list[tuple[float, Job]] = field(default_factory=list)
+    routed: list[LifeEvent] = field(default_factory=list)
     delivered_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     failure: str | None = None
@@ -200,7 +203,7 @@ class _Reader:
         match event:
             case Received(sender=sender, message=message):
                 if not isinstance(message, Life):  # drivers send these, not machines
-                    posted = (now, type(message).__name__, _about(message))
+                    posted = (now, type(message).__name__, about(message))
                     posts.received[sender, node].append(posted)
             case StepDone():
                 self._step_done(run, node, event, now)
@@ -225,7 +228,7 @@ class _Reader:
             case Send(to, message):
                 if isinstance(message, StartJob):
                     run.requests[message.job.request_id].jobs.append((now, message.job))
-                posts.sent[node, to].append((now, type(message).__name__, _about(message)))
+                posts.sent[node, to].append((now, type(message).__name__, about(message)))
             case RunStep(plan):
                 self._asked[plan.step_id] = (now, plan)
             case OpenTransfer(attempt=attempt, peer=peer, one_shot=one_shot):
@@ -239,6 +242,9 @@ class _Reader:
                 request = run.requests[request_id]
                 request.delivered_s.append(now)
                 request.num_tokens += len(deltas)
+            case Log(event) if event.name is LifeName.ROUTED:
+                if event.request_id in run.requests:
+                    run.requests[event.request_id].routed.append(event)
             case Fail(request_id=request_id, kind=kind):
                 if request_id in run.requests:
                     run.requests[request_id].failure = kind
@@ -276,7 +282,8 @@ def _transfer(run: RecordedRun, attempt: AttemptId, receiver: WorkerId) -> RanTr
     return known
 
 
-def _about(message: Message) -> RequestId | None:
+def about(message: Message) -> RequestId | None:
+    """The request that a message is about, if it is about one."""
     if isinstance(message, StartJob):
         return message.job.request_id
     attempt = getattr(message, "attempt", None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pdserve.core.effects import WorkerUp
-from pdserve.core.ids import Epoch, WorkerId
+from pdserve.core.ids import AttemptId, Epoch, WorkerId
 from pdserve.core.messages import Message
 from pdserve.core.request import Role
 from pdserve.core.step import StepShape
@@ -24,6 +24,8 @@ from pdserve.sim.tempo import Hosts
 
 Delay = Callable[[WorkerId, WorkerId, Message], float]
 """Seconds that a message takes from the one to the other."""
+Exposed = Callable[[AttemptId], float | None]
+"""Seconds from when a transfer is computed, and bound, until it is sent, if that is known."""
 
 
 class Pacer(Protocol):
@@ -51,6 +53,9 @@ class Conditions(Protocol):
     delay: Delay | None
     """None: the time that the cluster's times say."""
 
+    exposed: Exposed | None
+    """None: transfers take what their links say."""
+
     def router(self) -> RouterSettings: ...
 
     def worker(
@@ -70,6 +75,7 @@ class Modelled:
     """As the settings and the machines' models say."""
 
     delay: Delay | None = None
+    exposed: Exposed | None = None
 
     def __init__(self, settings: SimSettings) -> None:
         self._settings = settings

@@ -69,6 +69,7 @@ class Simulation:
         self.network = Network(self.clock)
         self._conditions: Conditions = conditions or Modelled(settings)
         self._delay = self._conditions.delay
+        self.exposed = self._conditions.exposed
         self._told = Told(observers)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())

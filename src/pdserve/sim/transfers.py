@@ -58,7 +58,10 @@ class Transfers:
         end_of: Callable[[WorkerId], End | None],
         hear: Callable[[Input], None],
         sent: Sent,
+        exposed: Callable[[AttemptId], float | None] | None = None,
     ) -> None:
+        """``exposed``: seconds from when a transfer is computed and bound until it is sent, where
+        that is not for the link to say."""
         self._clock = clock
         self._network = network
         self._end = end
@@ -66,6 +69,7 @@ class Transfers:
         self._end_of = end_of
         self._hear = hear
         self._sent = sent
+        self._exposed = exposed or (lambda attempt: None)
         self._open: dict[AttemptId, _Transfer] = {}
 
     def open(self, effect: OpenTransfer) -> None:
@@ -146,12 +150,17 @@ class Transfers:
         ready = max(0, transfer.ready_tokens - first) * self._machine.token_kv_bytes
         if ready > transfer.released_bytes:
             more, transfer.released_bytes = ready - transfer.released_bytes, ready
-            self._network.release(flow, more)
+            if self._exposed(transfer.opened.attempt) is None:
+                self._network.release(flow, more)
 
     def _close(self, transfer: _Transfer) -> None:
         """All is computed. If all but the last layer is sent, that is what remains."""
         flow = transfer.flow
         if transfer.ticket is None or flow is None or flow in self._end.flows_out:
+            return
+        exposed_s = self._exposed(transfer.opened.attempt)
+        if exposed_s is not None:
+            self._clock.after(exposed_s, self._done, transfer)
             return
         tail = 0.0
         if not transfer.opened.one_shot and transfer.bound_s < self._clock.now:

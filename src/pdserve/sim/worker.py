@@ -34,7 +34,7 @@ from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy
 from pdserve.sim.clock import Clock
-from pdserve.sim.conditions import Pacer
+from pdserve.sim.conditions import Exposed, Pacer
 from pdserve.sim.engine import Audience, VirtualEngine
 from pdserve.sim.network import End, Network
 from pdserve.sim.transfers import Transfers
@@ -46,6 +46,7 @@ class World(Audience, Protocol):
     clock: Clock
     network: Network
     times: ClusterTimes
+    exposed: Exposed | None
 
     def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
         """A message leaves a worker at this time, which may be past: the end of a step of which
@@ -88,7 +89,14 @@ class VirtualWorker:
         self._world = world
         self._clock = world.clock
         self._transfers = Transfers(
-            world.clock, world.network, self.end, machine, world.end_of, self.hear, self._sent
+            world.clock,
+            world.network,
+            self.end,
+            machine,
+            world.end_of,
+            self.hear,
+            self._sent,
+            world.exposed,
         )
         self._timers: dict[str, int] = {}
         self._num_timers = 0
