@@ -85,6 +85,7 @@ class Simulation:
         self.clients = Clients(
             requests,
             declared_tokens=settings.declared_tokens,
+            oracle=settings.oracle,
             longest_tokens=min(longest, max(m.max_model_tokens for m in settings.machines)),
             service_of=settings.service_of or (lambda asked: settings.service),
             request_of=settings.request_of,
