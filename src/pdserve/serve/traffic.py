@@ -56,7 +56,7 @@ def _worker(up: WorkerUp, books: ClusterBooks) -> dict[str, Any]:
         "block_size": 0 if layout is None else layout.block_size,
         "token_kv_bytes": 0 if layout is None else layout.pool_bytes(1) // layout.block_size,
         "num_blocks": up.num_blocks,
-        "steps": asdict(book.steps),
+        "steps": asdict(group.model()),
         "error": sum(learned) / len(learned) if learned else None,
         "num_steps": group.num_prompt_samples + group.num_decode_samples,
     }

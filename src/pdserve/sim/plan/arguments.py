@@ -128,7 +128,7 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=60.0,
         metavar="S",
-        help="seconds of each, if the trace has as many requests at that rate (default: 60)",
+        help="seconds of each; a trace that is too short for that is repeated (default: 60)",
     )
     add(
         "--precision",

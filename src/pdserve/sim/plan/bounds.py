@@ -207,7 +207,7 @@ def _divides(works: Sequence[tuple[float, float]], seconds: Sequence[float]) -> 
     left_s, rest_s = seconds[0], 0.0
     for on_first, on_second in phases:
         share = 1.0 if on_first <= left_s else left_s / on_first
-        left_s -= share * on_first
+        left_s = max(0.0, left_s - share * on_first)
         rest_s += (1 - share) * on_second
     return rest_s <= seconds[1] * (1 + 1e-12)
 

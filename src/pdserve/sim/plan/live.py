@@ -35,14 +35,13 @@ from pdserve.sim.plan.problem import (
 )
 from pdserve.sim.plan.race import Goal, Measure
 from pdserve.sim.plan.trial import Candidate, Design
-from pdserve.sim.plan.windows import MIN_REQUESTS
+from pdserve.sim.plan.windows import ALWAYS, MIN_REQUESTS
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import ClusterSpec
 from pdserve.workload.request import Segment, TraceRequest, own_segment
 
 MIN_STEPS = 32
 """Learned from fewer, step times are the prior's."""
-CACHED = "cached"
 _UNNAMED = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 
@@ -90,7 +89,7 @@ def live_problem(options: PlanOptions, recorded: Recorded) -> Problem:
     rate = goal.rate or likely_rate(fitting, machines, promise, designs, prices, goal, parsed)
     windows = cut_for(fitting, rate, parsed)
     mixed = [machine for (_, role), machine in machines.items() if role is Role.MIXED]
-    notes = [note, short_note(windows, rate)]
+    notes = [note, short_note(fitting, windows, rate)]
     if present is None:
         notes.append("the present layout mixes kinds of workers in a way that is not compared with")
     notes += [
@@ -138,7 +137,7 @@ def requests_of(rows: Sequence[Mapping[str, Any]]) -> list[TraceRequest]:
         cached = min(cached, prompt - 1)
         segments: tuple[Segment, ...] = (own_segment(index, prompt - cached),)
         if cached:
-            segments = (Segment(CACHED, cached), *segments)
+            segments = (Segment(ALWAYS, cached), *segments)
         found.append(
             TraceRequest(
                 index=index,
@@ -168,7 +167,8 @@ class _Worker:
             raise ConfigError(
                 f"{row['id']} has an engine that batches for itself, which cannot be simulated"
             )
-        device = "-".join(str(row[name]) for name in ("device", "engine") if row[name])
+        device, engine = str(row["device"]), str(row["engine"])
+        device = device if engine in device else f"{device}-{engine}"
         return cls(
             hardware=_UNNAMED.sub("-", device).strip("-.+") or "worker",
             role=Role(row["role"]),

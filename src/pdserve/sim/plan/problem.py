@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,7 +32,6 @@ from pdserve.workload.request import TraceRequest
 MAX_REQUESTS = 1_000_000
 SAMPLE = 2000
 """Requests from which the rate that a budget can serve is estimated."""
-SHORT_WINDOW_S = 20.0
 Machines = Mapping[tuple[str, Role], MachineModel]
 
 
@@ -100,7 +98,7 @@ def problem_of(options: PlanOptions) -> Problem:
         prices=prices,
         unit=unit,
         errors=errors_of(machines, parsed.error),
-        notes=tuple(text for text in (*left_out, note, short_note(windows, rate)) if text),
+        notes=tuple(text for text in (*left_out, note, short_note(fitting, windows, rate)) if text),
     )
 
 
@@ -248,7 +246,7 @@ def likely_rate(
 ) -> float:
     """About what a budget can serve at most."""
     assert goal.budget is not None
-    sample = cut(trace[:SAMPLE], 1, SAMPLE, poisson=0)
+    sample = cut(trace[:SAMPLE], 1, min(len(trace), SAMPLE), poisson=0)
     mixed = {name: machine for (name, role), machine in machines.items() if role is Role.MIXED}
     bounds = WorkBounds(sample, 1, mixed, promise, prefix_cache=parsed.prefix_cache)
     rates = []
@@ -261,22 +259,23 @@ def likely_rate(
 
 
 def cut_for(trace: Sequence[TraceRequest], rate: float, parsed: argparse.Namespace) -> Windows:
-    """Windows of as many seconds as asked for, if the trace has enough requests for that."""
-    most = max(MIN_REQUESTS * parsed.windows, round(rate * parsed.window_s) * parsed.windows)
+    """Windows of as many seconds as asked for."""
+    num_each = max(MIN_REQUESTS, round(rate * parsed.window_s))
     poisson = parsed.seed if parsed.arrivals == "poisson" or trace[-1].at_s <= 0 else None
     if parsed.trace is None and not parsed.live:
         poisson = parsed.seed
-    return cut(trace, parsed.windows, most, poisson=poisson)
+    return cut(trace, parsed.windows, num_each, poisson=poisson)
 
 
-def short_note(windows: Windows, rate: float) -> str:
-    """For windows that are too short for what they shall say."""
-    median_s = statistics.median(windows.span_s(window, rate) for window in range(len(windows)))
-    if median_s >= SHORT_WINDOW_S:
+def short_note(trace: Sequence[TraceRequest], windows: Windows, rate: float) -> str:
+    """For a trace that is too short for what it shall say."""
+    num_each = len(windows.requests[0])
+    laps = num_each * len(windows) / len(trace)
+    if laps <= 1:
         return ""
     return (
-        f"the windows are only {median_s:.2g} s long at {rate:.3g} requests/s: a longer trace, or "
-        "fewer --windows, would say more"
+        f"at {rate:.3g} requests/s the trace lasts only {len(trace) / rate:.3g} s: each of the "
+        f"{len(windows)} windows repeats its part of it {laps:.2g} times"
     )
 
 

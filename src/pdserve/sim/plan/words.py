@@ -56,8 +56,10 @@ def _serves(found: Found, goal: Goal, unit: str) -> str:
     if goal.is_least:
         what = f"serve {goal.rate:.4g} requests/s within the SLO"
         return f"{what} for {spent(found, unit)}"
-    limit = watts(goal.budget or 0) if goal.measure is Measure.POWER else f"{goal.budget:g} {unit}"
-    return f"serve {found.rate:.4g} requests/s within the SLO and {limit} ({spent(found, unit)})"
+    what = f"serve {found.rate:.4g} requests/s within the SLO for {spent(found, unit)}"
+    if goal.measure is Measure.POWER:
+        return f"{what} (at most {watts(goal.budget or 0)})"
+    return what if found.cost == goal.budget else f"{what} (at most {goal.budget:g} {unit})"
 
 
 def _against(plan: Plan, goal: Goal) -> str:
