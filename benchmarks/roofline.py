@@ -6,7 +6,9 @@ DistServe's curves of OPT-13B and OPT-66B. An error is ``predicted / measured - 
 pools that DistServe states, and the mean power that Splitwise's table has of A100.
 
     python benchmarks/roofline.py --data DIR [--points] [--fit] [--json]
+    python benchmarks/roofline.py --catalogue
 
+``--catalogue`` prints the devices and links of the catalogue, as docs/hardware.md has them.
 ``--points`` prints every point. ``--fit`` searches, one constant after another from those in the
 catalogue, for ones with a smaller error, and prints what it finds.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 
 from pdserve.core.step import StepShape
 from pdserve.cost.hardware import HARDWARE, Hardware
+from pdserve.cost.links import LINKS
 from pdserve.cost.models import MODELS
 from pdserve.cost.roofline import DECODE_BASE_SHARE, DECODE_MEMORY_SHARE, machine_of
 from pdserve.cost.roofline_timer import RUNTIMES, RooflineTimer, Runtime
@@ -275,13 +278,46 @@ def _made(values: Mapping[str, float]) -> tuple[Devices, Software]:
     return devices, software
 
 
+def catalogue() -> list[str]:
+    """Lines of two tables."""
+    lines = [
+        "| device | TFLOP/s | TB/s | GB | to a neighbour | network | W idle, at most, host | $/h |",
+        "| --- | --- | --- | ---: | ---: | --- | --- | ---: |",
+    ]
+    for name, each in HARDWARE.items():
+        peer = f"{each.peer_bytes_per_s / 1e9:.0f} GB/s" if each.peer_bytes_per_s else "none"
+        cells = (
+            f"`{name}`",
+            f"{each.flops / 1e12:.4g} x {each.compute_share:.2g}",
+            f"{each.bytes_per_s / 1e12:.3g} x {each.memory_share:.2g}",
+            f"{each.memory_bytes / 1e9:.1f}",
+            peer,
+            f"`{each.network}`",
+            f"{each.idle_w:g}, {each.limit_w:g}, {each.host_w:g}",
+            f"{each.price_per_hour:.4g}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| link | GB/s | of a worker | fixed |", "| --- | --- | --- | ---: |"]
+    for name, link in LINKS.items():
+        rate = f"{link.bytes_per_s / 1e9:.4g} x {link.share:.3g}"
+        adapters = "one for each device" if link.per_device else "one"
+        lines.append(f"| `{name}` | {rate} | {adapters} | {link.fixed_s * 1e3:g} ms |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="has splitwise_perf_model.csv")
+    parser.add_argument("--data", type=Path, help="has splitwise_perf_model.csv")
+    parser.add_argument("--catalogue", action="store_true", help="print what is known by name")
     parser.add_argument("--points", action="store_true", help="print every point")
     parser.add_argument("--fit", action="store_true", help="search for better constants")
     parser.add_argument("--json", action="store_true")
     parsed = parser.parse_args()
+    if parsed.catalogue:
+        print("\n".join(catalogue()))
+        return
+    if parsed.data is None:
+        parser.error("--data DIR is needed")
     rows = splitwise_rows(parsed.data / "splitwise_perf_model.csv")
     points = [*splitwise_points(rows), *distserve_points()]
     if parsed.fit:

@@ -38,7 +38,7 @@ class Hardware:
     `cost.links`. ``host_speed``: of one thread of the host, against that of an A100's machine.
     ``runtime``: a name of `cost.roofline_timer.RUNTIMES`.
     ``tdp_w``: the most it may draw; ``cap_w``: a limit set below that; ``idle_w``: without work but
-    with a model loaded; ``host_w``: its share of everything else in the machine, always drawn.
+    with a model loaded; ``host_w``: its share of the most that the rest of the machine draws.
     ``price_per_hour``: in US dollars, on demand, one device with its share of the machine.
     """
 

@@ -28,6 +28,9 @@ DECODE_MEMORY_SHARE = 0.73
 memory's rate that it uses. Splitwise's perf_model.csv, mean power of A100 over requests that nearly
 only decode: 0.43, 0.59, 0.74 of the TDP for Llama-2-70B on 8, 4, 2 of them (0.20, 0.40, 0.62 of the
 memory's rate) and 0.63 for BLOOM-176B on 8 (0.45). A prompt draws all that the device may."""
+HOST_IDLE_SHARE = 0.5
+"""Of what the rest of a machine draws at most, what it draws while its devices idle. Assumed: fans
+slow down, memory and network do not."""
 BUSY_BATCH = (32, 1024)
 """Sequences and their length, of the decode step that `Power.decode_w` is stated for."""
 
@@ -239,7 +242,7 @@ def _gb(num_bytes: float) -> str:
 
 
 def _power(hardware: Hardware, shape: ModelShape, devices: int, timer: RooflineTimer) -> Power:
-    """Of a worker. See `DECODE_BASE_SHARE`."""
+    """Of a worker. See `DECODE_BASE_SHARE`; the rest of the machine draws all it can at work."""
     batch, length = BUSY_BATCH
     context = batch * length
     busy = StepShape(num_decoding=batch, context_tokens=context)
@@ -248,7 +251,7 @@ def _power(hardware: Hardware, shape: ModelShape, devices: int, timer: RooflineT
     decode_w = hardware.tdp_w * (DECODE_BASE_SHARE + DECODE_MEMORY_SHARE * used)
     limit_w = hardware.limit_w
     return Power(
-        idle_w=devices * (hardware.idle_w + hardware.host_w),
+        idle_w=devices * (hardware.idle_w + HOST_IDLE_SHARE * hardware.host_w),
         prompt_w=devices * (limit_w + hardware.host_w),
         decode_w=devices * (min(limit_w, decode_w) + hardware.host_w),
     )

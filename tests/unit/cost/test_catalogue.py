@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -227,3 +228,22 @@ def test_a_models_own_config_says_its_shape() -> None:
 def test_a_config_that_says_too_little_is_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         model_of_config({**CONFIG, **change}, "x/config.json")
+
+
+def test_the_page_has_every_device_and_link_as_the_catalogue_has_it() -> None:
+    page = Path(__file__).parents[3] / "docs" / "hardware.md"
+    rows = {
+        cells[0].strip(" `"): cells
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+        for cells in [line.strip("|").split("|")]
+    }
+    assert set(rows) == {*HARDWARE, *LINKS}
+    for name, device in HARDWARE.items():
+        assert float(rows[name][-1]) == pytest.approx(device.price_per_hour)
+        assert float(rows[name][3]) == pytest.approx(device.memory_bytes / 1e9, rel=0.01)
+        watts = [float(each) for each in rows[name][6].split(",")]
+        assert watts == [device.idle_w, device.limit_w, device.host_w]
+    for name, link in LINKS.items():
+        rate, share = (float(each) for each in rows[name][1].split("x"))
+        assert rate * share == pytest.approx(link.of_worker(1).bytes_per_s / 1e9)

@@ -220,7 +220,7 @@ def test_a_worker_has_as_few_devices_as_leave_room() -> None:
 def test_what_a_worker_costs_and_draws_is_that_of_its_devices() -> None:
     machine, device = machine_of("h100-tp8", "bloom-176b"), HARDWARE["h100"]
     assert machine.price_per_hour == pytest.approx(8 * 4.76)
-    assert machine.power.idle_w == pytest.approx(8 * (device.idle_w + device.host_w))
+    assert machine.power.idle_w == pytest.approx(8 * (device.idle_w + device.host_w / 2))
     assert machine.power.prompt_w == pytest.approx(8 * (700 + device.host_w))
     assert machine.power.idle_w < machine.power.decode_w < machine.power.prompt_w
     capped = machine_of("h100cap-tp8", "bloom-176b")
