@@ -30,6 +30,14 @@ from pdserve.core.errors import OutOfBlocksError
 from pdserve.core.ids import BlockHash, BlockId
 
 
+def out_of_blocks(num_blocks: int, pool: BlockPool) -> OutOfBlocksError:
+    """So many cannot be had."""
+    return OutOfBlocksError(
+        f"{num_blocks} KV blocks are needed and {pool.num_free} of {pool.num_blocks} can "
+        "be had: wait for running requests, or give the worker a larger KV pool"
+    )
+
+
 class BlockPool:
     """Reference counts, prefix index, LRU and quarantine over ``num_blocks`` blocks.
 
@@ -127,10 +135,7 @@ class BlockPool:
         """
         assert num_blocks >= 0, num_blocks
         if num_blocks > self.num_free:
-            raise OutOfBlocksError(
-                f"{num_blocks} KV blocks are needed and {self.num_free} of {self.num_blocks} can "
-                "be had: wait for running requests, or give the worker a larger KV pool"
-            )
+            raise out_of_blocks(num_blocks, self)
         free, references = self._free, self._references
         first = max(0, len(free) - num_blocks)
         taken = free[first:]

@@ -65,6 +65,10 @@ class EngineLoadSource:
             open_leases=self._inbound.num_leases,
         )
 
+    def pressure(self) -> tuple[bool, bool]:
+        presses = self._tasks.num_waiting > 0
+        return presses, presses or self._tasks.num_running > 0
+
     def counters(self) -> LoadCounters:
         load = self._tasks.load
         return LoadCounters(

@@ -118,7 +118,7 @@ class Pools:
         if slot is not None and book is not None and slot.role is not Role.MIXED:
             self._set(book, slot, Role.MIXED, "its own pool has room and the other has none", out)
             self._drawn.add(worker)
-            slot.was_busy = book.is_busy
+            slot.was_busy = False
 
     def send_home(self, out: Outbox) -> None:
         """Whoever was drawn and may go, as the return rule says."""
@@ -128,6 +128,8 @@ class Pools:
                 continue
             if self._return_rule is ReturnRule.IDLE:
                 slot = self.slots[worker]
+                if book.report is None or book.report.role_epoch != slot.role_epoch:
+                    continue  # it has not heard that it was drawn
                 was_busy, slot.was_busy = slot.was_busy, book.is_busy
                 goes, reason = was_busy and not slot.was_busy, "it has run empty"
             else:

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from pdserve.core.effects import CancelTimer
 from pdserve.core.messages import CacheChanged, LoadReport
+from pdserve.core.request import Role
 from pdserve.core.step import StepSample, StepShape, TransferSample
 from pdserve.node.batch import BatchMachine
 from pdserve.node.inbound import InboundHandoffs
@@ -80,6 +81,10 @@ class LoadSource(Protocol):
 
     def counters(self) -> LoadCounters: ...
 
+    def pressure(self) -> tuple[bool, bool]:
+        """Whether somebody is left out of the steps, and whether anything runs or is left out."""
+        ...
+
     def tell_cache(self, out: Outbox) -> None:
         """Before a report: what has become of the prefix cache, if the router is to know."""
 
@@ -114,6 +119,10 @@ class BatchLoad:
             context_tokens=self._batch.queues.context_tokens,
         )
 
+    def pressure(self) -> tuple[bool, bool]:
+        presses = self._batch.num_left_out > 0
+        return presses, presses or self._batch.num_running > 0
+
     def tell_cache(self, out: Outbox) -> None:
         stored, evicted = self._batch.tables.pool.take_changes()
         for first in range(0, max(len(stored), len(evicted)), MAX_HASHES):
@@ -141,6 +150,7 @@ class LoadReporter:
         self._seq = 0
         self._reported_at_s = 0.0
         self._last_figures: LoadFigures | None = None
+        self._told: tuple[bool, bool, int] | None = None
         self._waits = False
         self._step_started_at_s: float | None = None
         self._last_empty = False
@@ -206,6 +216,10 @@ class LoadReporter:
 
     def report_if_changed(self, out: Outbox) -> None:
         """After each input: report now, later, or not at all."""
+        if self._settings.terse_reports:
+            if self._told != self._terse():
+                self._report(out)
+            return
         if self._waits:
             return
         if not self.changed and not self._has_news():
@@ -223,12 +237,21 @@ class LoadReporter:
             return True
         return self._source.figures().differ(last, self._tolerance)
 
+    def _terse(self) -> tuple[bool, bool, int]:
+        """What must be told at once where reports are terse."""
+        standing = self._standing
+        is_away = standing.role is not self._settings.role
+        presses, runs = self._source.pressure()
+        prefills = standing.role is not Role.DECODE
+        return prefills and presses, is_away and runs, standing.role_epoch
+
     def _report(self, out: Outbox) -> None:
         if self._waits:
             self._waits = False
             out.add(CancelTimer(REPORT_TIMER))
         self.changed = False
         self._reported_at_s = out.now
+        self._told = self._terse() if self._settings.terse_reports else None
         self._last_figures = figures = self._source.figures()
         self._last_empty = self._is_empty()
         counters = self._source.counters()

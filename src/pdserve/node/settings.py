@@ -45,6 +45,10 @@ class WorkerSettings:
     0: it is given blocks as soon as there are any. With ``foreign`` set the blocks only measure an
     engine's memory: nobody else sees them, and the layout has no layers.
 
+    With ``terse_reports`` only this is news to the router: whether somebody is left out of the
+    steps, unless the worker only decodes, and, where it is not in its home pool, whether it runs at
+    all. All else goes with it, or with the heartbeat.
+
     For drivers that compute nothing: with ``bare_plans`` a step's plan says how large it is and not
     what its rows are; without ``report_samples`` reports say nothing of how long steps and
     transfers took.
@@ -66,6 +70,7 @@ class WorkerSettings:
     heartbeat_s: float = 0.5
     report_interval_s: float = 0.01
     prefix_cache: bool = True
+    terse_reports: bool = False
     late_handoffs: bool = False
     ask_again_s: float = 0.0
     bare_plans: bool = False

@@ -203,6 +203,7 @@ class StepEnds:
         one of those that are told. Rows that were dropped are added to these."""
         size, silent = self._block_size, [SILENT_TOKEN] * num_steps
         events: list[_Event] = []
+        indexes = self._tables.pool.prefix_cache
         grown = 0
         only_decodes = ride.num_decodes == len(ride.riders)
         decodes = ride.riders if only_decodes else ride.riders[: ride.num_decodes]
@@ -220,7 +221,10 @@ class StepEnds:
                 sequence.drawn += silent
             grown += num_steps
             sequence.num_computed += num_steps
-            if sequence.num_computed >= (sequence.num_published + 1) * size:
+            if not indexes:
+                if sequence.num_tokens > len(sequence.block_ids) * size:
+                    self._crossings(events, row, sequence, num_steps)
+            elif sequence.num_computed >= (sequence.num_published + 1) * size:
                 self._crossings(events, row, sequence, num_steps)
         self._queues.context_tokens += grown
         events.sort()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pdserve.core.errors import OutOfBlocksError
 from pdserve.core.ids import BlockId
 from pdserve.kv.pool import BlockPool
+from pdserve.kv.trusting import TrustingPool
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
@@ -19,9 +20,7 @@ class BlockTables:
     """All block accounting of a native worker's sequences."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self.pool = BlockPool(
-            settings.num_blocks, settings.layout.block_size, prefix_cache=settings.prefix_cache
-        )
+        self.pool = _pool(settings)
         self.queries_tokens = 0
         self.hits_tokens = 0
         self._layout = settings.layout
@@ -169,3 +168,11 @@ class BlockTables:
         num_tokens = sequence.num_tokens
         sequence.extend_hashes_to(num_tokens // self._block_size, self._block_size)
         return self.pool.match(sequence.hashes, (num_tokens - 1) // self._block_size)
+
+
+def _pool(settings: WorkerSettings) -> BlockPool:
+    """Where nothing is computed and nothing cached, nobody needs to look after blocks."""
+    num_blocks, block_size = settings.num_blocks, settings.layout.block_size
+    if settings.bare_plans and not settings.prefix_cache:
+        return TrustingPool(num_blocks, block_size)
+    return BlockPool(num_blocks, block_size, prefix_cache=settings.prefix_cache)

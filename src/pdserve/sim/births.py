@@ -48,6 +48,8 @@ def worker_settings(
         prefix_cache=settings.prefix_cache,
         heartbeat_s=settings.heartbeat_s,
         report_interval_s=settings.report_interval_s,
+        bare_plans=True,
+        terse_reports=settings.terse_reports,
         late_handoffs=settings.late_handoffs,
         ask_again_s=settings.ask_again_s,
         ticket_timeout_s=settings.ticket_timeout_s,

@@ -30,8 +30,8 @@ class SimSettings:
     ``stretches``: decode steps that are alike pass in one go; the result is the same.
     ``load_s``: from the start of a process to the moment at which it can serve.
     ``oracle``: requests say how long their answers will be, to a policy that asks.
-    ``late_handoffs``, ``ask_again_s``, ``ticket_timeout_s``: see `WorkerSettings`; ``return_rule``,
-    ``moves``: see `RouterSettings`.
+    ``terse_reports``, ``late_handoffs``, ``ask_again_s``, ``ticket_timeout_s``: see
+    `WorkerSettings`; ``return_rule``, ``moves``: see `RouterSettings`.
     """
 
     cluster: ClusterSpec
@@ -61,6 +61,7 @@ class SimSettings:
     load_s: float = 5.0
     stretches: bool = True
     oracle: bool = False
+    terse_reports: bool = False
     late_handoffs: bool = False
     ask_again_s: float = 0.0
     ticket_timeout_s: float = 10.0

@@ -95,8 +95,7 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
         moves=False,
         queue_timeout_s=FOR_EVER_S,
         max_queued_requests=1 << 40,
-        heartbeat_s=60.0,
-        report_interval_s=0.0,
+        terse_reports=True,
     )
 
 
