@@ -72,6 +72,11 @@ class Transfers:
         self._exposed = exposed or (lambda attempt: None)
         self._open: dict[AttemptId, _Transfer] = {}
 
+    @property
+    def num_open(self) -> int:
+        """Transfers that have been opened and not ended."""
+        return len(self._open)
+
     def open(self, effect: OpenTransfer) -> None:
         ready = effect.cached_blocks * self._machine.block_size
         transfer = _Transfer(effect, ready_tokens=ready)

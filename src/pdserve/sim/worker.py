@@ -228,7 +228,7 @@ class VirtualWorker:
 
     def _run_step(self, effect: RunStep) -> None:
         self._engine.run(effect, self._now)
-        if not effect.plan.shape.prompt_tokens:
+        if not self._transfers.num_open:
             return
         node, (begun_s, ended_s) = self.node, self._engine.span
         for rider in node.riders:

@@ -50,13 +50,19 @@ def load(parts: list[tuple[float, int, int, bool]]) -> list[TraceRequest]:
     ),
     policy=st.sampled_from(["predicted", "splitwise", "random"]),
     prefix_cache=st.booleans(),
+    max_step_tokens=st.sampled_from([2048, 64]),
 )
 def test_nothing_is_lost_and_nothing_is_made_up(
-    parts, cluster, policy, prefix_cache, some_settings
+    parts, cluster, policy, prefix_cache, max_step_tokens, some_settings
 ):
     requests = load(parts)
     given_settings = some_settings(
-        cluster, policy=policy, prefix_cache=prefix_cache, declared_tokens=None
+        cluster,
+        policy=policy,
+        prefix_cache=prefix_cache,
+        declared_tokens=None,
+        max_step_tokens=max_step_tokens,
+        mixed_chunk_tokens=32,
     )
     report, hand_offs = Report(given_settings), HandOffs()
     Simulation(given_settings, iter(requests), [*report.observers, hand_offs]).run()
@@ -87,6 +93,17 @@ def test_nothing_is_lost_and_nothing_is_made_up(
     shown_s = len(power_w) * document["timeline"]["power_stretch_s"]
     idle_j = 100.0 * len(workers) * (duration_s - shown_s)
     assert shown_j + idle_j == pytest.approx(joules, rel=1e-3)
+
+
+@pytest.mark.parametrize("prompt", [2049, 4097])
+def test_a_prompt_whose_last_chunk_is_one_token_is_handed_over(prompt, some_settings):
+    """Its last step counts as one that decodes, since it costs the same."""
+    given_settings = some_settings(policy="splitwise")
+    report = Report(given_settings)
+    Simulation(given_settings, iter(load([(0.0, prompt, 5, False)])), report.observers).run()
+    document = report.document(wall_s=1.0)
+    assert document["completed"] == document["transfers"]["num"] == 1
+    assert document["duration_s"] < 2.0
 
 
 def test_clients_that_leave_and_prompts_that_are_too_long_are_all_accounted_for(some_settings):
