@@ -5,14 +5,14 @@ simulation is given these (`RecordedConditions`), and the settings, links and co
 machines were born with, and makes its own decisions: every route is compared with the live one.
 Where they differ, both machines are right about what they saw, and the *cause* says what they saw
 differently: by the live router's own scores, how far apart the two routes were, and which figure of
-them was another in the simulation. A step that only the simulation took, since a batch came
-together differently, takes what steps of its shape took.
+them was another in the simulation.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +20,8 @@ from typing import Any
 
 from pdserve.calibrate.fit import Neighbours, link_of
 from pdserve.core.effects import WorkerUp
-from pdserve.core.events import LifeEvent, LifeName
-from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
+from pdserve.core.events import LifeEvent
+from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Message
 from pdserve.core.request import Request, Role
 from pdserve.core.step import StepShape
@@ -29,20 +29,23 @@ from pdserve.cost.machine import ClusterTimes, LinkSpec, MachineModel, StepTimer
 from pdserve.cost.measured_fit import TooFewStepsError, fit_steps
 from pdserve.cost.step import StepModel
 from pdserve.node.settings import RouterSettings, WorkerSettings
-from pdserve.serve.recorded import RanStep, RecordedRun, about
+from pdserve.policy.cluster import ClusterView, RouteAsk
+from pdserve.policy.cluster import Route as Chosen
+from pdserve.policy.registry import make_policy
+from pdserve.serve.recorded import RanRequest, RanStep, RecordedRun, about
 from pdserve.sim.clients import ENDING
 from pdserve.sim.clock import Clock
 from pdserve.sim.conditions import Delay, Exposed
-from pdserve.sim.observe import Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
 from pdserve.sim.spec import ClusterSpec, Group
 from pdserve.workload.request import TraceRequest, own_segment
 
-LEAD_S = 1.0
-"""Simulated machines are up so long before the first request."""
+SAME_TIME_S = 0.1
 NEAR = 0.05
 """Two routes whose scores differ by less are nearly the same to the router."""
+FIGURES = ("queue", "fetch", "prefill", "exposed", "decode_wait", "tpot", "harm")
+"""Of a candidate; what its score is made of."""
 UNKNOWN_LINK = LinkSpec(bytes_per_s=1e9, fixed_s=1e-3)
 
 Route = tuple[WorkerId, WorkerId]
@@ -50,7 +53,8 @@ Route = tuple[WorkerId, WorkerId]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """A request that went elsewhere, and why."""
+    """A request that went elsewhere, and why. ``simulated`` None: the simulated router was never
+    asked about it."""
 
     request_id: RequestId
     live: Route
@@ -61,7 +65,7 @@ class Difference:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """Of all requests that the live router routed. ``same_steps``: the share of the simulated
-    steps that took what a live one of their shape did."""
+    steps that have the shape of the live one at that time."""
 
     num_routes: int
     differences: tuple[Difference, ...]
@@ -73,45 +77,73 @@ class Parity:
         return 1.0 - len(self.differences) / max(1, self.num_routes)
 
 
-def compare(run: RecordedRun) -> Parity:
-    """Simulate the recorded run with its own times."""
+def compare(run: RecordedRun, *, goes_on_as_live: bool = True) -> Parity:
+    """Simulate the recorded run with its own times.
+
+    ``goes_on_as_live``: a request that the simulated router would have sent elsewhere is counted,
+    and then sent where the live one went: so every decision is compared in the situation of the
+    live run, and one difference is not counted again in all that follows from it. If not, the
+    simulation goes its own way, and after a difference both are right about different clusters.
+    """
     conditions = RecordedConditions(run)
-    heard = _Heard()
+    choices = _Choices(run, follows=goes_on_as_live)
     settings, requests = conditions.settings()
-    Simulation(settings, requests, [heard], conditions).run()
-    differences = []
-    routed = [request for request in run.requests.values() if request.jobs]
-    for request in routed:
-        _, job = request.jobs[0]
-        live = (job.prefill_worker, job.decode_worker)
-        event = heard.routes.get(request.request.request_id)
-        simulated = None if event is None else _route_of(event)
-        if simulated != live:
-            cause = _cause(request.routed[0] if request.routed else None, event, live, simulated)
-            differences.append(
-                Difference(
-                    request_id=request.request.request_id,
-                    live=live,
-                    simulated=simulated,
-                    cause=cause,
-                )
-            )
+    settings = replace(settings, make_policy=lambda: choices)
+    Simulation(settings, requests, [], conditions).run()
     return Parity(
-        num_routes=len(routed),
-        differences=tuple(differences),
+        num_routes=choices.num_routes,
+        differences=tuple(choices.differences()),
         same_steps=conditions.same_steps,
     )
 
 
-class _Heard(Observer):
-    """The first route of each request."""
+class _Choices:
+    """The simulated router's policy, and what it said about each request that the live one routed.
 
-    def __init__(self) -> None:
-        self.routes: dict[RequestId, LifeEvent] = {}
+    A policy is not told whose route it chooses; a request is known by its lengths, and of those
+    that are alike the one that came first is meant. Implements ``policy.cluster.RoutePolicy``."""
 
-    def life(self, event: LifeEvent) -> None:
-        if event.name is LifeName.ROUTED:
-            self.routes.setdefault(event.request_id, event)
+    def __init__(self, run: RecordedRun, *, follows: bool) -> None:
+        self._policy = make_policy(run.policy)
+        self._follows = follows
+        self._routed = [request for request in run.requests.values() if request.jobs]
+        self._said: dict[RequestId, Chosen] = {}
+        self._to_come: dict[tuple[int, int], deque[RanRequest]] = defaultdict(deque)
+        for request in sorted(self._routed, key=lambda request: request.submitted_s):
+            asked = request.request
+            key = (len(asked.prompt_token_ids), asked.params.max_tokens)
+            self._to_come[key].append(request)
+
+    @property
+    def num_routes(self) -> int:
+        return len(self._routed)
+
+    def choose(self, view: ClusterView, ask: RouteAsk) -> Chosen | None:
+        chosen = self._policy.choose(view, ask)
+        to_come = self._to_come.get((ask.num_tokens, ask.max_output_tokens))
+        if chosen is None or not to_come:
+            return chosen
+        live = to_come.popleft()
+        self._said[live.request.request_id] = chosen
+        here = {worker.worker for worker in view.workers}
+        route = _live_route(live)
+        if not self._follows or _route(chosen) == route or not here.issuperset(route):
+            return chosen
+        same = [c for c in chosen.candidates if (c.prefill, c.decode) == route]
+        others = [c for c in chosen.candidates if (c.prefill, c.decode) != route]
+        return Chosen(*route, reason="as live", candidates=(*same, *others) if same else ())
+
+    def differences(self) -> Iterator[Difference]:
+        for request in self._routed:
+            request_id = request.request.request_id
+            live, said = _live_route(request), self._said.get(request_id)
+            if said is None or _route(said) != live:
+                yield Difference(
+                    request_id=request_id,
+                    live=live,
+                    simulated=None if said is None else _route(said),
+                    cause=_cause(request.routed[0] if request.routed else None, said, live),
+                )
 
 
 # --- conditions as they were recorded ----------------------------------------------------------
@@ -125,8 +157,8 @@ class RecordedConditions:
 
     def __init__(self, run: RecordedRun) -> None:
         self._run = run
-        self._begun_s = min((request.submitted_s for request in run.requests.values()), default=0.0)
-        self._mail = _Delays(run)
+        self._begun_s = run.started_s[GATEWAY]
+        self._mail = _Delays(run, self._begun_s)
         self.delay = self._mail.delay_s
         self.exposed = self._exposed_s
         self._steps: dict[WorkerId, list[RanStep]] = defaultdict(list)
@@ -148,7 +180,7 @@ class RecordedConditions:
         asked = [
             TraceRequest(
                 index=index,
-                at_s=request.submitted_s - self._begun_s + LEAD_S,
+                at_s=request.submitted_s - self._begun_s,
                 segments=(own_segment(index, len(request.request.prompt_token_ids)),),
                 output_tokens=max(1, request.num_tokens),
             )
@@ -175,11 +207,14 @@ class RecordedConditions:
     ) -> WorkerSettings:
         return replace(self._run.settings(worker), epoch=epoch)
 
+    def starts_s(self, worker: WorkerId) -> float:
+        return self._run.started_s[worker] - self._begun_s
+
     def up(self, up: WorkerUp) -> WorkerUp:
         return replace(self._run.workers[up.worker], epoch=up.epoch)
 
     def pacer(self, clock: Clock, worker: WorkerId, machine: MachineModel) -> RecordedPacer:
-        pacer = RecordedPacer(self._steps[worker], machine.steps)
+        pacer = RecordedPacer(self._steps[worker], machine.steps, self._begun_s)
         self._pacers.append(pacer)
         return pacer
 
@@ -249,35 +284,51 @@ class RecordedConditions:
 
 
 class RecordedPacer:
-    """Steps take what the live worker's took: the one of the same number if it has the same shape,
-    else one of that shape, else what a fit says. Implements ``sim.conditions.Pacer``."""
+    """Steps take what the live worker's took at that time. Implements ``sim.conditions.Pacer``.
 
-    def __init__(self, steps: list[RanStep], timer: StepTimer) -> None:
+    A simulated step is that of the live ones not yet used which was asked for at nearly the same
+    moment; of another shape, it takes so much more or less as a fit says. So what held up a live
+    worker holds up the simulated one once, at the same time, in whatever batch it finds it.
+    """
+
+    def __init__(self, steps: list[RanStep], timer: StepTimer, lead_s: float) -> None:
+        """``lead_s``: what is to be added to simulated time to get that of the recording."""
         self.moved: Callable[[float], None] = lambda end_s: None
         self.num_steps = 0
         self.num_same = 0
         self._steps = steps
+        self._asked_s = [step.asked_s for step in steps]
         self._timer = timer
-        self._by_shape: dict[StepShape, deque[RanStep]] = defaultdict(deque)
-        for step in steps:
-            self._by_shape[step.shape].append(step)
+        self._lead_s = lead_s
+        self._next = 0
         gaps_s = [step.gap_s for step in steps]
         self._gap_s = max(0.0, statistics.median(gaps_s)) if gaps_s else 0.0
 
     def begin(self, shape: StepShape, asked_s: float) -> tuple[float, float]:
-        place, self.num_steps = self.num_steps, self.num_steps + 1
-        step = self._steps[place] if place < len(self._steps) else None
-        if step is None or step.shape != shape:
-            same = self._by_shape.get(shape)
-            step = None if not same else same[0]
-            if same:
-                same.rotate(-1)
+        self.num_steps += 1
+        step = self._at(asked_s + self._lead_s)
         if step is None:
             begun_s = asked_s + self._gap_s
             return begun_s, begun_s + self._timer.step_s(shape)
-        self.num_same += 1
         begun_s = asked_s + max(0.0, step.gap_s)
-        return begun_s, begun_s + step.elapsed_s
+        if step.shape == shape:
+            self.num_same += 1
+            return begun_s, begun_s + step.elapsed_s
+        usual_s = self._timer.step_s(step.shape)
+        factor = step.elapsed_s / usual_s if usual_s > 0 else 1.0
+        return begun_s, begun_s + factor * self._timer.step_s(shape)
+
+    def _at(self, now: float) -> RanStep | None:
+        """The unused step that was asked for at nearly this time."""
+        place = bisect_left(self._asked_s, now, lo=self._next)
+        near = [i for i in (place - 1, place) if self._next <= i < len(self._steps)]
+        if not near:
+            return None
+        best = min(near, key=lambda i: abs(self._asked_s[i] - now))
+        if abs(self._asked_s[best] - now) > SAME_TIME_S:
+            return None
+        self._next = best + 1
+        return self._steps[best]
 
     def end(self) -> None:
         """Nobody is waiting for it."""
@@ -287,26 +338,45 @@ class RecordedPacer:
 
 
 class _Delays:
-    """How long messages took: each as its live counterpart, if it has one, else as others of its
-    kind on its link. ``usual_s``: the median of all."""
+    """How long messages took: each as its live counterpart, if it is about a request, else as the
+    live one of its kind on its link at nearly that time, if there is one, else as they usually did.
+    None overtakes another. ``usual_s``: the median of all."""
 
-    def __init__(self, run: RecordedRun) -> None:
+    def __init__(self, run: RecordedRun, lead_s: float) -> None:
+        """``lead_s`` as of `RecordedPacer`."""
+        self._lead_s = lead_s
         self._own: dict[tuple[Any, ...], deque[float]] = defaultdict(deque)
-        by_kind: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        self._sent: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
         for mail in run.mail:
             link = (mail.sender, mail.receiver, mail.kind)
-            self._own[(*link, mail.about)].append(mail.delay_s)
-            by_kind[link].append(mail.delay_s)
-        self._kinds = {link: statistics.median(of) for link, of in by_kind.items()}
+            if mail.about is not None:
+                self._own[(*link, mail.about)].append(mail.delay_s)
+            self._sent[link].append((mail.sent_s, mail.delay_s))
+        self._usual = {
+            link: statistics.median(delay_s for _, delay_s in of) for link, of in self._sent.items()
+        }
+        self._last_s: dict[tuple[WorkerId, WorkerId], float] = {}
         every = [mail.delay_s for mail in run.mail]
         self.usual_s = statistics.median(every) if every else 1e-4
 
-    def delay_s(self, sender: WorkerId, receiver: WorkerId, message: Message) -> float:
+    def delay_s(self, sender: WorkerId, receiver: WorkerId, message: Message, at_s: float) -> float:
+        arrives_s = at_s + self._found_s(sender, receiver, message, at_s + self._lead_s)
+        arrives_s = max(arrives_s, self._last_s.get((sender, receiver), 0.0))
+        self._last_s[sender, receiver] = arrives_s
+        return arrives_s - at_s
+
+    def _found_s(self, sender: WorkerId, receiver: WorkerId, message: Message, now: float) -> float:
         link = (sender, receiver, type(message).__name__)
         own = self._own.get((*link, about(message)))
         if own:
             return own.popleft()
-        return self._kinds.get(link, self.usual_s)
+        sent = self._sent.get(link, [])
+        place = bisect_left(sent, (now, 0.0))
+        near = [sent[i] for i in (place - 1, place) if 0 <= i < len(sent)]
+        sent_s, delay_s = min(near, key=lambda one: abs(one[0] - now), default=(0.0, 0.0))
+        if near and abs(sent_s - now) <= SAME_TIME_S:
+            return delay_s
+        return self._usual.get(link, self.usual_s)
 
 
 def _as_simulated(request: Request) -> Request:
@@ -320,39 +390,40 @@ def _as_simulated(request: Request) -> Request:
 # --- causes ------------------------------------------------------------------------------------
 
 
-def _route_of(event: LifeEvent) -> Route:
-    detail = dict(event.detail)
-    return WorkerId(str(detail["prefill"])), WorkerId(str(detail["decode"]))
+def _live_route(request: RanRequest) -> Route:
+    _, job = request.jobs[0]
+    return job.prefill_worker, job.decode_worker
 
 
-def _cause(
-    live_event: LifeEvent | None,
-    sim_event: LifeEvent | None,
-    live: Route,
-    simulated: Route | None,
-) -> str:
-    if sim_event is None or simulated is None:
-        return "the simulated router did not route it"
-    live_scores, sim_scores = _candidates(live_event), _candidates(sim_event)
-    mine, other = live_scores.get(live), live_scores.get(simulated)
-    if not sim_scores or mine is None:
-        reasons = [dict(e.detail).get("reason", "") if e else "" for e in (live_event, sim_event)]
-        return f"live: {reasons[0]}; simulated: {reasons[1]}"
+def _route(chosen: Chosen) -> Route:
+    return chosen.prefill, chosen.decode
+
+
+def _cause(live_event: LifeEvent | None, said: Chosen | None, live: Route) -> str:
+    if said is None:
+        return "the simulated router was never asked about it, or had no room"
+    reason = "" if live_event is None else dict(live_event.detail).get("reason", "")
+    live_scores = _candidates(live_event)
+    mine, other = live_scores.get(live), live_scores.get(_route(said))
+    if not said.candidates or mine is None:
+        return f"live: {reason}; simulated: {said.reason}"
     if other is None:
-        return "the live router did not consider the simulated route"
+        return "the live router did not come to consider the simulated route"
     apart_ms = other["score_ms"] - mine["score_ms"]
     text = f"live scores were {apart_ms:.1f} ms apart of {mine['score_ms']:.1f}"
     if abs(apart_ms) <= NEAR * abs(mine["score_ms"]):
         text = "nearly a tie: " + text
     changes = []
-    for route, scores in live_scores.items():
-        for name, value in scores.items():
-            seen = sim_scores.get(route, {}).get(name)
-            if name.endswith("_ms") and name != "score_ms" and seen is not None and seen != value:
+    for candidate in said.candidates:
+        route = (candidate.prefill, candidate.decode)
+        for name in FIGURES:
+            value = live_scores.get(route, {}).get(f"{name}_ms")
+            seen = 1e3 * getattr(candidate, f"{name}_s")
+            if value is not None:
                 changes.append((abs(seen - value), f"{name} of {'+'.join(route)}", value, seen))
     if changes:
         _, name, value, seen = max(changes)
-        text += f"; {name} was {value:.1f} live and {seen:.1f} simulated"
+        text += f"; {name} was {value:.1f} ms live and {seen:.1f} simulated"
     return text
 
 

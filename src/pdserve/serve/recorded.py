@@ -24,6 +24,7 @@ from pdserve.core.effects import (
     Received,
     RunStep,
     Send,
+    Started,
     StepDone,
     Submit,
     TransferSent,
@@ -120,11 +121,13 @@ class RanRequest:
 
 @dataclass(slots=True, kw_only=True)
 class RecordedRun:
-    """A whole recording. ``births``: of every worker process, in order of their epochs."""
+    """A whole recording. ``births``: of every worker process, in order of their epochs;
+    ``started_s``: when the machine of each node's first process heard that it lives."""
 
     router: RouterSettings
     policy: str
     births: dict[WorkerId, list[Birth]] = field(default_factory=dict)
+    started_s: dict[WorkerId, float] = field(default_factory=dict)
     workers: dict[WorkerId, WorkerUp] = field(default_factory=dict)
     steps: list[RanStep] = field(default_factory=list)
     mail: list[Mail] = field(default_factory=list)
@@ -205,6 +208,8 @@ class _Reader:
                 if not isinstance(message, Life):  # drivers send these, not machines
                     posted = (now, type(message).__name__, about(message))
                     posts.received[sender, node].append(posted)
+            case Started():
+                run.started_s[node] = min(now, run.started_s.get(node, now))
             case StepDone():
                 self._step_done(run, node, event, now)
             case TransferSent(attempt=attempt, num_bytes=num_bytes):

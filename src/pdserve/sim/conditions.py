@@ -22,8 +22,8 @@ from pdserve.sim.clock import Clock
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.tempo import Hosts
 
-Delay = Callable[[WorkerId, WorkerId, Message], float]
-"""Seconds that a message takes from the one to the other."""
+Delay = Callable[[WorkerId, WorkerId, Message, float], float]
+"""Seconds that a message takes from the one to the other that is sent at this time."""
 Exposed = Callable[[AttemptId], float | None]
 """Seconds from when a transfer is computed, and bound, until it is sent, if that is known."""
 
@@ -62,6 +62,10 @@ class Conditions(Protocol):
         self, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
     ) -> WorkerSettings: ...
 
+    def starts_s(self, worker: WorkerId) -> float:
+        """When the first process of the slot is ready."""
+        ...
+
     def up(self, up: WorkerUp) -> WorkerUp:
         """How a process introduces itself, given how it would by its settings."""
         ...
@@ -88,6 +92,9 @@ class Modelled:
         self, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
     ) -> WorkerSettings:
         return worker_settings(self._settings, worker, epoch, role, machine)
+
+    def starts_s(self, worker: WorkerId) -> float:
+        return 0.0
 
     def up(self, up: WorkerUp) -> WorkerUp:
         return up

@@ -98,7 +98,11 @@ class Simulation:
         """From the first request to the end of the last one."""
         self.gateway.hear(Started())
         for worker in self.slots:
-            self.start(worker)
+            starts_s = self._conditions.starts_s(worker)
+            if starts_s > 0:
+                self.clock.at(starts_s, self.start, worker)
+            else:
+                self.start(worker)
         self._await_next()
         if self._told.sampled:
             self._sample()
@@ -193,7 +197,7 @@ class Simulation:
 
     def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
         received = Received(sender.worker, sender.epoch, message)
-        arrives_s = at_s + self._delay_s(sender.worker, to, message)
+        arrives_s = at_s + self._delay_s(sender.worker, to, message, at_s)
         if to == GATEWAY:
             self.clock.at(arrives_s, self.gateway.hear, received)
             return
@@ -205,10 +209,12 @@ class Simulation:
         else:
             self.clock.at(arrives_s, receiver.hear, received)
 
-    def _delay_s(self, sender: WorkerId, receiver: WorkerId, message: Message) -> float:
+    def _delay_s(
+        self, sender: WorkerId, receiver: WorkerId, message: Message, at_s: float
+    ) -> float:
         if self._delay is None:
             return self.times.message_s
-        return self._delay(sender, receiver, message)
+        return self._delay(sender, receiver, message, at_s)
 
     def end_of(self, worker: WorkerId) -> End | None:
         found = self.workers.get(worker)
@@ -245,7 +251,7 @@ class Simulation:
         worker = self.workers.get(effect.to)
         if worker is not None:
             received = Received(GATEWAY, Epoch(0), message)
-            delay_s = self._delay_s(GATEWAY, effect.to, message)
+            delay_s = self._delay_s(GATEWAY, effect.to, message, self.clock.now)
             self.clock.after(delay_s, worker.hear, received)
 
     def kill(self, effect: KillWorker) -> None:
