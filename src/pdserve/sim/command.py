@@ -30,6 +30,7 @@ from pdserve.sim.report_text import print_report
 from pdserve.sim.scenario import ScenarioPlayer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
+from pdserve.sim.splitwisesim import figures_of, imitate
 from pdserve.workload.build import build_open
 from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
@@ -53,14 +54,17 @@ def run(typed: argparse.Namespace) -> int:
     if not head:
         raise ConfigError("no request is left to simulate: widen --window, --duration or the trace")
     settings = settings_of(options, head)
+    figures = figures_of(Machines(options.machines))
     if options.scenario is not None:
         settings = replace(settings, heartbeat_s=LIVE_HEARTBEAT_S)
     if options.slo is not None:
         refuse_impossible(options.slo, settings.machines, head)
     report = Report(settings, options.slo)
     player = ScenarioPlayer(options.scenario, options.slo) if options.scenario else None
-    wall_s = _simulate(options, settings, requests, report, player)
+    wall_s = _simulate(options, settings, requests, [*report.observers, *figures], player)
     document = report.document(wall_s, load_document(options.workload))
+    for each in figures:
+        document |= each.document()
     if player is not None:
         document["scenario"] = player.document
     parsed = options.parsed
@@ -87,7 +91,7 @@ def settings_of(options: SimOptions, head: Sequence[TraceRequest]) -> SimSetting
     admission = parsed.admission
     if admission == "auto":
         admission = "predicted" if options.classes.are_bounded else "none"
-    return SimSettings(
+    settings = SimSettings(
         cluster=options.cluster,
         machines=machines.of(options.cluster, block_size),
         times=machines.times,
@@ -109,6 +113,8 @@ def settings_of(options: SimOptions, head: Sequence[TraceRequest]) -> SimSetting
         load_s=parsed.load_time,
         seed=parsed.seed,
     )
+    table = machines.imitated
+    return settings if table is None else imitate(settings, table)
 
 
 def refuse_impossible(
@@ -157,12 +163,11 @@ def _simulate(
     options: SimOptions,
     settings: SimSettings,
     requests: Iterator[TraceRequest],
-    report: Report,
+    observers: list[Observer],
     player: ScenarioPlayer | None,
 ) -> float:
     """Gives the seconds that it took."""
     parsed, workload = options.parsed, options.workload
-    observers: list[Observer] = list(report.observers)
     with ExitStack() as files:
         if parsed.events is not None:
             observers.append(files.enter_context(EventFile(parsed.events)))

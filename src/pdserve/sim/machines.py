@@ -57,6 +57,11 @@ class Machines:
                 "leave out --model, or calibrate with that model"
             )
 
+    @property
+    def imitated(self) -> PerfTable | None:
+        """The table of ``--profile splitwisesim``, None with any other."""
+        return self._table if self._options.profile == SPLITWISESIM else None
+
     def of(self, cluster: ClusterSpec, block_size: int) -> tuple[MachineModel, ...]:
         """One for each group. Raises `ConfigError` for what is unknown, or does not fit."""
         profile = self._profile

@@ -27,6 +27,7 @@ from pdserve.cost.table_machine import DEVICES, HARDWARE, MODELS, machine_of_tab
 from pdserve.node.settings import ReturnRule
 from pdserve.policy.splitwisesim import SplitwiseSim
 from pdserve.policy.splitwisesim_batching import SplitwiseSimBatching
+from pdserve.sim.machines import Machines
 from pdserve.sim.observe import Ended, Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.workload.summary import percentile
@@ -61,21 +62,27 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
     """The settings with SplitwiseSim's rules, for the same cluster and model, which are of the
     table (`cost.table_machine`). Raises `ConfigError` if they are not."""
     model = settings.machines[0].model
-    machines = tuple(
-        machine_of_table(
+    made = {
+        hardware: machine_of_table(
             table,
-            group.hardware,
+            hardware,
             model,
             as_splitwisesim=not but.real_batches,
             gqa=but.gqa,
             block_size=1,
         )
-        for group in settings.cluster.groups
-    )
+        for hardware in dict.fromkeys(group.hardware for group in settings.cluster.groups)
+    }
+    machines = []
+    for group, given in zip(settings.cluster.groups, settings.machines, strict=True):
+        machine = made[group.hardware]
+        if machine.link != given.link:
+            machine = replace(machine, link=given.link)
+        machines.append(machine)
     oracle = but.declared_tokens is None
     return replace(
         settings,
-        machines=machines,
+        machines=tuple(machines),
         times=ClusterTimes(message_s=0.0),
         policy=NAME,
         batching=NAME,
@@ -97,6 +104,12 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
         max_queued_requests=1 << 40,
         terse_reports=True,
     )
+
+
+def figures_of(machines: Machines) -> list[SplitwiseSimFigures]:
+    """The one that goes with ``--profile splitwisesim``; none with any other."""
+    table = machines.imitated
+    return [] if table is None else [SplitwiseSimFigures(table, machines.model)]
 
 
 class SplitwiseSimFigures(Observer):
