@@ -13,18 +13,20 @@ _MAX_LOG_TICKS = 12
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """``ticks`` enclose what is shown; the first and the last are its ends."""
+    """``ticks`` enclose what is shown, and the first and the last are its ends, unless ``ends``
+    says which are."""
 
     ticks: tuple[float, ...]
     is_log: bool = False
+    ends: tuple[float, float] | None = None
 
     @property
     def low(self) -> float:
-        return self.ticks[0]
+        return self.ticks[0] if self.ends is None else self.ends[0]
 
     @property
     def high(self) -> float:
-        return self.ticks[-1]
+        return self.ticks[-1] if self.ends is None else self.ends[1]
 
     def share(self, value: float) -> float:
         """0 at the low end, 1 at the high end; a value beyond an end is put onto it."""
@@ -54,6 +56,13 @@ def even_axis(low: float, high: float) -> Axis:
     first = math.floor(low / step)
     last = max(first + 1, math.ceil(high / step))
     return Axis(tuple(round(index * step, 12) for index in range(first, last + 1)))
+
+
+def tight_axis(low: float, high: float) -> Axis:
+    """From low to high and no further, with the round numbers in between: for time."""
+    high = _above(low, high)
+    inside = tuple(tick for tick in even_axis(low, high).ticks if low <= tick <= high)
+    return Axis(inside, ends=(low, high))
 
 
 def _above(low: float, high: float) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from xml.sax.saxutils import escape
 
-from pdserve.plot.axis import even_axis
+from pdserve.plot.axis import tight_axis
 from pdserve.plot.chart import BOTTOM, COLOURS, LEFT, RIGHT, TOP, WIDTH, frame, legend, x_axis
 
 ROW_HEIGHT = 14
@@ -33,7 +33,7 @@ def gantt_svg(
     kind of work. All rows are equally long."""
     num = max((len(row[0]) for row in rows.values()), default=0)
     together = max(1, -(-num * len(rows) * len(kinds) // MAX_BARS))
-    axis = even_axis(0.0, max(num * stretch_s, 1e-6))
+    axis = tight_axis(0.0, -(-num // together) * together * stretch_s)
     left = max(LEFT, 7 * max(map(len, rows), default=0) + 12)
     width = WIDTH - left - RIGHT
     scale = width / (axis.high - axis.low)

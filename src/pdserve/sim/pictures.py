@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdserve.core.request import Role
-from pdserve.plot.axis import even_axis
+from pdserve.plot.axis import even_axis, tight_axis
 from pdserve.plot.cdf import cdfs_svg
 from pdserve.plot.chart import COLOURS, Chart
 from pdserve.plot.gantt import gantt_svg
@@ -94,7 +94,7 @@ def work_pictures(report: Report) -> dict[str, str]:
     kilowatts = [watts / 1e3 for watts in activity.power_w(report.workers.work)]
     if max(kilowatts):
         times_s = [activity.stretch_s * (index + 0.5) for index in range(num)]
-        x, y = even_axis(0.0, times_s[-1]), even_axis(0.0, max(kilowatts))
+        x, y = tight_axis(0.0, times_s[-1]), even_axis(0.0, max(kilowatts))
         chart = Chart("power of all workers (kW)", x, y, x_unit="s")
         chart.curve(list(zip(times_s, kilowatts, strict=True)))
         found["power"] = chart.svg()
@@ -109,7 +109,7 @@ def _over_time(
     percent: bool = False,
 ) -> str:
     most = max(max(values) for values in curves.values())
-    x, y = even_axis(times_s[0], times_s[-1]), even_axis(0.0, most or 1.0)
+    x, y = tight_axis(times_s[0], times_s[-1]), even_axis(0.0, most or 1.0)
     chart = Chart(title, x, y, x_unit="s", percent=percent)
     for name, values in curves.items():
         chart.curve(list(zip(times_s, values, strict=True)), name, _COLOURS[name])

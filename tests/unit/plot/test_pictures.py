@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.core.errors import ConfigError
-from pdserve.plot.axis import axis_of, even_axis
+from pdserve.plot.axis import axis_of, even_axis, tight_axis
 from pdserve.plot.cdf import cdfs_svg
 from pdserve.plot.chart import Chart
 from pdserve.plot.files import write_pictures
@@ -30,6 +30,15 @@ def test_an_even_axis_encloses_its_values_with_a_few_round_numbers(low, span, va
     assert 0 <= axis.share(value) <= 1
     assert axis.share(axis.low) == 0
     assert axis.share(axis.high) == 1
+
+
+@given(low=st.floats(0, 1e6), span=st.floats(0, 1e6))
+def test_a_tight_axis_ends_where_its_values_do(low, span):
+    axis = tight_axis(low, low + span)
+    assert axis.low == low
+    assert axis.share(low) == 0
+    assert span < 1 or axis.share(low + span) == 1
+    assert all(axis.low <= tick <= axis.high for tick in axis.ticks)
 
 
 @given(low=st.floats(1e-6, 1e6), factor=st.floats(21, 1e6), bound=st.floats(1e-3, 1e9))
