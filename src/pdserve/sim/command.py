@@ -135,10 +135,10 @@ def refuse_impossible(
 
 
 def load_document(options: WorkloadOptions) -> dict[str, Any]:
-    """As plain data; JSON has no infinity."""
-    return {
-        name: _plain(value) for name, value in asdict(options).items() if value not in (None, ())
-    }
+    """What was asked for, as plain data; JSON has no infinity."""
+    usual = asdict(WorkloadOptions())
+    asked = {name: value for name, value in asdict(options).items() if value != usual[name]}
+    return {name: _plain(value) for name, value in asked.items()}
 
 
 def check_place(place: str | None) -> None:

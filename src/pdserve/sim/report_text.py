@@ -62,7 +62,7 @@ def _head(document: dict[str, Any]) -> Table:
         f"{_number(throughput['requests_per_s'])} requests/s, "
         f"{_number(throughput['output_tokens_per_s'])} output tokens/s",
     )
-    objective = document["slo"] or "none: completed requests count"
+    objective = document["slo"] or "no objective"
     table.add_row(
         "goodput",
         f"{_number(document['goodput_rps'])} requests/s, attainment {document['attainment']:.1%} "
@@ -77,8 +77,9 @@ def _head(document: dict[str, Any]) -> Table:
         transfers = document["transfers"]
         table.add_row(
             "transfers",
-            f"{transfers['num']} of {_number(transfers['bytes'] / 1e9)} GB in all, P50 "
-            f"{seconds(transfers['time_s']['p50'])}, P99 {seconds(transfers['time_s']['p99'])}",
+            f"{transfers['num']}, {_number(transfers['bytes'] / 1e9)} GB in all; open for "
+            f"{seconds(transfers['time_s']['p50'])} (P50), {seconds(transfers['time_s']['p99'])} "
+            "(P99)",
         )
     for name, title in (("role_changes", "role changes"), ("workers_lost", "workers lost")):
         if document[name]["num"]:
