@@ -16,7 +16,7 @@ from pdserve.sim.plan.most import DEFAULT_PRECISION
 from pdserve.sim.plan.promise import DEFAULT_TARGET
 from pdserve.sim.plan.race import Goal, Measure
 from pdserve.sim.plan.sureness import ASSUMED_ERROR
-from pdserve.sim.plan.windows import DEFAULT_WINDOWS
+from pdserve.sim.plan.windows import DEFAULT_WINDOW_S, DEFAULT_WINDOWS
 from pdserve.toml_flags import leave_out_defaults, with_file
 from pdserve.workload.arguments import add_contents, check_numbers
 from pdserve.workload.slo import Slo, parse_slo
@@ -126,9 +126,9 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
     add(
         "--window-s",
         type=float,
-        default=60.0,
+        default=DEFAULT_WINDOW_S,
         metavar="S",
-        help="seconds of each; a trace that is too short for that is repeated (default: 60)",
+        help="seconds of each; a trace that is too short for that is repeated (default: 45)",
     )
     add(
         "--precision",

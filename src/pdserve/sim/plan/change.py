@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pdserve.sim.plan.race import Found, Goal, Race
 from pdserve.sim.plan.trial import Design, factors
 
-CLOSE = 1.08
+CLOSE = 1.12
 """A turning point is known to this factor."""
-MAX_HALVINGS = 6
+PRICE_CLOSE = 1.02
+"""Prices change no simulation, only which of them are of interest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Knob:
     turn: Callable[[Race, float], Race]
     ends: tuple[float, float]
     by_hardware: bool = False
+    close: float = CLOSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,16 @@ def knobs_of(
     if len(names) > 1 and goal.measure == "cost":
         for name in names:
             price = race.prices.cost[name]
-            turn = _turn_price(name)
             knobs.append(
-                Knob(f"price of {name}", "per hour", price, turn, (1 / 4, 4.0), by_hardware=True)
+                Knob(
+                    f"price of {name}",
+                    "per hour",
+                    price,
+                    _turn_price(name),
+                    (1 / 4, 4.0),
+                    by_hardware=True,
+                    close=PRICE_CLOSE,
+                )
             )
     return knobs
 
@@ -78,15 +87,21 @@ def turns_of(
     level: int,
     told: Callable[[str], None] = lambda doing: None,
 ) -> list[Turn]:
-    """At either end. ``designs``: those that may win (the best of each kind; with a knob by
-    hardware the best of each hardware)."""
+    """At either end. ``designs``: those that may win, the present winner's first (the best of each
+    kind; with a knob by hardware the best of each hardware)."""
 
     def winner(factor: float) -> Found | None:
         told(f"{knob.name} {knob.value * factor:.4g} {knob.unit}")
         turned = knob.turn(race, factor)
-        found = [turned.best_of(design, level) for design in designs]
-        held = [each for each in found if each is not None]
-        return min(held, key=lambda each: (turned.goal.key(each), each.design), default=None)
+        best: Found | None = None
+        for design in designs:  # each has only to be better than those before it
+            beat = None if best is None else turned.goal.value(best)
+            found = turned.best_of(design, level, beat=beat)
+            if found is not None and (
+                best is None or turned.goal.key(found) < turned.goal.key(best)
+            ):
+                best = found
+        return best
 
     now = _sort(knob, winner(1.0))
     return [_turn(knob, winner, now, end) for end in knob.ends]
@@ -98,9 +113,7 @@ def _turn(knob: Knob, winner: Callable[[float], Found | None], now: object, end:
     if _sort(knob, then) == now:
         return Turn(knob.name, knob.unit, knob.value, tried, None, then)
     stays, turned = 1.0, end
-    for _ in range(MAX_HALVINGS):
-        if max(stays / turned, turned / stays) <= CLOSE:
-            break
+    while max(stays / turned, turned / stays) > knob.close:
         middle = math.sqrt(stays * turned)
         found = winner(middle)
         if _sort(knob, found) == now:

@@ -25,7 +25,7 @@ from pdserve.sim.plan.planner import Plan, Questions, make_plan
 from pdserve.sim.plan.problem import Problem, problem_of
 from pdserve.sim.plan.promise import Bounds, Promise
 from pdserve.sim.plan.race import Race
-from pdserve.sim.plan.simulate import SimEvaluate
+from pdserve.sim.plan.simulate import SimEvaluate, slowed
 from pdserve.sim.plan.trial import Factors
 
 
@@ -93,7 +93,7 @@ def solve(problem: Problem, options: PlanOptions) -> tuple[Plan, Book, float]:
             present=problem.present,
             seed=parsed.seed,
         )
-        floors = bounds.of(len(book.levels) - 1, ())
+        floors = bounds.of(len(book.levels) - 1, (), ())
         plan = make_plan(race, problem.designs, floors, questions, bar.doing)
     return plan, book, bar.passed_s
 
@@ -110,11 +110,12 @@ class _Bounds:
         machines: Mapping[str, MachineModel] = problem.by_hardware
 
         @cache
-        def of(level: int, looser: Factors) -> WorkBounds:
+        def of(level: int, looser: Factors, slower: Factors) -> WorkBounds:
+            by_name = dict(slower)
             return WorkBounds(
                 problem.windows,
                 levels[level],
-                machines,
+                {name: slowed(each, by_name.get(name, 1.0)) for name, each in machines.items()},
                 problem.promise.scaled(dict(looser)),
                 prefix_cache=problem.template.prefix_cache,
             )

@@ -30,10 +30,12 @@ def least(
     limit: float = math.inf,
     most_workers: int = 1024,
     most_stretch: float = 64.0,
+    step: float = STRETCH,
 ) -> Counts | None:
     """The counts that ``holds`` accepts and that weigh least, or None if there are none among those
     on the ray from ``start`` (fractions) that weigh at most ``limit`` and have at most
-    ``most_workers`` and stretch by at most ``most_stretch``.
+    ``most_workers`` and stretch by at most ``most_stretch``. ``step``: by which factor the ray is
+    stretched at first.
 
     ``holds`` is monotone: what it accepts it accepts with more workers. What is ``refused`` it
     would not accept, so it is not asked.
@@ -42,7 +44,7 @@ def least(
     def asked(counts: Counts) -> bool:
         return not refused(counts) and holds(counts)
 
-    best = _on_ray(asked, weigh, start, limit, most_workers, most_stretch)
+    best = _on_ray(asked, weigh, start, limit, (most_workers, most_stretch), step)
     while best is not None:
         better = next((c for c in _maximal(weigh, best) if asked(c)), None)
         if better is None:
@@ -56,23 +58,36 @@ def _on_ray(
     weigh: Weigh,
     start: Sequence[float],
     limit: float,
-    most_workers: int,
-    most_stretch: float,
+    largest: tuple[int, float],
+    step: float,
 ) -> Counts | None:
+    """``largest``: number of workers, and stretch."""
+    most_workers, most_stretch = largest
+
     def at(stretch: float) -> Counts:
         return tuple(max(1, math.ceil(max(part, 0.5) * stretch - ROUNDING)) for part in start)
 
+    def is_beyond(stretch: float) -> bool:
+        counts = at(stretch)
+        return weigh(counts)[0] > limit * (1 + ROUNDING) or sum(counts) > most_workers
+
+    if is_beyond(0.0):
+        return None
     low, high = 0.0, 1.0
-    while not asked(at(high)):
-        low, high = high, high * STRETCH
-        beyond = weigh(at(high))[0] > limit * (1 + ROUNDING) or sum(at(high)) > most_workers
-        if high > most_stretch or beyond:
+    while True:
+        last = is_beyond(high) or high > most_stretch
+        if last:
+            high = _largest(lambda stretch: not is_beyond(stretch), low, min(high, most_stretch))
+        if asked(at(high)):
+            break
+        if last:
             return None
+        low, high = high, high * step
     if low == 0.0:
-        low = 1.0
-        while (at(low / STRETCH) != at(low) or max(at(low)) > 1) and asked(at(low / STRETCH)):
-            low /= STRETCH
-        low, high = low / STRETCH, low
+        low = high
+        while max(at(low)) > 1 and asked(at(low / step)):
+            low /= step
+        low, high = low / step, low
     while len(between := _stops(at, low, high)) > 0:
         middle = between[len(between) // 2]
         if asked(at(middle)):
@@ -80,6 +95,16 @@ def _on_ray(
         else:
             low = middle
     return at(high)
+
+
+def _largest(is_so: Callable[[float], bool], low: float, high: float) -> float:
+    """About the largest for which it is so; it is for ``low``."""
+    if is_so(high):
+        return high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_so(middle) else (low, middle)
+    return low
 
 
 def _stops(at: Callable[[float], Counts], low: float, high: float) -> list[float]:
@@ -94,6 +119,7 @@ def _stops(at: Callable[[float], Counts], low: float, high: float) -> list[float
 
 
 _STOPS = 64
+_HALVINGS = 20
 
 
 def _maximal(weigh: Weigh, best: Counts) -> Iterator[Counts]:

@@ -14,7 +14,7 @@ from pdserve.sim.plan.race import Found, Goal, Measure, Race
 from pdserve.sim.plan.sureness import Sureness, sureness
 from pdserve.sim.plan.trial import Candidate, Design
 
-MAX_FRONT = 6
+MAX_FRONT = 3
 """Members of the front whose highest rate is looked for."""
 Told = Callable[[str], None]
 
@@ -131,13 +131,17 @@ def _by_other_measure(race: Race, ranking: Ranking, told: Told) -> Found | None:
         return None
     other = Measure.POWER if race.goal.measure is Measure.COST else Measure.COST
     turned = replace(race, goal=Goal(other, rate=race.goal.rate))
-    designs = [standing.design for standing in ranking.standings if standing.best is not None]
-    return contest(turned, designs, told=told).winner
+    bests = [standing.best for standing in ranking.standings if standing.best is not None]
+    bests.sort(key=lambda found: (turned.goal.key(found), found.design))
+    designs = [found.design for found in (*bests[:1], *ranking.finalists)]
+    return contest(
+        turned, list(dict.fromkeys(designs)), levels=[ranking.last_level], told=told
+    ).winner
 
 
 def _present(race: Race, candidate: Candidate, level: int) -> Found:
     """The layout that is there: what it serves."""
-    likely = race.bounds_of(level, race.looser).likely(candidate.design, 1.0)
+    likely = race.limits(level).likely(candidate.design, 1.0)
     rate = min(count / need for count, need in zip(candidate.counts, likely, strict=True))
     if race.goal.rate is not None:
         rate = race.goal.rate
@@ -153,8 +157,10 @@ def _turns(
     race: Race, ranking: Ranking, designs: Sequence[Design], questions: Questions, told: Told
 ) -> list[Turn]:
     level = 0
-    kinds = [ranking.best_of_kind(is_split=is_split) for is_split in (True, False)]
-    best = [found.design for found in kinds if found is not None]
+    winner = ranking.winner
+    assert winner is not None
+    rival = ranking.best_of_kind(is_split=not winner.design.is_split)
+    best = [found.design for found in (winner, rival) if found is not None]
     by_hardware: dict[tuple[str, ...], Design] = {}
     for standing in ranking.standings:
         if standing.best is not None:

@@ -14,12 +14,14 @@ from typing import Protocol
 
 from pdserve.core.request import Role
 from pdserve.sim.plan.book import Book
-from pdserve.sim.plan.least import least
+from pdserve.sim.plan.least import STRETCH, least
 from pdserve.sim.plan.most import RateGrid, affordable, most
 from pdserve.sim.plan.trial import Candidate, Conditions, Counts, Design, Factors
 
 HOPELESS = 32.0
 """A design that serves less than the estimate by this factor serves nothing."""
+FINE_STRETCH = 1.12
+"""From counts that were the best by fewer windows."""
 MOST_STRETCH = 16.0
 """A design that needs more workers than the estimate by this factor will not do."""
 
@@ -109,22 +111,24 @@ class Limits(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """``bounds_of``: what is known of a level's windows, under factors on the promise."""
+    """``bounds_of``: what is known of a level's windows, under factors on the promise and on step
+    times (``looser`` and ``slower``, as in `Conditions`)."""
 
     book: Book
     prices: Prices
     goal: Goal
-    bounds_of: Callable[[int, Factors], Limits]
+    bounds_of: Callable[[int, Factors, Factors], Limits]
     grid: RateGrid = field(default_factory=RateGrid)
     most_workers: int = 1024
     looser: Factors = ()
+    slower: Factors = ()
 
     def best_of(
         self, design: Design, level: int, start: Counts | None = None, beat: float | None = None
     ) -> Found | None:
         """The best of the design. ``start``: where to begin. None if none holds the promise, or
         none comes near ``beat``, a value of the goal."""
-        if self.bounds_of(level, self.looser).floor_breaks(design) is not None:
+        if self.limits(level).floor_breaks(design) is not None:
             return None
         if self.goal.is_least:
             return self._least_of(design, level, start, beat)
@@ -135,15 +139,17 @@ class Race:
         return Found(candidate, rate, cost, power_w)
 
     def conditions(self, rate: float) -> Conditions:
-        return Conditions(rate=rate, looser=self.looser)
+        return Conditions(rate=rate, looser=self.looser, slower=self.slower)
+
+    def limits(self, level: int) -> Limits:
+        return self.bounds_of(level, self.looser, self.slower)
 
     def holds(self, candidate: Candidate, rate: float, level: int) -> bool:
         return self.book.meets(candidate, self.conditions(rate), level)
 
     def refuses(self, candidate: Candidate, rate: float, level: int) -> bool:
         """By work conservation, without a simulation."""
-        bounds = self.bounds_of(level, self.looser)
-        return bounds.refuses(candidate.design, candidate.counts, rate)
+        return self.limits(level).refuses(candidate.design, candidate.counts, rate)
 
     def highest_rate(self, candidate: Candidate, level: int, met: float) -> float:
         """That the candidate serves, on the grid from ``met``, which it does serve."""
@@ -161,7 +167,7 @@ class Race:
     ) -> Found | None:
         rate = self.goal.rate
         assert rate is not None
-        bounds = self.bounds_of(level, self.looser)
+        bounds = self.limits(level)
         own = self.prices.weights(design, self.goal.measure)
         second = Measure.POWER if self.goal.measure is Measure.COST else Measure.COST
         other = self.prices.weights(design, second)
@@ -178,13 +184,14 @@ class Race:
             limit=math.inf if beat is None else beat,
             most_workers=self.most_workers,
             most_stretch=MOST_STRETCH,
+            step=STRETCH if start is None else FINE_STRETCH,
         )
         return None if counts is None else self.found(Candidate(design, counts), rate)
 
     def _most_of(self, design: Design, level: int, beat: float | None) -> Found | None:
         budget = self.goal.budget
         assert budget is not None
-        bounds = self.bounds_of(level, self.looser)
+        bounds = self.limits(level)
         likely, top = [], 0.0
         for counts in affordable(self.prices.weights(design, self.goal.measure), budget):
             per_rate = bounds.likely(design, 1.0)
@@ -203,7 +210,7 @@ class Race:
 
     def _ceiling(self, design: Design, level: int) -> Callable[[Counts], int]:
         """The highest index that work conservation does not refuse."""
-        bounds = self.bounds_of(level, self.looser)
+        bounds = self.limits(level)
 
         def ceiling(counts: Counts) -> int:
             low, high = -1, self.grid.at_most(1e6)

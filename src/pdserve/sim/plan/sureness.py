@@ -6,25 +6,26 @@ windows (a bootstrap). *The cost model*: the steps of each hardware may take lon
 it says, by as much as it says of itself; every design on that hardware has it alike.
 
 For each design a *ladder* of clusters around its best (or of rates, for a budget) is evaluated on
-every window, at three speeds of each hardware: as predicted and off by sqrt(3) standard deviations,
-which with weights 2/3, 1/6 and 1/6 have the mean and the variance of a normal error. Each redraw
-then has a best rung for each design; how often the winner stays it, and by how much, is the answer.
+every window; a redraw of the windows then has a best rung for each design. How much more, or less,
+a design needs with other steps is searched by one window, at sqrt(3) standard deviations to either
+side, which with weights 2/3 for none and 1/6 for each have the mean and the variance of a normal
+error; it is taken to multiply what the redraw needs. How often the winner stays the winner, and by
+how much, is the answer.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pdserve.sim.plan.book import Book
 from pdserve.sim.plan.race import Found, Race
-from pdserve.sim.plan.trial import Candidate, Conditions, Factors, factors
+from pdserve.sim.plan.trial import Candidate, Conditions, factors
 
 SIZES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 RATES = (1.3, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.65)
@@ -36,6 +37,8 @@ STD_PER_MEAN_ERROR = math.sqrt(math.pi / 2)
 """Of a normal error."""
 _WEIGHTS = (1 / 6, 2 / 3, 1 / 6)
 _MIN_FACTOR = 0.3
+BEYOND = 1.1
+"""By what a design needs more than its last rung, if that does not hold."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -70,50 +73,50 @@ class Sureness:
 
 @dataclass(frozen=True, slots=True)
 class _Ladder:
-    """``rungs``, the best first. ``misses`` by speeds: of each rung, window and bound."""
+    """``rungs``, the best first. ``misses`` of each rung, window and bound. ``factors``: by
+    hardware and side (-1: faster steps, 1: slower ones), by what the value of the goal changes."""
 
     rungs: tuple[Found, ...]
-    misses: Mapping[Factors, Counts]
+    misses: Counts
+    factors: Mapping[tuple[str, int], float]
 
 
 def sureness(
     race: Race, finalists: Sequence[Found], errors: Mapping[str, float], seed: int
 ) -> Sureness:
     """Of ``finalists``, the winner first. ``errors`` by hardware."""
-    book, num_windows = race.book, race.book.levels[-1]
+    num_windows = race.book.levels[-1]
     ladders = [_ladder(race, found, errors) for found in finalists]
-    num = book.num_judged(0)
-    allowed = np.array(book.may_miss(num * num_windows))
+    allowed = np.array(race.book.may_miss(race.book.num_judged(0) * num_windows))
     draws = random.Random(f"{seed}/redraws")
-    names = sorted(errors)
+    own_value = race.goal.value(finalists[0])
+    rungs = ladders[0].rungs
     values: list[list[float]] = [[] for _ in ladders]
-    stays, holds_as_modelled, as_modelled = 0, 0, 0
-    own = ladders[0].rungs.index(finalists[0])
-    held = np.zeros(len(ladders[0].rungs), dtype=np.int64)
+    held = {rung.candidate if race.goal.is_least else rung.rate: 0 for rung in rungs}
+    stays = held_as_modelled = as_modelled = held_itself = 0
     for _ in range(NUM_REDRAWS):
-        nodes = {name: draws.choices((-1, 0, 1), _WEIGHTS)[0] for name in names}
+        sides = {name: draws.choices((-1, 0, 1), _WEIGHTS)[0] for name in sorted(errors)}
         drawn = [draws.randrange(num_windows) for _ in range(num_windows)]
         times = np.bincount(drawn, minlength=num_windows)
-        for number, (found, ladder) in enumerate(zip(finalists, ladders, strict=True)):
-            speeds = _speeds(found.candidate, errors, nodes)
-            sums = np.tensordot(times, ladder.misses[speeds], axes=(0, 1))
-            good = np.all(sums <= allowed, axis=1)
-            if number == 0:
-                held += good
-                as_modelled += not any(nodes.values())
-                holds_as_modelled += good[own] and not any(nodes.values())
-                wins = bool(good.any())
-            # One that holds on no rung is at least as bad as its worst.
-            best = int(np.argmax(good)) if good.any() else -1
-            values[number].append(race.goal.value(ladder.rungs[best]))
-        stays += wins and all(_not_worse(race, values[0][-1], v[-1]) for v in values[1:])
+        needs = [_needed(race, ladder, times, allowed, sides) for ladder in ladders]
+        for kept, need in zip(values, needs, strict=True):
+            kept.append(need)
+        own = _not_worse(race, needs[0], own_value)
+        held_itself += own
+        if not any(sides.values()):
+            as_modelled += 1
+            held_as_modelled += own
+        for rung in rungs:
+            key = rung.candidate if race.goal.is_least else rung.rate
+            held[key] += _not_worse(race, needs[0], race.goal.value(rung))
+        stays += all(_not_worse(race, needs[0], need) for need in needs[1:])
     safe = [
-        rung for rung, num in zip(ladders[0].rungs, held, strict=True) if num >= SAFE * NUM_REDRAWS
+        rung for rung, num in zip(rungs, held.values(), strict=True) if num >= SAFE * NUM_REDRAWS
     ]
     return Sureness(
         stays=stays / NUM_REDRAWS,
-        holds=float(held[own]) / NUM_REDRAWS,
-        holds_as_modelled=float(holds_as_modelled) / max(1, as_modelled),
+        holds=held_itself / NUM_REDRAWS,
+        holds_as_modelled=held_as_modelled / max(1, as_modelled),
         safe=safe[0] if safe else None,
         comparisons=tuple(
             _compared(race, found, values[0], values[number])
@@ -123,6 +126,26 @@ def sureness(
         errors=dict(errors),
         num_windows=num_windows,
     )
+
+
+def _needed(
+    race: Race,
+    ladder: _Ladder,
+    times: Counts,
+    allowed: Counts,
+    sides: Mapping[str, int],
+) -> float:
+    """The best value of the goal that the design has in a redraw: cost or power that it needs, or
+    the rate that it serves. What holds on no rung is taken to need a step more than the last."""
+    sums = np.tensordot(times, ladder.misses, axes=(0, 1))
+    good = np.all(sums <= allowed, axis=1)
+    rung = int(np.argmax(good)) if good.any() else -1
+    value = race.goal.value(ladder.rungs[rung])
+    if not good.any():
+        value *= BEYOND if race.goal.is_least else 1 / BEYOND
+    for name in dict.fromkeys(ladder.rungs[0].design.hardware):
+        value *= ladder.factors.get((name, sides.get(name, 0)), 1.0)
+    return value
 
 
 def _not_worse(race: Race, value: float, other: float) -> bool:
@@ -144,12 +167,27 @@ def _compared(
 
 def _ladder(race: Race, found: Found, errors: Mapping[str, float]) -> _Ladder:
     rungs = _sizes(race, found) if race.goal.is_least else _rates(race, found)
-    names = sorted({name for name in found.design.hardware if errors.get(name)})
-    misses = {}
-    for nodes in itertools.product((-1, 0, 1), repeat=len(names)):
-        speeds = _speeds(found.candidate, errors, dict(zip(names, nodes, strict=True)))
-        misses[speeds] = _climb(race.book, rungs, rungs.index(found), speeds)
-    return _Ladder(tuple(rungs), misses)
+    misses = _climb(race.book, rungs, rungs.index(found))
+    return _Ladder(tuple(rungs), misses, _factors(race, found, errors))
+
+
+def _factors(race: Race, found: Found, errors: Mapping[str, float]) -> dict[tuple[str, int], float]:
+    """By the first window, each hardware by itself."""
+    made: dict[tuple[str, int], float] = {}
+    start = found.candidate.counts
+    usual = race.best_of(found.design, 0, start)
+    for name in dict.fromkeys(found.design.hardware):
+        for side in (-1, 1) if errors.get(name) and usual is not None else ():
+            off = math.sqrt(3) * STD_PER_MEAN_ERROR * errors[name] * side
+            speed = max(_MIN_FACTOR, 1 + off)
+            turned = replace(race, slower=factors(**{name: speed}))
+            other = turned.best_of(found.design, 0, start)
+            assert usual is not None
+            if other is None:  # nothing would do
+                made[(name, side)] = math.inf if race.goal.is_least else 0.0
+            else:
+                made[(name, side)] = race.goal.value(other) / race.goal.value(usual)
+    return made
 
 
 def _sizes(race: Race, found: Found) -> list[Found]:
@@ -165,15 +203,7 @@ def _rates(race: Race, found: Found) -> list[Found]:
     return [race.found(found.candidate, found.rate * factor) for factor in RATES]
 
 
-def _speeds(candidate: Candidate, errors: Mapping[str, float], nodes: Mapping[str, int]) -> Factors:
-    by_name = {}
-    for name in candidate.design.hardware:
-        off = math.sqrt(3) * STD_PER_MEAN_ERROR * errors.get(name, 0.0) * nodes.get(name, 0)
-        by_name[name] = max(_MIN_FACTOR, 1 + off)
-    return factors(**by_name)
-
-
-def _climb(book: Book, rungs: Sequence[Found], start: int, speeds: Factors) -> Counts:
+def _climb(book: Book, rungs: Sequence[Found], start: int) -> Counts:
     """Misses of every rung. From ``start`` to the worse (larger) end until a rung has next to no
     misses in any window, then to the better end until one is lost in all; beyond, it is taken that
     they miss as few, and all."""
@@ -181,13 +211,13 @@ def _climb(book: Book, rungs: Sequence[Found], start: int, speeds: Factors) -> C
     each_may = np.array(book.may_miss(num))
     rows: dict[int, Counts] = {}
     for index in range(start, len(rungs)):
-        rows[index] = _row(book, rungs[index], speeds)
+        rows[index] = _row(book, rungs[index])
         if (rows[index] <= each_may).all():
             break
     last = rows[max(rows)]
     rows |= dict.fromkeys(range(max(rows) + 1, len(rungs)), last)
     for index in reversed(range(start)):
-        rows[index] = _row(book, rungs[index], speeds)
+        rows[index] = _row(book, rungs[index])
         if (rows[index] > each_may).any(axis=1).all():
             break
     lost = np.full_like(last, num * len(last))
@@ -195,7 +225,7 @@ def _climb(book: Book, rungs: Sequence[Found], start: int, speeds: Factors) -> C
     return np.stack([rows[index] for index in range(len(rungs))])
 
 
-def _row(book: Book, rung: Found, speeds: Factors) -> Counts:
-    conditions = Conditions(rate=rung.rate, slower=speeds)
+def _row(book: Book, rung: Found) -> Counts:
+    conditions = Conditions(rate=rung.rate)
     windows = range(book.levels[-1])
     return np.array([book.window(rung.candidate, conditions, w).misses for w in windows])

@@ -22,7 +22,8 @@ from pdserve.workload.arrivals import arrivals
 from pdserve.workload.request import TraceRequest
 from pdserve.workload.shaping import rearrive, scale
 
-DEFAULT_WINDOWS = 8
+DEFAULT_WINDOWS = 6
+DEFAULT_WINDOW_S = 45.0
 LEAD_SHARE = 0.2
 """Of a window's requests, the first ones that are not judged."""
 MIN_REQUESTS = 20

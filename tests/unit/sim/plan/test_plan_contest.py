@@ -68,7 +68,7 @@ def make_race(goal, *, prefill=PREFILL, decode=DECODE, prices=PRICES, loads=(1.0
         book=Book(evaluate, PROMISE, levels),
         prices=prices,
         goal=goal,
-        bounds_of=lambda level, looser: limits,
+        bounds_of=lambda level, looser, slower: limits,
         grid=RateGrid(0.02, 0.05),
     ), evaluate
 
@@ -145,7 +145,7 @@ def test_a_search_goes_on_from_its_journal(tmp_path):
             book=book,
             prices=PRICES,
             goal=Goal(Measure.COST, rate=20.0),
-            bounds_of=lambda level, looser, limits=limits: limits,
+            bounds_of=lambda level, looser, slower, limits=limits: limits,
         )
         answers.append((contest(race, DESIGNS), len(evaluate.trials)))
         with path.open("a") as file:
