@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pdserve.plot.axis import Axis, axis_of
-from pdserve.plot.chart import Chart, Point
+from pdserve.plot.chart import COLOURS, Chart, Point
 
 MAX_POINTS = 512
 _SHARES = Axis((0.0, 0.25, 0.5, 0.75, 0.9, 1.0))
@@ -14,21 +14,27 @@ _SHARES = Axis((0.0, 0.25, 0.5, 0.75, 0.9, 1.0))
 def cdf_svg(title: str, values: Sequence[float], bound: float | None = None) -> str:
     """Of values in milliseconds, at least one."""
     ordered = sorted(values)
-    return cdfs_svg(f"{title} (n = {len(ordered)})", {"": cdf_points(ordered)}, bound, "ms")
+    bounds = {} if bound is None else {"": bound}
+    return cdfs_svg(f"{title} (n = {len(ordered)})", {"": cdf_points(ordered)}, bounds, "ms")
 
 
 def cdfs_svg(
-    title: str, curves: Mapping[str, Sequence[Point]], bound: float | None, unit: str
+    title: str, curves: Mapping[str, Sequence[Point]], bounds: Mapping[str, float], unit: str
 ) -> str:
-    """Several curves of (value, share up to it) by name; none is empty."""
+    """Several curves of (value, share up to it) by name, none of them empty, and the bound of each
+    that has one. If all bounds are equal there is one line."""
     low = min(points[0][0] for points in curves.values())
     high = max(points[-1][0] for points in curves.values())
-    shown = [] if bound is None else [bound]
-    chart = Chart(title, axis_of(low, high, *shown), _SHARES, x_unit=unit, percent=True)
-    for name, points in curves.items():
+    shown = {name: bound for name, bound in bounds.items() if bound > 0 and name in curves}
+    axis = axis_of(low, high, *shown.values())
+    chart = Chart(title, axis, _SHARES, x_unit=unit, percent=True)
+    is_one = len(set(shown.values())) == 1
+    for number, (name, points) in enumerate(curves.items()):
         chart.curve(points, name)
-    if bound is not None and bound > 0:
-        chart.mark(bound)
+        if name in shown and not is_one:
+            chart.mark(shown[name], COLOURS[number % len(COLOURS)])
+    if is_one:
+        chart.mark(next(iter(shown.values())))
     return chart.svg()
 
 

@@ -12,9 +12,10 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 40, 50
 COLOURS = ("#1667b7", "#d9771c", "#2f8f4e", "#8a4fb0", "#777777", "#b0387a")
+MARK = "#c33"
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.t{font-size:15px}.g{stroke:#ddd}"
-    ".c{fill:none;stroke-width:2}.s{stroke:#c33;stroke-dasharray:5 4}"
+    ".c{fill:none;stroke-width:2}.s{stroke-dasharray:5 4}"
 )
 
 
@@ -64,11 +65,12 @@ class Chart:
         places = " ".join([*there, *reversed(back)])
         self._parts.append(f'<polygon fill="{colour}" fill-opacity="0.8" points="{places}"/>')
 
-    def mark(self, x: float) -> None:
+    def mark(self, x: float, colour: str = MARK) -> None:
         """A dashed line down the chart, as of a bound."""
         at = f"{self._x_of(x):.1f}"
         self._parts.append(
-            f'<line class="s" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<line class="s" stroke="{colour}" x1="{at}" x2="{at}" '
+            f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         )
 
     def svg(self) -> str:

@@ -46,14 +46,17 @@ def latency_pictures(report: Report) -> dict[str, str]:
             if points:
                 curves[class_name] = points
         if curves:
-            slo = report.requests.overall().slo
-            bounds = {} if slo is None else dict(slo.bounds_ms)
+            bounds = {
+                class_name: dict(tally.slo.bounds_ms)[name]
+                for class_name, tally in tallies.items()
+                if tally.slo is not None and name in dict(tally.slo.bounds_ms)
+            }
             num = sum(getattr(tally, key).num for tally in tallies.values())
-            found[name] = cdfs_svg(f"{title} (n = {num})", curves, bounds.get(name), "ms")
+            found[name] = cdfs_svg(f"{title} (n = {num})", curves, bounds, "ms")
     if report.requests.gaps_s.num:
         points = [(1e3 * value, share) for value, share in report.requests.gaps_s.points()]
         title = f"ITL (n = {report.requests.gaps_s.num})"
-        found["itl"] = cdfs_svg(title, {"": points}, None, "ms")
+        found["itl"] = cdfs_svg(title, {"": points}, {}, "ms")
     return found
 
 

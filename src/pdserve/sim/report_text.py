@@ -49,6 +49,8 @@ def _head(document: dict[str, Any]) -> Table:
         f"{document[name]} {name}" for name in ("failed", "cancelled", "unfinished")
         if document[name]
     ]  # fmt: skip
+    resumed = document["attempts"]["resumed_requests"]
+    parts += [f"{resumed} resumed"] if resumed else []
     table.add_row("cluster", f"{document['cluster']}, {document['model']}")
     table.add_row("policy", f"{document['policy']}, batching {document['batching']}")
     table.add_row("requests", f"{document['requests']} sent: {', '.join(parts)}")

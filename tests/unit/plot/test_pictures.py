@@ -70,8 +70,13 @@ def test_a_chart_names_its_curves_if_there_are_several():
 
 def test_curves_of_several_classes_share_their_axis():
     curves = {"quick": [(1.0, 0.0), (2.0, 1.0)], "slow": [(3.0, 0.0), (9.0, 1.0)]}
-    tree = ElementTree.fromstring(cdfs_svg("TTFT", curves, 5.0, "ms"))
-    assert len(list(tree.iter(f"{SVG}polyline"))) == 2
+    tree = ElementTree.fromstring(cdfs_svg("TTFT", curves, {"quick": 2.5, "slow": 5.0}, "ms"))
+    colours = [curve.attrib["stroke"] for curve in tree.iter(f"{SVG}polyline")]
+    marks = [line.attrib for line in tree.iter(f"{SVG}line") if line.attrib["class"] == "s"]
+    assert len(set(colours)) == 2
+    assert [mark["stroke"] for mark in marks] == colours, "each bound has its curve's colour"
+    same = cdfs_svg("TTFT", curves, {"quick": 5.0, "slow": 5.0}, "ms")
+    assert same.count('class="s"') == 1
 
 
 BAR = re.compile(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)h-([\d.]+)z")
