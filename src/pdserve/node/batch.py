@@ -31,7 +31,7 @@ from pdserve.node.ride import Ride, rows_of, shape_of
 from pdserve.node.sequence import Sequence, SequenceKey, untold
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
-from pdserve.node.step_ends import StepEnds, steps_left
+from pdserve.node.step_ends import StepEnds, fewest_steps_left
 from pdserve.node.tables import BlockTables
 from pdserve.node.turns import first_old, pass_by, set_back
 from pdserve.policy.batch import BatchPlan, BatchPolicy
@@ -287,8 +287,7 @@ class BatchMachine:
         if not self._is_settled(ride):
             return 1
         if ride.steps_left is None:
-            longest_tokens = self.settings.longest_tokens
-            ride.steps_left = min([steps_left(s, longest_tokens) for s in ride.riders])
+            ride.steps_left = fewest_steps_left(ride.riders, self.settings.longest_tokens)
         if self._policy.reserves:
             return ride.steps_left
         blocks_each = self.tables.pool.num_free // len(ride.riders)
@@ -363,6 +362,8 @@ class BatchMachine:
     def _make_room(self, planned: Planned) -> None:
         """A slot for the next token of each running sequence, oldest first."""
         decoding, tables = self.queues.decoding, self.tables
+        if self._policy.reserves:
+            return  # each has room for its first token, or for all
         lacking = [sequence for sequence in decoding.values() if tables.lacks_slot(sequence)]
         for sequence in sorted(lacking, key=lambda s: s.arrival):
             while sequence.key in decoding and not tables.grow(sequence):

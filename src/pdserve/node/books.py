@@ -247,6 +247,11 @@ class ClusterBooks:
         self._limits: list[int] = []
         self._shared: tuple[WorkerView, ...] = ()
         self._shortest_tokens = NO_LIMIT  # at most what any worker can hold
+        self.longest_tokens = 0
+        """Longest prompt and answer that some live worker can hold."""
+        self._longest_ever = 0  # of those that have ever lived, as are the next two
+        self._most_blocks = 0
+        self._largest_block = 1
 
     def add(self, up: WorkerUp, now: float) -> WorkerBook:
         """A worker process is ready."""
@@ -254,12 +259,14 @@ class ClusterBooks:
         book = WorkerBook(self._stale, up, heard_at_s=now, role=up.role, learned=learned)
         self.workers[up.worker] = self._slots[up.worker] = book
         self._shortest_tokens = min(self._shortest_tokens, book.longest_tokens)
+        self._measure()
         return book
 
     def remove(self, worker: WorkerId) -> None:
         """The worker's process is dead."""
         del self.workers[worker]
         self._stale[worker] = None
+        self._measure()
 
     def take_report(self, book: WorkerBook, report: LoadReport, now: float) -> None:
         """A worker says what it holds, and how long its steps and hand-offs have taken."""
@@ -299,13 +306,13 @@ class ClusterBooks:
     def misfit(self, request: Request) -> str | None:
         """Why no worker could ever serve the request, also none that may come back; None if one
         could, or if there was none yet."""
-        books = self._slots.values()
-        num_tokens = request.max_tokens_total
-        limit = max((book.longest_tokens for book in books), default=num_tokens)
+        if not self._slots:
+            return None
+        num_tokens, limit = request.max_tokens_total, self._longest_ever
         if num_tokens > limit:
             return f"prompt and max_tokens are {num_tokens} tokens; at most {limit} can be served"
         num_blocks = self.blocks_for(len(request.prompt_token_ids), request.num_choices)
-        limit = max((book.up.num_blocks for book in books), default=num_blocks)
+        limit = self._most_blocks
         if num_blocks > limit:
             return (
                 f"prompt and {request.num_choices} choices need {num_blocks} KV blocks; "
@@ -319,12 +326,14 @@ class ClusterBooks:
         if book is not None:
             book.take_back(attempt)
 
-    @property
-    def longest_tokens(self) -> int:
-        """Longest prompt and answer that some live worker can hold."""
-        return max((book.longest_tokens for book in self.workers.values()), default=0)
-
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Blocks that hold the tokens and one more of each choice; they share the full ones."""
-        block_size = max((book.block_size for book in self._slots.values()), default=1)
-        return num_tokens // block_size + num_choices
+        return num_tokens // self._largest_block + num_choices
+
+    def _measure(self) -> None:
+        """Workers have come or gone: how large the largest are."""
+        ever = self._slots.values()
+        self.longest_tokens = max((b.longest_tokens for b in self.workers.values()), default=0)
+        self._longest_ever = max(book.longest_tokens for book in ever)
+        self._most_blocks = max(book.up.num_blocks for book in ever)
+        self._largest_block = max(book.block_size for book in ever)

@@ -247,6 +247,13 @@ class StepEnds:
                 events.append((step, 1, sequence.arrival, sequence))
 
 
+def fewest_steps_left(riders: list[Sequence], longest_tokens: int) -> int:
+    """The least of `steps_left`."""
+    left = min([s.params.max_tokens - s.num_tokens + s.num_prompt_tokens for s in riders])
+    longest = max([s.num_tokens for s in riders])
+    return max(1, min(left, longest_tokens - longest))
+
+
 def steps_left(sequence: Sequence, longest_tokens: int) -> int:
     """Steps until a decoding sequence reaches the end that the client or the model sets it."""
     left = sequence.params.max_tokens - sequence.num_tokens + sequence.num_prompt_tokens

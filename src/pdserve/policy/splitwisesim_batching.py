@@ -48,10 +48,6 @@ class _Task:
     state: _State = _State.WAITS
     times_left_out: int = 0
 
-    @property
-    def turn(self) -> tuple[int, int]:
-        return self.times_left_out, self.number
-
 
 @dataclass(slots=True, eq=False)
 class _Request:
@@ -138,7 +134,7 @@ class SplitwiseSimBatching:
         insort(memory.oldest, request, key=lambda each: each.number)
         for task in tasks:
             request.tasks.append(task)
-            insort(memory.line, task, key=lambda each: each.turn)
+            insort(memory.line, task, key=_turn)
             if task.is_prompt:
                 memory.prompts.append(task)
             if memory.batch:
@@ -168,14 +164,19 @@ class SplitwiseSimBatching:
 
     def _end(self, memory: _Memory, view: BatchView) -> bool:
         """The step is over; whether a task of it is done."""
-        done = [task for task in memory.batch if task.is_prompt or task.key not in view.decodes]
+        decodes = view.decodes
+        if not memory.num_prompts and len(memory.requests) == len(view.waiting) + len(decodes):
+            return False
+        done = [task for task in memory.batch if task.is_prompt or task.key not in decodes]
         for task in done:
             memory.batch.remove(task)
+            memory.batch_tokens -= task.size
             request = memory.requests[task.key]
             request.tasks.remove(task)
             if not request.tasks:
                 memory.oldest.remove(request)
                 del memory.requests[task.key]
+        memory.num_prompts = 0
         return bool(done)
 
     # --- the next batch -----------------------------------------------------------------------
@@ -183,6 +184,8 @@ class SplitwiseSimBatching:
     def _start(self, memory: _Memory, view: BatchView) -> None:
         """Put the batch together anew."""
         memory.cut = False
+        if not memory.line or self._all_join(memory, view):
+            return
         old, new = memory.batch, self._chosen(memory, view)
         chosen = set(map(id, new))
         kept = [task for task in old if id(task) in chosen]
@@ -190,7 +193,7 @@ class SplitwiseSimBatching:
         for task in old:
             if id(task) not in chosen:
                 task.state = _State.PAUSED
-                insort(memory.line, task, key=lambda each: each.turn)
+                insort(memory.line, task, key=_turn)
                 memory.paused.append(task)
         for task in new:
             if id(task) not in before:
@@ -208,6 +211,32 @@ class SplitwiseSimBatching:
             first = request.tasks[0]
             if first.state is not _State.RUNS:
                 first.times_left_out += 1
+
+    def _all_join(self, memory: _Memory, view: BatchView) -> bool:
+        """The usual case: there is room for everybody who waits beside those who run, in the order
+        that `_chosen` would find; or a single prompt waits, and nobody runs."""
+        line, batch = memory.line, memory.batch
+        if memory.prompts:
+            alone = not batch and len(line) == 1 and line[0].blocks <= view.unused_blocks
+            if not alone:
+                return False
+        elif (
+            memory.paused
+            or line[0].times_left_out >= self.max_left_out
+            or len(batch) + len(line) > min(self.max_tasks, self.max_tokens)
+            or sum([task.blocks for task in line]) > view.unused_blocks
+        ):
+            return False
+        elif len(line) > 1:
+            line.sort(key=lambda task: task.number)
+        for task in line:
+            task.state = _State.RUNS
+            batch.append(task)
+            memory.batch_tokens += task.size
+        memory.num_prompts = len(memory.prompts)
+        line.clear()
+        memory.prompts.clear()
+        return True
 
     def _chosen(self, memory: _Memory, view: BatchView) -> list[_Task]:
         choice = _Choice(self, view.unused_blocks)
@@ -260,6 +289,10 @@ class _Choice:
         self._keys.add(task.key)
         self._tokens += task.size
         return True
+
+
+def _turn(task: _Task) -> tuple[int, int]:
+    return task.times_left_out, task.number
 
 
 def _new_ones(memory: _Memory, view: BatchView) -> Iterator[Resident]:
