@@ -119,6 +119,22 @@ def add_decisions(group: argparse._ArgumentGroup) -> None:
         help="classes of service: NAME:ttft=MS,tpot=MS,weight=N; ...",
     )
     add("--class-shares", metavar="NAME=SHARE,...", help="how the requests divide over the classes")
+    _add_limits(group)
+    add(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep KV of prompts for later ones (default)",
+    )
+    add(
+        "--learn",
+        action="store_true",
+        help="the router learns step and link times, as live; default: it is told them",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     for name, text in (
         ("max_step_tokens", "most tokens in one step"),
         ("mixed_chunk_tokens", "most prompt tokens in a step that also decodes"),
@@ -140,17 +156,6 @@ def add_decisions(group: argparse._ArgumentGroup) -> None:
         default=str(_DEFAULTS["declared_tokens"]),
         metavar="N",
         help=f"max_tokens of each request, or {EXACT}: as many as it gets (default: 4096)",
-    )
-    add(
-        "--prefix-cache",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep KV of prompts for later ones (default)",
-    )
-    add(
-        "--learn",
-        action="store_true",
-        help="the router learns step and link times, as live; default: it is told them",
     )
 
 

@@ -43,7 +43,7 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
 def _head(document: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     tokens, throughput = document["tokens"], document["throughput"]
-    energy, cost, steps = document["energy"], document["cost"], document["steps"]
+    steps = document["steps"]
     parts = [f"{document['completed']} completed"]
     parts += [
         f"{document[name]} {name}" for name in ("failed", "cancelled", "unfinished")
@@ -75,6 +75,13 @@ def _head(document: dict[str, Any]) -> Table:
         f"busy {document['utilisation']:.0%} of the time, {steps['all']} steps, at most "
         f"{document['timeline']['most_waiting']} requests waiting",
     )
+    _add_resources(table, document)
+    return table
+
+
+def _add_resources(table: Table, document: dict[str, Any]) -> None:
+    """What was sent and moved, drawn and paid; nothing of which there was none."""
+    energy, cost = document["energy"], document["cost"]
     if document["transfers"]["num"]:
         transfers = document["transfers"]
         table.add_row(
@@ -98,7 +105,6 @@ def _head(document: dict[str, Any]) -> Table:
             f"{_number(cost['price_per_hour'])} per hour, "
             f"{_number(cost['per_1k_output_tokens'] or 0)} per 1k output tokens",
         )
-    return table
 
 
 def latencies(document: dict[str, Any]) -> Table:
