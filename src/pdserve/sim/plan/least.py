@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from pdserve.sim.plan.trial import Counts
 
@@ -31,11 +32,12 @@ def least(
     most_workers: int = 1024,
     most_stretch: float = 64.0,
     step: float = STRETCH,
+    thorough: bool = True,
 ) -> Counts | None:
-    """The counts that ``holds`` accepts and that weigh least, or None if there are none among those
-    on the ray from ``start`` (fractions) that weigh at most ``limit`` and have at most
-    ``most_workers`` and stretch by at most ``most_stretch``. ``step``: by which factor the ray is
-    stretched at first.
+    """The counts that ``holds`` accepts and that weigh least, or None if none do that weigh at most
+    ``limit``. Without a limit, or not ``thorough``: none on the ray from ``start`` (fractions)
+    with at most ``most_workers`` and stretched by at most ``most_stretch``. ``step``: by which
+    factor the ray is stretched at first.
 
     ``holds`` is monotone: what it accepts it accepts with more workers. What is ``refused`` it
     would not accept, so it is not asked.
@@ -45,12 +47,25 @@ def least(
         return not refused(counts) and holds(counts)
 
     best = _on_ray(asked, weigh, start, limit, (most_workers, most_stretch), step)
+    if best is None and thorough and limit < math.inf:
+        shape = tuple(max(1, round(part)) for part in start)
+        within = partial(_is_within, weigh, limit * (1 + ROUNDING))
+        best = next((c for c in _maximal(within, shape) if asked(c)), None)
     while best is not None:
-        better = next((c for c in _maximal(weigh, best) if asked(c)), None)
+        lighter = partial(_is_lighter, weigh, weigh(best))
+        better = next((c for c in _maximal(lighter, best) if asked(c)), None)
         if better is None:
             return best
         best = better
     return None
+
+
+def _is_within(weigh: Weigh, limit: float, counts: Counts) -> bool:
+    return weigh(counts)[0] <= limit
+
+
+def _is_lighter(weigh: Weigh, weight: tuple[float, ...], counts: Counts) -> bool:
+    return weigh(counts) < weight
 
 
 def _on_ray(
@@ -122,27 +137,35 @@ _STOPS = 64
 _HALVINGS = 20
 
 
-def _maximal(weigh: Weigh, best: Counts) -> Iterator[Counts]:
-    """Counts that weigh less than ``best``, such that one more of any kind would not; those that
-    are most like it first."""
-    weight = weigh(best)
+def _maximal(fits: Holds, like: Counts) -> Iterator[Counts]:
+    """Counts that fit, such that one more of any kind would not; those most ``like`` first."""
     found: list[Counts] = []
-    if len(best) == 1:
-        found = [(count,) for count in (best[0] - 1,) if count]
+    if len(like) == 1:
+        most = _gallop(lambda count: fits((count,)))
+        found = [(most,)] if most else []
     else:
-        second = 1
-        while weigh((1, second)) < weight:
-            second *= 2
+        second = _gallop(lambda count: fits((1, count)))
         first = 1
-        while second:  # the border, from few of the first kind to few of the second
-            if not weigh((first, second)) < weight:
+        while second:  # along the border, from few of the first kind to few of the second
+            if not fits((first, second)):
                 second -= 1
                 continue
-            while weigh((first + 1, second)) < weight:
+            while fits((first + 1, second)):
                 first += 1
             found.append((first, second))
             first += 1
-    yield from sorted(found, key=lambda counts: (_distance(counts, best), counts))
+    yield from sorted(found, key=lambda counts: (_distance(counts, like), counts))
+
+
+def _gallop(fits: Callable[[int], bool]) -> int:
+    """The largest count that fits; 0 if 1 does not."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _distance(counts: Counts, other: Counts) -> float:

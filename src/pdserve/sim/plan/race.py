@@ -124,14 +124,21 @@ class Race:
     slower: Factors = ()
 
     def best_of(
-        self, design: Design, level: int, start: Counts | None = None, beat: float | None = None
+        self,
+        design: Design,
+        level: int,
+        start: Counts | None = None,
+        beat: float | None = None,
+        *,
+        thorough: bool = True,
     ) -> Found | None:
         """The best of the design. ``start``: where to begin. None if none holds the promise, or
-        none comes near ``beat``, a value of the goal."""
+        none comes up to ``beat``, a value of the goal; if not ``thorough``, none that is of about
+        the expected shape."""
         if self.limits(level).floor_breaks(design) is not None:
             return None
         if self.goal.is_least:
-            return self._least_of(design, level, start, beat)
+            return self._least_of(design, level, start, beat, thorough=thorough)
         return self._most_of(design, level, beat)
 
     def found(self, candidate: Candidate, rate: float) -> Found:
@@ -163,7 +170,13 @@ class Race:
         return met if best is None else max(met, self.grid.rate(best[1]))
 
     def _least_of(
-        self, design: Design, level: int, start: Counts | None, beat: float | None
+        self,
+        design: Design,
+        level: int,
+        start: Counts | None,
+        beat: float | None,
+        *,
+        thorough: bool,
     ) -> Found | None:
         rate = self.goal.rate
         assert rate is not None
@@ -185,6 +198,7 @@ class Race:
             most_workers=self.most_workers,
             most_stretch=MOST_STRETCH,
             step=STRETCH if start is None else FINE_STRETCH,
+            thorough=thorough,
         )
         return None if counts is None else self.found(Candidate(design, counts), rate)
 

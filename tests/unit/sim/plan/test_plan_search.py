@@ -28,7 +28,7 @@ def upward_closed(draw: st.DrawFn) -> list[tuple[int, int]]:
     weights=weights_of_two,
     start=st.tuples(*[st.floats(0.05, 20.0)] * 2),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_least_of_two_kinds_is_what_trying_all_gives(corners, weights, start):
     def holds(counts):
         return any(counts[0] >= p and counts[1] >= d for p, d in corners)
@@ -47,7 +47,7 @@ def test_the_least_of_two_kinds_is_what_trying_all_gives(corners, weights, start
     start=st.tuples(*[st.floats(0.5, 8.0)] * 2),
     refused_sum=st.integers(2, 10),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_refused_is_not_asked_and_does_not_change_the_answer(
     corners, weights, start, refused_sum
 ):
@@ -83,6 +83,26 @@ def test_the_least_of_one_kind(true, start):
     assert len(questions) < 60
 
 
+@given(
+    corners=upward_closed(),
+    weights=weights_of_two,
+    start=st.tuples(*[st.floats(0.05, 20.0)] * 2),
+    limit=st.floats(1.0, 40.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_with_a_limit_it_finds_what_weighs_less_if_there_is_any(corners, weights, start, limit):
+    def holds(counts):
+        return any(counts[0] >= p and counts[1] >= d for p, d in corners)
+
+    def weigh(counts):
+        return (counts[0] * weights[0] + counts[1] * weights[1], *counts)
+
+    found = least(holds, weigh, start, limit=limit)
+    everything = (c for c in itertools.product(range(1, 13), repeat=2) if holds(c))
+    best = min(everything, key=weigh)
+    assert found == (best if weigh(best)[0] <= limit else None)
+
+
 def test_a_large_cluster_takes_few_questions():
     """27 prefill and 3 decode workers, found from an estimate that is a third off."""
     questions = set()
@@ -116,7 +136,7 @@ def test_affordable_is_all_to_which_nothing_can_be_added(weights, budget):
     slack=st.integers(0, 10),
     beat=st.integers(-1, 20),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_most_is_what_trying_all_gives(capacities, likely, slack, beat):
     candidates = [((n + 1,), likely[n]) for n in range(len(capacities))]
     above_ceiling = []
