@@ -10,8 +10,6 @@ What a worker says to an engine that batches for itself, and hears from it, is i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pdserve.core.commands import (
     Answer,
     ChangeRole,
@@ -37,11 +35,12 @@ from pdserve.core.layout import KvLayout
 from pdserve.core.messages import ChunkDigest, Message, Ticket, TokenDelta
 from pdserve.core.request import Request, Role
 from pdserve.core.step import StepPlan, StepResult
+from pdserve.core.values import value
 
 # --- inputs of any node -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Received:
     """A message from another node; links deliver in order, each at most once."""
 
@@ -50,7 +49,7 @@ class Received:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class TimerFired:
     """A timer set by `SetTimer` ran out. A replaced or cancelled timer never fires."""
 
@@ -60,12 +59,12 @@ class TimerFired:
 # --- inputs of a worker -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Started:
     """First input of every machine: the driver is ready."""
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StepDone:
     """Answer to `RunStep`."""
 
@@ -73,7 +72,7 @@ class StepDone:
     elapsed_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StepsDone:
     """Answer to `RunStep` of a driver that computes nothing: ``num_steps`` steps are done, the
     running one and others just like it, in ``elapsed_s`` seconds all together.
@@ -89,7 +88,7 @@ class StepsDone:
     ended: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TransferSent:
     """Answer to `BindTransfer`: every block is written. No write will follow."""
 
@@ -98,7 +97,7 @@ class TransferSent:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TransferFailed:
     """A write failed. No write will follow."""
 
@@ -106,14 +105,14 @@ class TransferFailed:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class TransferStopped:
     """Answer to `StopTransfer`: no write will follow."""
 
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TransferVerified:
     """Answer to `VerifyTransfer`. ``detail`` is None if every digest matched."""
 
@@ -121,7 +120,7 @@ class TransferVerified:
     detail: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class PeerLost:
     """The link to a peer process closed. It may still be alive, and may still write."""
 
@@ -129,7 +128,7 @@ class PeerLost:
     epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class PeerUp:
     """A link to a peer process is open (again)."""
 
@@ -140,12 +139,12 @@ class PeerUp:
 # --- inputs of the router ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Submit:
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class ClientGone:
     """The client went away, or a stop string ended these choices (None: all)."""
 
@@ -153,7 +152,7 @@ class ClientGone:
     choices: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class WorkerUp:
     """A worker process is ready. A higher epoch of a known id replaces the old one."""
 
@@ -168,7 +167,7 @@ class WorkerUp:
     engine: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class WorkerLost:
     """The worker process is dead (child exit seen, or killed). It will not write again."""
 
@@ -177,7 +176,7 @@ class WorkerLost:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class BeginDrain:
     """Refuse new requests from now on; running ones finish."""
 
@@ -185,7 +184,7 @@ class BeginDrain:
 # --- effects of any node ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Send:
     """Send to a node. If there is no link, the message is dropped: a `PeerLost` or a worker's
     death says so, never the send itself."""
@@ -194,7 +193,7 @@ class Send:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class SetTimer:
     """(Re)set the named timer to fire at ``at_s``."""
 
@@ -202,12 +201,12 @@ class SetTimer:
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class CancelTimer:
     timer: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Log:
     """A life event. Workers' reach the gateway as `Life`; the router's go straight to its log."""
 
@@ -217,14 +216,14 @@ class Log:
 # --- effects of a worker ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class RunStep:
     """Run this step on the engine thread. At most one is under way; `StepDone` answers it."""
 
     plan: StepPlan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class OpenTransfer:
     """From the next step on, remember which layers of the attempt's blocks are finished.
 
@@ -241,7 +240,7 @@ class OpenTransfer:
     is_finished: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class BindTransfer:
     """The destination is known: write what is finished, then each layer as it finishes.
 
@@ -252,14 +251,14 @@ class BindTransfer:
     peer_epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StopTransfer:
     """Write no more for this attempt; `TransferStopped` answers, also if it was unknown."""
 
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class VerifyTransfer:
     """Compare what lies in the attempt's received blocks with the digests of the trailer.
 
@@ -275,7 +274,7 @@ class VerifyTransfer:
 # --- effects of the router --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Deliver:
     """Tokens for a client, in index order per choice; these the gateway has *taken*."""
 
@@ -294,7 +293,7 @@ class Refusal:
     INTERNAL = "internal"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Fail:
     """The request ends without (or after a part of) its answer. ``retry_after_s`` for overload."""
 
@@ -304,7 +303,7 @@ class Fail:
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class KillWorker:
     """The worker hangs or is silent: kill the process; `WorkerLost` follows."""
 

@@ -6,10 +6,10 @@ from nothing else. Times are seconds on the monotonic clock of the emitting host
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.core.ids import Epoch, RequestId, WorkerId
+from pdserve.core.values import value
 
 Scalar = str | int | float | bool
 
@@ -37,7 +37,7 @@ class LifeName(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class LifeEvent:
     """One moment. ``detail`` is sorted by key; docs/request-life.md lists the keys."""
 

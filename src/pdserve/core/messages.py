@@ -22,7 +22,6 @@ P is dead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.core.events import LifeEvent
@@ -31,9 +30,10 @@ from pdserve.core.layout import KvLayout
 from pdserve.core.request import FinishReason, Job, Role, SamplingParams
 from pdserve.core.step import StepSample, TokenLogprobs, TransferSample
 from pdserve.core.token_ids import TokenIds
+from pdserve.core.values import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TokenDelta:
     """Output token ``index`` of one choice. ``finish`` ends the choice with this token. ``skipped``
     tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`)."""
@@ -51,14 +51,14 @@ class TokenDelta:
 # --- router -> worker -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StartJob:
     """Prefill this, then hand it to ``job.decode_worker`` (or keep it, if local)."""
 
     job: Job
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class AbortAttempt:
     """Forget the attempt (all of its choices, or only ``choices``) wherever it stands."""
 
@@ -66,7 +66,7 @@ class AbortAttempt:
     choices: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class WorkerGone:
     """The process ``(worker, epoch)`` is known dead: it will neither write nor speak again."""
 
@@ -74,17 +74,17 @@ class WorkerGone:
     epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class DrainWorker:
     """Take no new work; say so in the next report. Running work finishes."""
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class UndrainWorker:
     """Take new work again."""
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class SetRole:
     """Be of this role from the next step on. ``role_epoch`` only grows: an older one is late news
     and changes nothing. The next report confirms it."""
@@ -93,7 +93,7 @@ class SetRole:
     role_epoch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class MoveAttempt:
     """Hand the one running choice of this attempt over to another decode worker, KV and all.
 
@@ -107,7 +107,7 @@ class MoveAttempt:
     trace_context: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class SendPrefix:
     """Send what is cached of the full blocks of ``token_ids`` to a worker that lacks it.
 
@@ -124,7 +124,7 @@ class SendPrefix:
 # --- worker -> router -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Tokens:
     """The tokens of one step."""
 
@@ -147,7 +147,7 @@ class FailureKind(StrEnum):
     """The job can never run on this worker. Not retried: the client gets the detail."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class AttemptFailed:
     """The worker has let go of these choices. ``choices`` None: all choices of the attempt."""
 
@@ -157,7 +157,7 @@ class AttemptFailed:
     choices: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TicketGranted:
     """The decode worker reserved ``num_blocks`` for the attempt. Replaces the router's credit."""
 
@@ -165,7 +165,7 @@ class TicketGranted:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class MoveFailed:
     """The choice that was to move stays where it is and goes on decoding."""
 
@@ -173,7 +173,7 @@ class MoveFailed:
     detail: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class PrefixSent:
     """A `SendPrefix` has ended; ``num_blocks`` of it lie at the receiver now (0: it failed)."""
 
@@ -181,7 +181,7 @@ class PrefixSent:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class CacheChanged:
     """Blocks that entered and left the worker's prefix index since the last such message."""
 
@@ -189,14 +189,14 @@ class CacheChanged:
     evicted: tuple[BlockHash, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Life:
     """Life events of a worker, oldest first."""
 
     events: tuple[LifeEvent, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class LoadReport:
     """What a worker holds now. Sent on change, at most every few ms, and as a heartbeat.
 
@@ -244,7 +244,7 @@ class LoadReport:
 # --- worker <-> worker: the hand-off ----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Header:
     """Opens a hand-off. The KV of all of ``token_ids`` will come; the next token index follows.
     ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
@@ -269,7 +269,7 @@ class Header:
     answer_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Ticket:
     """Write block i of the sequence, for i >= ``first_block``, into ``block_ids[i - first_block]``.
     Blocks before ``first_block`` are already here and pinned. The lease is a duration on the
@@ -282,20 +282,20 @@ class Ticket:
     lease_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TicketRefused:
     attempt: AttemptId
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class LeaseRenew:
     """The writer is alive and still computing."""
 
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class ChunkDigest:
     """Digests of blocks ``[first_block, first_block + num_blocks)`` as sent, one per layer."""
 
@@ -304,7 +304,7 @@ class ChunkDigest:
     layers: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Trailer:
     """All bytes are written. ``tokens`` holds the next token of each choice that goes on."""
 
@@ -313,7 +313,7 @@ class Trailer:
     chunks: tuple[ChunkDigest, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class OpaquePayload:
     """A slice of a foreign engine's payload; ``last`` closes it and is followed by the trailer."""
 
@@ -323,7 +323,7 @@ class OpaquePayload:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class PayloadTaken:
     """So many bytes of a slice have left the link, whatever became of them: send the next ones.
 
@@ -333,14 +333,14 @@ class PayloadTaken:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Accepted:
     """The decode worker owns the attempt now. Goes to the prefill worker and to the router."""
 
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class HandoffRejected:
     """What arrived is not what was sent. The blocks are freed: the writer had finished."""
 
@@ -348,7 +348,7 @@ class HandoffRejected:
     detail: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class HandoffAbort:
     """The writer gives up and promises that it will write no more."""
 
@@ -356,14 +356,14 @@ class HandoffAbort:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Revoke:
     """The lease ran out or the attempt was aborted here: stop writing, and say when you have."""
 
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class RevokeAck:
     attempt: AttemptId
 

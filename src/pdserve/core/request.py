@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.token_ids import TokenIds
+from pdserve.core.values import value
 
 
 class RoutePreference(StrEnum):
@@ -26,7 +26,7 @@ class Role(StrEnum):
     MIXED = "mixed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class ServiceClass:
     """What a kind of request is promised. Bounds are seconds; infinite: none is promised.
 
@@ -56,7 +56,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class SamplingParams:
     """How tokens are drawn. Validated at the edge; a worker trusts it.
 
@@ -99,7 +99,7 @@ class SamplingParams:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Request:
     """One prompt with its parameters, as the gateway submits it to the router.
 
@@ -125,7 +125,7 @@ class Request:
         return len(self.prompt_token_ids) + self.params.max_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Job:
     """One attempt, as the router hands it to a prefill worker.
 

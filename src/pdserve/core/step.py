@@ -6,17 +6,16 @@ a hand-off and a recompute the same to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pdserve.core.ids import AttemptId, BlockId, StepId, WorkerId
 from pdserve.core.request import SamplingParams
 from pdserve.core.token_ids import TokenIds
+from pdserve.core.values import value
 
 SILENT_TOKEN = 0
 """What a row has drawn in a step of which nobody says what it has drawn (`StepsDone`)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class SampleSpec:
     """Draw output token ``index`` of each of ``choices`` from the logits of the row's last token.
 
@@ -32,7 +31,7 @@ class SampleSpec:
     num_prompt_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class StepRow:
     """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start`` + 1, ...
 
@@ -54,7 +53,7 @@ class StepRow:
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class StepPlan:
     """``copies`` (source, destination block) are done in all layers before the forward pass."""
 
@@ -80,7 +79,7 @@ class StepPlan:
         return StepShape(prompt_tokens, prompt_pairs, num_decoding, context_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StepShape:
     """The size of a step, as step-time models see it (``cost.step``).
 
@@ -96,7 +95,7 @@ class StepShape:
     context_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class BarePlan(StepPlan):
     """A plan without rows, for a driver that computes nothing: ``size`` is what it needs of them.
     Rows cost far more to make than all else in a step of many decodes."""
@@ -108,7 +107,7 @@ class BarePlan(StepPlan):
         return self.size
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class StepSample:
     """How long a step took, in seconds on the worker's clock."""
 
@@ -116,7 +115,7 @@ class StepSample:
     elapsed_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class TransferSample:
     """How a hand-off went: ``num_bytes`` were sent to ``peer``, and ``exposed_s`` passed from when
     both the prefill was done and the ticket was there (waiting for room is not the link's doing)
@@ -128,7 +127,7 @@ class TransferSample:
     hidden_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class TokenLogprobs:
     """Natural log-probabilities before temperature and filters (as OpenAI and vLLM report them).
 
@@ -141,13 +140,13 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class SampledToken:
     token_id: int
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class StepResult:
     """``tokens[i]`` belongs to ``plan.rows[i]``: one entry per choice of its sample spec, in order;
     empty for a row that samples nothing. If the step failed, ``error`` says why.

@@ -9,10 +9,11 @@ decodes the prompt is cut into chunks of at most ``mixed_chunk_tokens``: no deco
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from pdserve.core.ids import AttemptId
+from pdserve.core.values import value
 
 SequenceKey = tuple[AttemptId, int]
 """Attempt and first choice."""
@@ -42,7 +43,7 @@ class Resident(Protocol):
     def hands_off(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class PromptView:
     """A sequence whose known tokens are not all computed. ``key`` (attempt, first choice) names it.
 
@@ -57,7 +58,7 @@ class PromptView:
     is_new: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class DecodeView:
     """A running sequence that may be preempted, and the blocks that would be free then."""
 
@@ -65,7 +66,7 @@ class DecodeView:
     blocks_freed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class BatchView:
     """What a batch policy sees. ``prompts`` come once, whose turn it is first, admitted ones before
     all others. ``preemptible`` come once, youngest first; there are none but on a mixed worker.
@@ -98,7 +99,7 @@ class BatchView:
         return -(-num_tokens // self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Grant:
     """Compute the next ``num_tokens`` tokens of the sequence in this step."""
 
@@ -106,7 +107,7 @@ class Grant:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class BatchPlan:
     """``preempts``: running sequences to be set aside before anything else is done, without their
     blocks. ``pauses``: running sequences that have no part in the step, and keep theirs.
@@ -140,7 +141,7 @@ class BatchPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class FcfsBatching:
     """First come, first served; nobody overtakes a prompt that waits for blocks."""
 

@@ -7,16 +7,17 @@ the same answer, live, in a replay, and in the simulator. Views are shared and n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from pdserve.core.ids import WorkerId
 from pdserve.core.request import DEFAULT_SERVICE, Role, RoutePreference, ServiceClass
+from pdserve.core.values import value
 from pdserve.cost.link import FREE_LINK, LinkModel
 from pdserve.cost.step import StepModel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class WorkerView:
     """A worker that accepts work, with the router's own debits applied to its last report.
 
@@ -54,7 +55,7 @@ class WorkerView:
     given_kv_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class ClusterView:
     """``workers`` in the order of their ids. ``links`` has (from, to) pairs that were measured;
     all others are like ``link``. ``token_bytes``: KV of one token."""
@@ -66,7 +67,7 @@ class ClusterView:
     token_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class RouteAsk:
     """What is to be routed: ``num_choices`` sequences that share ``num_tokens`` tokens;
     ``num_blocks`` is what the decode worker must have free.
@@ -97,7 +98,7 @@ class RouteAsk:
     oracle_output_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Candidate:
     """A route that was thought about, and what it would cost the request, in seconds.
 
@@ -123,7 +124,7 @@ class Candidate:
         return self.queue_s + self.fetch_s + self.prefill_s
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Route:
     """The same worker twice: local, no hand-off.
 
