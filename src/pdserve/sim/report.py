@@ -7,6 +7,7 @@ same byte by byte, except for ``wall_s`` and ``speedup``. docs/simulator.md list
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from typing import Any
 
 from pdserve import __version__
@@ -186,9 +187,12 @@ def _machine(machine: MachineModel) -> dict[str, Any]:
 
 
 def _settings(settings: SimSettings) -> dict[str, Any]:
-    names = (
-        "roles", "admission", "declared_tokens", "learns", "max_step_tokens",
-        "mixed_chunk_tokens", "max_running", "one_shot_tokens", "prefix_cache", "queue_timeout_s",
-        "max_queued_requests", "heartbeat_s", "report_interval_s", "sample_interval_s",
-    )  # fmt: skip
-    return {name: getattr(settings, name) for name in names}
+    """All that a text or a number says and the document does not say elsewhere, and the times."""
+    said = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    plain: dict[str, Any] = {
+        name: value
+        for name, value in said.items()
+        if isinstance(value, str | int | float) and name not in ("policy", "batching", "seed")
+    }
+    plain["declared_tokens"] = settings.declared_tokens
+    return plain | {"times": asdict(settings.times)}

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.core.errors import ConfigError
 from pdserve.core.ids import RequestId
 from pdserve.core.request import ServiceClass
 from pdserve.sim.observe import Ended
@@ -135,3 +136,11 @@ def test_how_a_request_ended(an_end):
 def test_objectives_as_a_class_promises_them_and_as_one_writes_them():
     assert slo_of(ServiceClass(ttft_s=0.5, tpot_s=0.05)) == parse_slo(["ttft=500ms", "tpot:0.05s"])
     assert slo_of(ServiceClass()) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["ttft", "ttft:", "ttft:0", "ttft:-1", "ttft:1.2.3", "ttft=2m", "ttft:1e999", "itl:5"]
+)
+def test_objectives_that_cannot_be_are_refused_under_the_flag_s_name(text):
+    with pytest.raises(ConfigError, match=r"--slo .*milliseconds above 0"):
+        parse_slo([text], "--slo")
