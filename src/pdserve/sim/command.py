@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pdserve.core.errors import ConfigError
 from pdserve.cost.machine import MachineModel
-from pdserve.cost.roofline import check_slo
+from pdserve.cost.roofline import check_slo, slo_floor
 from pdserve.plot.files import write_pictures
 from pdserve.sim.arguments import SimOptions, check_blocks
 from pdserve.sim.logs import EventFile, RequestFile
@@ -36,7 +36,7 @@ from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
 from pdserve.workload.scenario_score import lines_of
 from pdserve.workload.shaping import peeked
-from pdserve.workload.slo import Slo
+from pdserve.workload.slo import Slo, slo_of
 
 NOTHING_COMPLETED_STATUS = 1
 BLOCK_TOKENS = 16
@@ -57,8 +57,10 @@ def run(typed: argparse.Namespace) -> int:
     figures = figures_of(Machines(options.machines))
     if options.scenario is not None:
         settings = replace(settings, heartbeat_s=LIVE_HEARTBEAT_S)
-    if options.slo is not None:
-        refuse_impossible(options.slo, settings.machines, head)
+    promises = [options.slo, *map(slo_of, options.classes.classes)]
+    for slo in promises:
+        if slo is not None:
+            refuse_impossible(slo, settings.machines, head)
     report = Report(settings, options.slo)
     player = ScenarioPlayer(options.scenario, options.slo) if options.scenario else None
     wall_s = _simulate(options, settings, requests, [*report.observers, *figures], player)
@@ -132,6 +134,15 @@ def refuse_impossible(
         ttft_s=bounds_ms["ttft"] / 1e3 if "ttft" in bounds_ms else None,
         tpot_s=bounds_ms["tpot"] / 1e3 if "tpot" in bounds_ms else None,
     )
+    floors = [slo_floor(each, prompt_tokens, prompt_tokens) for each in machines]
+    least_ttft_s, least_tpot_s = (min(values) for values in zip(*floors, strict=True))
+    least_ms = 1e3 * (least_ttft_s + (output_tokens - 1) * least_tpot_s)
+    if bounds_ms.get("e2e", math.inf) < least_ms:
+        raise ConfigError(
+            f"no machine here can keep an E2E of {bounds_ms['e2e']:g} ms: {prompt_tokens} tokens "
+            f"in and {output_tokens} out take at least {least_ms:.4g} ms, with nothing else to "
+            "do; ask for more, or for faster hardware or more devices a worker"
+        )
 
 
 def load_document(options: WorkloadOptions) -> dict[str, Any]:

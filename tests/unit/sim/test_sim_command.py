@@ -171,6 +171,9 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         (["--cluster", "1xl40s-tp1:mixed", "--model", "llama-3-70b", *LOAD], "does not fit"),
         ([*SPLIT], "--rate R"),
         ([*whole, "--slo", "ttft:1"], "no machine here can keep a TTFT of 1 ms"),
+        ([*whole, "--slo", "tpot:0.1"], "no machine here can keep a TPOT of 0.1 ms"),
+        ([*whole, "--slo", "e2e:20"], "no machine here can keep an E2E of 20 ms"),
+        ([*whole, "--classes", "quick:ttft=1"], "no machine here can keep a TTFT of 1 ms"),
         ([*whole, "--slo", "ttlt:1"], "--slo 'ttlt:1'"),
         ([*whole, "--policy", "best"], "no routing policy 'best'"),
         ([*whole, "--mixed-chunk-tokens", "4"], "at least one block, 16 tokens"),
@@ -193,7 +196,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(25))
+@pytest.mark.parametrize("number", range(28))
 def test_a_mistake_is_one_line_with_the_remedy(number, capsys, tmp_path):
     flags, said = mistakes(tmp_path)[number]
     assert main(["sim", *flags]) == 2
