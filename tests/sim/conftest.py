@@ -13,10 +13,12 @@ from pdserve.core.step import StepShape
 from pdserve.cost.machine import ClusterTimes, LinkSpec, MachineModel, Power, StepTimer
 from pdserve.cost.step import StepModel
 from pdserve.sim.observe import Ended, Observer
+from pdserve.sim.scenario import ScenarioPlayer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
 from pdserve.sim.spec import parse_cluster
 from pdserve.workload.request import TraceRequest, own_segment
+from pdserve.workload.scenario import Event, Scenario
 
 LINEAR = StepModel(
     prompt_base_s=0.004,
@@ -77,6 +79,7 @@ class Run(Observer):
     arrivals: int = 0
     done_s: float = 0.0
     simulation: Any = None
+    score: dict[str, Any] = field(default_factory=dict)
 
     def arrived(self, at_s: float, request_id: Any, prompt_tokens: int) -> None:
         self.arrivals += 1
@@ -147,12 +150,16 @@ class Lab:
         self,
         settings: SimSettings,
         requests: Iterable[TraceRequest],
-        prepare: Callable[[Simulation], None] = lambda simulation: None,
+        events: Sequence[Event] = (),
+        seed: int = 0,
     ) -> Run:
+        """``events``: what goes wrong; its score is in ``score`` then."""
         heard = Run()
-        heard.simulation = Simulation(settings, iter(requests), [heard])
-        prepare(heard.simulation)
+        player = ScenarioPlayer(Scenario(name="test", events=tuple(events), seed=seed), None)
+        heard.simulation = Simulation(settings, iter(requests), [heard, player])
+        player.begin(heard.simulation)
         heard.simulation.run()
+        heard.score = player.document
         return heard
 
 

@@ -231,6 +231,18 @@ class LoadReporter:
             self._waits = True
             out.set_timer(REPORT_TIMER, wait_s)
 
+    def quiet_blocks(self) -> int | None:
+        """How many blocks may be taken before that alone is news; None: any number, or a report
+        is due already."""
+        last = self._last_figures
+        if self._waits or last is None or self._settings.terse_reports:
+            return None
+        figures = self._source.figures()
+        taken = max(
+            last.free_blocks - figures.free_blocks, last.cached_blocks - figures.cached_blocks
+        )
+        return max(0, self._tolerance - taken)
+
     def _has_news(self) -> bool:
         last = self._last_figures
         if last is None or self._is_empty() is not self._last_empty:

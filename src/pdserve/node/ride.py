@@ -40,6 +40,17 @@ class Ride:
                 return sequence.num_computed + chunk
         return rider.num_computed + 1
 
+    def steps_within(self, num_blocks: int, block_size: int, most: int) -> int:
+        """Of ``most`` steps like this one, how many can end before more than so many blocks have
+        been taken; at the end of the last one it may be more."""
+        rounds, few = divmod(num_blocks, len(self.riders))
+        steps = 1 + rounds * block_size
+        if steps >= most:
+            return most
+        # Each rider takes one every so many steps, the first when there is no room in its last.
+        room = sorted([len(s.block_ids) * block_size - s.num_tokens for s in self.riders])
+        return min(most, steps + max(0, room[few]))
+
 
 def shape_of(riders: list[Sequence], num_decodes: int, chunks: list[int]) -> StepShape:
     """What the duration of a step with these riders depends on."""

@@ -73,9 +73,15 @@ class WorkerNode(WorkerMachine):
         blocks and the riders' own limits allow for sure.
         """
         steps = self.batch.steady_steps()
-        if steps > 1 and not (self._departures.are_none and self.inbound.is_settled):
+        if steps <= 1:
+            return steps
+        if not (self._departures.are_none and self.inbound.is_settled):
             return 1
-        return steps
+        quiet = self._reporter.quiet_blocks()
+        if quiet is None:
+            return steps
+        assert self.batch.ride is not None
+        return self.batch.ride.steps_within(quiet, self.settings.layout.block_size, steps)
 
     @property
     def riders(self) -> Sequence[Rider]:

@@ -30,6 +30,7 @@ from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import GATEWAY, WorkerId
 from pdserve.core.messages import Life, Message
 from pdserve.cost.machine import ClusterTimes, MachineModel
+from pdserve.node.report import HEARTBEAT_TIMER
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.worker import WorkerNode
 from pdserve.policy.batch import BatchPolicy
@@ -143,6 +144,7 @@ class VirtualWorker:
 
     def die(self) -> None:
         """It does nothing more, and what it was sending stops."""
+        self._tell_all()
         self.alive = self._awake = False
         self._missed.clear()
         self._engine.stop()
@@ -159,6 +161,13 @@ class VirtualWorker:
         self._feed(event, now)
         self._engine.look_again()
 
+    def _tell_all(self) -> None:
+        """Have the machine tell the tokens that it has kept to itself: a live one tells each as it
+        is drawn, so they are known whatever happens next."""
+        if self._awake:
+            self._engine.catch_up(self._clock.now)
+            self._feed(TimerFired(HEARTBEAT_TIMER), self._clock.now)
+
     def _feed(self, event: Input, at_s: float) -> None:
         self._now = at_s
         perform = self._perform
@@ -174,6 +183,7 @@ class VirtualWorker:
     def fall_asleep(self) -> None:
         """It does nothing from now on, as a process that was stopped."""
         if self._awake:
+            self._tell_all()
             self._engine.pause()
             self._awake = False
             self._asleep_since_s = self._clock.now
