@@ -1,7 +1,7 @@
 """Designs compete: the best of each by few windows, of the better half by more, of the rest by all.
 
-That is successive halving; it never drops the last split design, nor the last aggregated one, since
-the answer is about these two. A design that cannot come near the best one of its kind so far is not
+That is successive halving, of split and of aggregated designs each, since the answer is about the
+best of either. A design that cannot come near the best one of its kind so far is not
 searched to its end.
 """
 
@@ -16,7 +16,7 @@ from pdserve.sim.plan.trial import Design
 
 NEAR = 2.0
 """A design is searched until it is known to be worse than the best of its kind by this factor."""
-KEEP_LEAST = 3
+KEEP_LEAST = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,25 @@ def contest(
         alive = _order(race, [standing[design] for design in alive])
         if level != chosen[-1]:
             alive = _better_half(alive, standing)
+    _bring_back(race, standing, chosen[-1], told)
     ordered = sorted(standing.values(), key=lambda s: (-s.level, *_place(race, s)))
     return Ranking(tuple(ordered), chosen[-1])
+
+
+def _bring_back(
+    race: Race, standing: dict[Design, Standing], last: int, told: Callable[[str], None]
+) -> None:
+    """Few windows may have been too friendly to some: a design that was dropped, but looked better
+    than what the best of its kind turned out to be, is judged by all windows after all."""
+    for design in _order(race, list(standing.values())):
+        own = standing[design]
+        kind = [s for d, s in standing.items() if d.is_split == design.is_split]
+        finals = [s.best for s in kind if s.level == last and s.best is not None]
+        best = min(map(race.goal.key, finals), default=(math.inf,))
+        if own.level < last and own.best is not None and race.goal.key(own.best) < best:
+            told(f"{design}: brought back")
+            found = race.best_of(design, last, own.best.candidate.counts, thorough=False)
+            standing[design] = Standing(design, found, last)
 
 
 def _near(race: Race, best: Found | None) -> float | None:
@@ -101,10 +118,10 @@ def _place(race: Race, standing: Standing) -> tuple[object, ...]:
 
 
 def _better_half(ordered: Sequence[Design], standing: dict[Design, Standing]) -> list[Design]:
-    """Those that have a best at all; half of them, but some, and the best of either kind."""
+    """Of either kind half of those that have a best at all, but two."""
     able = [design for design in ordered if standing[design].best is not None]
-    kept = able[: max(KEEP_LEAST, math.ceil(len(able) / 2))]
+    kept: list[Design] = []
     for is_split in (True, False):
-        if not any(design.is_split == is_split for design in kept):
-            kept += [design for design in able if design.is_split == is_split][:1]
+        kind = [design for design in able if design.is_split == is_split]
+        kept += kind[: max(KEEP_LEAST, math.ceil(len(kind) / 2))]
     return kept

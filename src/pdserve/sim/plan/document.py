@@ -47,8 +47,11 @@ def print_plan(console: Console, plan: Plan, goal: Goal, unit: str) -> None:
         console.print(line, style="bold" if number == 0 else None, soft_wrap=True)
     console.print()
     console.print(_table("Pareto front: cost, power, rate", plan.front, unit))
-    bests = [s.best for s in plan.ranking.standings if s.best is not None]
-    console.print(_table("The best of each design", bests, unit))
+    last = plan.ranking.last_level
+    dropped = [s.best for s in plan.ranking.standings if s.best is not None and s.level < last]
+    console.print(_table("The best of each design", plan.ranking.finalists, unit))
+    if dropped:
+        console.print(_table("Dropped after fewer windows", dropped, unit))
     for design, reason in plan.left_out.items():
         console.print(f"left out: {design}: {reason}", soft_wrap=True)
     if plan.turns:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.request import Role
-from pdserve.cost.machine import MachineModel
+from pdserve.core.step import StepShape
+from pdserve.cost.machine import MachineModel, StepTimer
 from pdserve.service_classes import ONE_CLASS
 from pdserve.sim.arguments import SimOptions, declared, machine_options
 from pdserve.sim.command import settings_of
@@ -57,12 +58,13 @@ class Problem:
     def digest(self) -> str:
         """Of everything that an evaluation depends on, beside its trial."""
         template = replace(self.template, machines=(), cluster=ClusterSpec(()))
-        parts = (
-            self.windows.digest,
-            sorted((name, role.value, repr(m)) for (name, role), m in self.machines.items()),
-            repr(template),
-            repr(self.promise),
+        machines = sorted(
+            (name, role.value, repr(replace(machine, steps=machine.linear)), _times(machine.steps))
+            for (name, role), machine in self.machines.items()
         )
+        promise = self.promise
+        reference = _times(promise.reference) if isinstance(promise, Slowdowns) else ()
+        parts = (self.windows.digest, machines, repr(template), str(promise), reference)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     @property
@@ -70,6 +72,20 @@ class Problem:
         return {
             name: machine for (name, role), machine in self.machines.items() if role is Role.MIXED
         }
+
+
+def _times(steps: StepTimer) -> tuple[float, ...]:
+    """What tells one timer from another: some of its times."""
+    sizes = [2**power for power in range(0, 15, 2)]
+    prompts = (StepShape(prompt_tokens=n, prompt_pairs=n * n) for n in sizes)
+    decodes = (
+        StepShape(num_decoding=n, context_tokens=n * length) for n in sizes[:5] for length in sizes
+    )
+    both = (
+        StepShape(prompt_tokens=n, prompt_pairs=n * n, num_decoding=8, context_tokens=8 * n)
+        for n in sizes
+    )
+    return tuple(steps.step_s(shape) for shape in itertools.chain(prompts, decodes, both))
 
 
 def problem_of(options: PlanOptions) -> Problem:

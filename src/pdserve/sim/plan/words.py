@@ -46,7 +46,7 @@ def turn_words(turn: Turn) -> str:
     now = f"{turn.name} (now {turn.value:.4g} {turn.unit})"
     if turn.at is None:
         side = "down" if turn.tried < turn.value else "up"
-        return f"{now}: {side} to {turn.tried:.4g} the answer stays of its sort"
+        return f"{now}: no change {side} to {turn.tried:.4g}"
     side = "below" if turn.at < turn.value else "above"
     then = "nothing holds the SLO" if turn.winner is None else f"{turn.winner.candidate} wins"
     return f"{now}: {side} about {turn.at:.3g} {then}"
