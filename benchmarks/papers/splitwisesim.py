@@ -1,0 +1,267 @@
+"""SplitwiseSim's own runs, repeated with our machines: every cell of its results beside ours.
+
+``replay``: 2,000 requests of the Azure conversation trace on small clusters, at its own speed and
+at twice that; ``poisson``: 120 s of Poisson load on the clusters of Splitwise's evaluation, as
+slowdowns against an idle A100 machine, and which of the nine objectives break. The results to be
+met are in DIR/reference (see docs/splitwisesim.md), with the traces of the replays; Poisson loads
+are drawn from DIR's conversation trace as SplitwiseSim's generator draws them.
+
+    python benchmarks/papers/splitwisesim.py --data DIR [--part replay] [--only "HH 25P15T"]
+
+With a copy of SplitwiseSim (``--splitwisesim DIR --python PYTHON``: an interpreter that has what it
+needs) both are timed, on the same core one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pdserve.core.events import LifeEvent, LifeName
+from pdserve.core.ids import RequestId
+from pdserve.cost.table import PerfTable
+from pdserve.cost.table_machine import machine_of_table
+from pdserve.sim.observe import Ended, Observer
+from pdserve.sim.settings import SimSettings
+from pdserve.sim.simulation import Simulation
+from pdserve.sim.spec import parse_cluster
+from pdserve.sim.splitwisesim import NONE, Departures, SplitwiseSimFigures, imitate
+from pdserve.workload.request import TraceRequest, own_segment
+from pdserve.workload.summary import percentile
+
+Row = tuple[float, int, int]
+"""Arrival in seconds, prompt and output tokens."""
+DESIGNS = {
+    "Baseline-A100": ("{}xa100:mixed",),
+    "Baseline-H100": ("{}xh100:mixed",),
+    "AA": ("{}xa100:prefill", "{}xa100:decode"),
+    "HH": ("{}xh100:prefill", "{}xh100:decode"),
+    "HA": ("{}xh100:prefill", "{}xa100:decode"),
+    "HHcap": ("{}xh100:prefill", "{}xh100cap:decode"),
+}
+PERCENTS = (50, 90, 99)
+METRICS = ("ttft", "tbt", "e2e")
+DURATION_S = 120.0
+THEIR_CLUSTERS = {  # SplitwiseSim's options for a design with so many of each
+    "Baseline-A100": "start_state=baseline cluster.servers.0.count={0} cluster.servers.1.count=0",
+    "Baseline-H100": "start_state=baseline cluster.servers.0.count=0 cluster.servers.1.count={0}",
+    "AA": "start_state=splitwise cluster.servers.0.count={2} cluster.servers.1.count=0 {3}",
+    "HH": "start_state=splitwise cluster.servers.0.count=0 cluster.servers.1.count={2} {3}",
+    "HA": "start_state=splitwise start_state.split_type=heterogeneous"
+    " cluster.servers.0.count={1} cluster.servers.1.count={0}",
+    "HHcap": "cluster=hhcap_half_half start_state=splitwise_hhcap"
+    " start_state.split_type=heterogeneous"
+    " cluster.servers.0.count={1} cluster.servers.1.count={0}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One run: figures by name, the objectives that broke, and CPU seconds."""
+
+    figures: dict[str, float]
+    broken: str
+    cpu_s: float
+
+
+class Times(Observer):
+    """TTFT, TBT and E2E of each request, and the pause before its second token."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[float]] = {name: [] for name in (*METRICS, "pause")}
+        self._decodes_s: dict[RequestId, float] = {}
+
+    def life(self, event: LifeEvent) -> None:
+        if event.name is LifeName.DECODE_STARTED:
+            self._decodes_s.setdefault(event.request_id, event.at_s)
+
+    def ended(self, at_s: float, request: Ended) -> None:
+        ttft_s, e2e_s = request.ttft_s, request.e2e_s
+        assert ttft_s is not None
+        assert e2e_s is not None
+        self.of["ttft"].append(ttft_s)
+        self.of["tbt"].append((e2e_s - ttft_s) / request.output_tokens)
+        self.of["e2e"].append(e2e_s)
+        decodes_s = self._decodes_s.pop(request.request_id)
+        self.of["pause"].append(decodes_s - request.arrived_s - ttft_s)
+
+
+def main() -> int:
+    asked = _parser().parse_args()
+    table = PerfTable.read((asked.data / "splitwise_perf_model.csv").read_text())
+    worst, speedups = 0.0, []
+    for name, known, rows in _runs(asked):
+        if asked.only and asked.only not in name:
+            continue
+        model = "llama-2-70b" if "Llama" in name else "bloom-176b"
+        made = simulate(table, known["machines"], rows, model)
+        off, text = _compare(known, made)
+        worst = max(worst, off)
+        line = f"{name:38s} {text}  {made.cpu_s:6.1f} s"
+        if asked.splitwisesim:
+            theirs_s = time_theirs(asked, known["machines"], rows, model)
+            speedups.append(theirs_s / made.cpu_s)
+            line += f"  SplitwiseSim {theirs_s:6.1f} s, {speedups[-1]:.1f} x"
+        print(line, flush=True)
+    print(f"largest difference {worst:.2%}")
+    if speedups:
+        mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
+        print(f"faster by {mean:.1f} x (geometric mean), at least {min(speedups):.1f} x")
+    return 0 if worst < asked.bound else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the published data")
+    parser.add_argument("--part", choices=("replay", "poisson"), help="only this part")
+    parser.add_argument("--only", default="", help="only runs whose name has this")
+    parser.add_argument("--bound", type=float, default=0.01, help="largest difference (0.01)")
+    parser.add_argument("--splitwisesim", type=Path, help="a copy of it, to be timed too")
+    parser.add_argument("--python", default=sys.executable, help="what it runs with")
+    return parser
+
+
+def _runs(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
+    """Name, row of the reference, and requests of each run."""
+    folder = asked.data / "reference"
+    if asked.part in (None, "replay"):
+        for known in read_csv(folder / "splitwisesim_conv_replay.csv"):
+            file = "conv2000x2" if "x2" in known["trace"] else "conv2000"
+            rows = read_rows(folder / f"splitwisesim_{file}.csv")
+            yield f"{known['trace']} {known['machines']}", known, rows
+    if asked.part in (None, "poisson"):
+        sizes = read_csv(asked.data / "azure_2023_conv.csv")
+        for known in read_csv(folder / "splitwisesim_conv_poisson_120s.csv"):
+            known["machines"] = known["design"].removeprefix("x")
+            rows = poisson(float(known["rps"]), sizes)
+            assert len(rows) == int(known["requests"]), "other requests than SplitwiseSim had"
+            yield f"{known['design']} {known['rps']} rps", known, rows
+
+
+def poisson(rate: float, sizes: Sequence[dict[str, str]]) -> list[Row]:
+    """The requests that SplitwiseSim's generator makes with numpy's seed 0: first all gaps, then
+    all prompts, then all answers, each drawn from the trace's by itself."""
+    number = int(rate * DURATION_S * 1.5) + 1000
+    drawn = np.random.RandomState(0)
+    at_s = np.cumsum(drawn.standard_exponential(number) * (1.0 / rate))
+    prompts, outputs = (
+        np.array([int(size[column]) for size in sizes])[drawn.choice(len(sizes), number)]
+        for column in ("ContextTokens", "GeneratedTokens")
+    )
+    rows = zip(at_s.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
+    return [row for row in rows if row[0] < DURATION_S]
+
+
+def simulate(
+    table: PerfTable,
+    machines: str,
+    rows: Sequence[Row],
+    model: str = "bloom-176b",
+    but: Departures = NONE,
+) -> Made:
+    spec = parse_cluster(cluster_of(machines))
+    given = tuple(machine_of_table(table, group.hardware, model) for group in spec.groups)
+    settings = imitate(SimSettings(cluster=spec, machines=given), table, but)
+    requests = (
+        TraceRequest(index=i, at_s=at_s, segments=(own_segment(i, prompt),), output_tokens=output)
+        for i, (at_s, prompt, output) in enumerate(rows)
+    )
+    times, slowdowns = Times(), SplitwiseSimFigures(table, model)
+    simulation = Simulation(settings, requests, [times, slowdowns])
+    begun_s = time.process_time()
+    simulation.run()
+    cpu_s = time.process_time() - begun_s
+    document = slowdowns.document()
+    figures = {"mean_second_token_gap_s": sum(times.of["pause"]) / len(rows)}
+    for metric in METRICS:
+        ordered = sorted(times.of[metric])
+        for percent in PERCENTS:
+            figures[f"{metric}_p{percent}_s"] = percentile(ordered, percent)
+            slowdown = document["slowdowns"][metric][f"p{percent}"]
+            figures[f"{metric}_slowdown_p{percent}"] = slowdown
+    return Made(figures, " ".join(document["violated_slos"]), cpu_s)
+
+
+def cluster_of(machines: str) -> str:
+    """``HH 25P15T`` as we write it."""
+    name, _ = machines.split(" ", 1)
+    counts = _counts(machines)
+    parts = DESIGNS[name]
+    return ",".join(part.format(count) for part, count in zip(parts, counts, strict=True))
+
+
+def _counts(machines: str) -> list[int]:
+    _, numbers = machines.split(" ", 1)
+    return [int(n) for n in "".join(c if c.isdigit() else " " for c in numbers).split()]
+
+
+def _compare(known: dict[str, str], made: Made) -> tuple[float, str]:
+    """The largest relative difference of a percentile; and all cells, ours under theirs."""
+    kind = "slowdown_p{}" if "design" in known else "p{}_s"
+    cells, worst = [], 0.0
+    for metric in METRICS:
+        names = [f"{metric}_{kind.format(percent)}" for percent in PERCENTS]
+        ours, theirs = [made.figures[n] for n in names], [float(known[n]) for n in names]
+        worst = max([worst, *(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))])
+        pairs = (f"{a:.4g}|{b:.4g}" for a, b in zip(ours, theirs, strict=True))
+        cells.append(f"{metric} " + " ".join(pairs))
+    broken = known.get("violated_slos", known.get("nine_slos", "")).removeprefix("fail: ")
+    same = made.broken == ("" if broken in ("-", "met") else broken)
+    if not same:
+        worst = math.inf
+    return worst, "  ".join(cells) + f"  SLOs {'as theirs' if same else made.broken or 'met'}"
+
+
+def time_theirs(asked: argparse.Namespace, machines: str, rows: Sequence[Row], model: str) -> float:
+    """CPU seconds of SplitwiseSim on the same requests."""
+    name, counts = machines.split(" ", 1)[0], _counts(machines)
+    prefill, decode = counts[0], counts[-1]
+    pools = f"start_state.prompt.num_instances={prefill} start_state.token.num_instances={decode}"
+    options = THEIR_CLUSTERS[name].format(prefill, decode, prefill + decode, pools).split()
+    if not any(option.startswith("cluster=") for option in options):
+        options.insert(0, "cluster=half_half")
+    scheduler = "token_jsq" if "Baseline" in name else "mixed_pool"
+    if "llama" in model:
+        options += ["applications.0.model_architecture=llama2-70b"]
+        options += ["applications.0.model_size=llama2-70b-fp16"]
+    with (asked.splitwisesim / "traces" / "pdserve.csv").open("w") as trace:
+        trace.write("request_id,request_type,application_id,arrival_timestamp,batch_size,")
+        trace.write("prompt_size,token_size\n")
+        for number, (at_s, prompt, output) in enumerate(rows):
+            trace.write(f"{number},2,0,{at_s!r},1,{prompt},{output}\n")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [asked.python, "run.py", f"applications.0.scheduler={scheduler}", *options,
+         "performance_model=db", "trace.filename=pdserve", "seed=0"],
+        cwd=asked.splitwisesim, check=True, capture_output=True,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """A trace in SplitwiseSim's form."""
+    with path.open() as lines:
+        return [
+            (float(row["arrival_timestamp"]), int(row["prompt_size"]), int(row["token_size"]))
+            for row in csv.DictReader(lines)
+        ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
