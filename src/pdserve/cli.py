@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if typed == ["worker"]:  # not for people, so the help does not show it
             return _run_worker()
-        parsed = _parser().parse_args(typed)
+        parsed = _parser(typed).parse_args(typed)
         status: int = parsed.run(parsed)
     except PdserveError as error:
         print(f"pdserve: {error}", file=sys.stderr)
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
+    """For these words: commands that are not among them have no flags, whose import would take
+    longer than all the rest."""
     parser = argparse.ArgumentParser(
         prog="pdserve",
         description="Serve large language models with prefill and decode on different workers.",
@@ -55,10 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("model", help="name of the model, such as smollm2-135m")
     pull.add_argument("--json", action="store_true", help="print one JSON document")
     pull.set_defaults(run=_run_pull)
-    _add_bench(commands)
-    _add_sim(commands)
-    _add_plan(commands)
-    _add_calibrate(commands)
+    _add_bench(commands, typed)
+    _add_sim(commands, typed)
+    _add_plan(commands, typed)
+    _add_calibrate(commands, typed)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
     replay.add_argument("--json", action="store_true", help="print one JSON document")
@@ -103,35 +105,41 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
         command.set_defaults(run=_run_operation, operation=command.prog.rsplit(" ", 1)[-1])
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from pdserve.bench.arguments import add_arguments
-
+def _add_bench(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
+) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure a server under load",
         description="Send a load to an OpenAI-compatible server and show how it was served.",
         epilog="docs/benchmarking.md says what each figure means.",
     )
-    add_arguments(bench)
+    if "bench" in typed:
+        from pdserve.bench.arguments import add_arguments
+
+        add_arguments(bench)
     bench.set_defaults(run=_run_bench)
 
 
-def _add_sim(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from pdserve.sim.arguments import add_arguments
-
+def _add_sim(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
+) -> None:
     sim = commands.add_parser(
         "sim",
         help="simulate a cluster under a load",
-        description="Run the server's own router and workers in virtual time, on modelled machines.",
+        description="Run the server's own router and workers in virtual time.",
         epilog="docs/simulator.md says what each flag and figure means, and how far to trust it.",
     )
-    add_arguments(sim)
+    if "sim" in typed:
+        from pdserve.sim.arguments import add_arguments
+
+        add_arguments(sim)
     sim.set_defaults(run=_run_sim)
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from pdserve.sim.plan.arguments import add_arguments
-
+def _add_plan(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
+) -> None:
     plan = commands.add_parser(
         "plan",
         help="find the cluster for a trace: split or not, how many of which",
@@ -139,20 +147,26 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "budget.",
         epilog="docs/planning.md leads from a trace to a purchase order, and says how sure it is.",
     )
-    add_arguments(plan)
+    if "plan" in typed:
+        from pdserve.sim.plan.arguments import add_arguments
+
+        add_arguments(plan)
     plan.set_defaults(run=_run_plan)
 
 
-def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from pdserve.calibrate.arguments import add_arguments
-
+def _add_calibrate(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
+) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="measure a live server for the simulator",
         description="Start a server, measure its steps and links, and write them as a profile.",
         epilog="docs/calibration.md says what is measured and how far to trust it.",
     )
-    add_arguments(calibrate)
+    if "calibrate" in typed:
+        from pdserve.calibrate.arguments import add_arguments
+
+        add_arguments(calibrate)
     calibrate.set_defaults(run=_run_calibrate)
 
 
