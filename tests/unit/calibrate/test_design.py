@@ -1,0 +1,86 @@
+"""What a calibration asks: every kind of step, within the server's limits and its own budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdserve.calibrate.design import Design, Limits, Pace, Stage
+
+SLOW = Pace(prompt_token_s=8e-4, decode_s=0.012)
+FAST = Pace(prompt_token_s=2e-5, decode_s=0.006)
+ROOMY = Limits(longest_tokens=8192, pool_tokens=46_000, workers=2)
+
+
+def stages(
+    limits: Limits = ROOMY, pace: Pace = SLOW, seconds: float = 60.0, seed: int = 0
+) -> list[Stage]:
+    design = Design(limits, seed, splits=True)
+    return [*design.probes(), *design.round(pace, seconds)]
+
+
+def of(name: str, found: list[Stage]) -> list[Stage]:
+    return [stage for stage in found if stage.name == name]
+
+
+def test_a_round_shows_every_kind_of_step() -> None:
+    found = stages()
+    (prompts,) = of("prompts", found)
+    lengths = [request.prompt_tokens for request in prompts.requests]
+    assert prompts.in_turn
+    assert len(lengths) >= 8
+    assert max(lengths) > 16 * min(lengths)
+    batches = [len(stage.requests) for stage in of("batches", found)]
+    assert {1, 2, 4, 8, 16} <= set(batches)
+    for stage in of("mixed", found):
+        assert stage.route == "local"
+        assert any(request.at_s > 0 for request in stage.requests)
+    (load,) = of("load", found)
+    assert load.route == "auto"
+    assert all(a.at_s < b.at_s for a, b in zip(load.requests, load.requests[1:], strict=False))
+
+
+@pytest.mark.parametrize("pace", [SLOW, FAST])
+def test_a_round_takes_about_its_budget(pace: Pace) -> None:
+    found = stages(pace=pace)
+    (prompts,) = of("prompts", found)
+    spent_s = sum(pace.prompt_s(request.prompt_tokens) for request in prompts.requests)
+    assert spent_s <= 0.25 * 60 + pace.prompt_s(2048)
+    (load,) = of("load", found)
+    assert load.requests[-1].at_s <= 0.25 * 60
+
+
+@pytest.mark.parametrize("limits", [
+    Limits(longest_tokens=8192, pool_tokens=46_000),
+    Limits(longest_tokens=256, pool_tokens=2_000),
+    Limits(longest_tokens=130, pool_tokens=160),
+])  # fmt: skip
+def test_nothing_is_asked_that_the_server_does_not_hold(limits: Limits) -> None:
+    for stage in stages(limits):
+        assert stage.requests
+        for request in stage.requests:
+            assert request.prompt_tokens >= 1
+            assert request.prompt_tokens + request.output_tokens <= limits.longest_tokens
+        if stage.name == "batches":
+            wanted = sum(r.prompt_tokens + r.output_tokens for r in stage.requests)
+            assert wanted <= limits.pool_tokens
+
+
+def test_no_prompt_is_asked_twice_and_the_same_seed_asks_the_same() -> None:
+    found = stages()
+    names = [s.name for stage in found for r in stage.requests for s in r.segments]
+    assert len(set(names)) == len(names)
+    assert stages() == found
+    assert stages(seed=1) != found
+
+
+def test_one_worker_is_asked_nothing_that_needs_two() -> None:
+    design = Design(ROOMY, 0, splits=False)
+    assert {stage.route for stage in design.round(SLOW, 30.0)} == {"auto"}
+
+
+def test_a_server_that_turns_out_slower_is_asked_less() -> None:
+    slower = SLOW.slower(2.0)
+    assert (slower.prompt_token_s, slower.decode_s) == (1.6e-3, 0.024)
+    assert SLOW.slower(0.5) == SLOW
+    num = sum(len(stage.requests) for stage in stages(pace=slower))
+    assert num < sum(len(stage.requests) for stage in stages())

@@ -1,0 +1,100 @@
+"""What a recording says, on machines that were driven by hand, and what a fit makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdserve.calibrate.fit import Neighbours, link_of, times_of
+from pdserve.calibrate.live import Asked
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import AttemptId, Epoch, RequestId, StepId, WorkerId
+from pdserve.core.step import StepShape
+from pdserve.node.settings import RouterSettings
+from pdserve.serve.recorded import Mail, RanStep, RanTransfer, RecordedRun, read_run
+
+PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+
+
+def a_step(worker: WorkerId, asked_s: float, done_s: float, shape: StepShape) -> RanStep:
+    return RanStep(
+        worker=worker,
+        epoch=Epoch(1),
+        step_id=StepId(1),
+        shape=shape,
+        asked_s=asked_s,
+        done_s=done_s,
+        elapsed_s=done_s - asked_s - 0.001,
+    )
+
+
+def test_a_step_knows_for_how_long_neighbours_computed_beside_it() -> None:
+    prompt = a_step(PREFILL, 1.0, 2.0, StepShape(500, 250_000))
+    decodes = [
+        a_step(DECODE, 0.95 + 0.1 * n, 1.05 + 0.1 * n, StepShape(0, 0, 2, 90)) for n in range(5)
+    ]
+    beside = Neighbours([prompt, *decodes])
+    timed = beside.timed(prompt)
+    assert timed.beside_prompt_s == 0.0
+    assert timed.beside_decode_s == pytest.approx(1.45 - 1.001)  # the prompt began at 1.001
+    first = beside.timed(decodes[0])
+    assert first.beside_prompt_s == pytest.approx(0.05)
+    assert first.beside_decode_s == 0.0
+    assert timed.elapsed_s == pytest.approx(0.999)
+
+
+def a_transfer(number: int, num_bytes: int, exposed_s: float, *, one_shot: bool) -> RanTransfer:
+    at_s = 10.0 * number
+    return RanTransfer(
+        attempt=AttemptId(RequestId(f"r{number}"), Epoch(1)),
+        sender=PREFILL,
+        receiver=DECODE,
+        one_shot=one_shot,
+        opened_s=at_s,
+        bound_s=at_s + 0.1,
+        computed_s=at_s + 1.0,
+        sent_s=at_s + 1.0 + exposed_s,
+        num_bytes=num_bytes,
+    )
+
+
+def test_the_link_is_what_remains_when_the_prompt_is_computed() -> None:
+    """1 ms and 1 GB/s: all of one shot, a layer of ten of the others."""
+    transfers = [
+        a_transfer(n, size, 1e-3 + (size if n % 2 else size / 10) / 1e9, one_shot=bool(n % 2))
+        for n, size in enumerate((1e6, 5e6, 2e7, 8e6, 4e7, 1e7, 3e6))
+    ]
+    link = link_of([*transfers, a_transfer(20, 10**7, 30.0, one_shot=True)], num_layers=10)
+    assert link is not None
+    assert link.spec.bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert link.spec.fixed_s == pytest.approx(1e-3, rel=0.2)
+    assert link.error_s < 5e-4
+
+
+def test_transfers_that_share_the_link_do_not_count() -> None:
+    alone = [a_transfer(n, 10**6 * n, 2e-3, one_shot=True) for n in range(1, 6)]
+    beside = a_transfer(3, 10**6, 5.0, one_shot=True)
+    together = link_of([*alone, beside], num_layers=2)
+    assert together is not None
+    assert together.num_transfers == 4
+    assert link_of(alone[:2], num_layers=2) is None
+
+
+def test_a_burst_does_not_change_how_long_a_message_takes() -> None:
+    run = RecordedRun(router=RouterSettings(), policy="predicted")
+    delays_s = [1e-3] * 20 + [0.5] * 5
+    run.mail = [
+        Mail(DECODE, PREFILL, "Ticket", None, 5.0 + n, 5.0 + n + d) for n, d in enumerate(delays_s)
+    ]
+    run.mail.append(Mail(DECODE, PREFILL, "LoadReport", None, 6.0, 9.0))
+    run.steps = [a_step(DECODE, n, n + 0.5, StepShape(0, 0, 1, 9)) for n in range(5, 9)]
+    times = times_of(run, Asked(since_s=5.0, outcomes=(), stages=()))
+    assert times.message_s == pytest.approx(1e-3)
+    assert times.step_gap_s == pytest.approx(1e-3)
+    assert (times.edge_in_s, times.edge_out_s, times.verify_byte_s) == (0.0, 0.0, 0.0)
+
+
+def test_a_folder_without_a_router_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recording of a router \(router.rec\)"):
+        read_run(tmp_path)
