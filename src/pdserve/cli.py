@@ -63,6 +63,11 @@ def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
     _add_calibrate(commands, typed)
     replay = commands.add_parser("replay", help="check a recording made with serve --record")
     replay.add_argument("folder", type=Path, help="the folder given to --record")
+    replay.add_argument(
+        "--routes",
+        action="store_true",
+        help="also simulate the run with its own times, and compare where its requests went",
+    )
     replay.add_argument("--json", action="store_true", help="print one JSON document")
     replay.set_defaults(run=_run_replay)
     top = commands.add_parser("top", help="watch a running server")
@@ -293,12 +298,21 @@ def _run_replay(parsed: argparse.Namespace) -> int:
 
     outcomes = replay(parsed.folder)
     equal = all(outcome.difference is None for outcome in outcomes)
+    document = {"equal": equal, "files": [asdict(outcome) for outcome in outcomes]}
+    if parsed.routes:
+        from pdserve.calibrate.parity import compare, described
+        from pdserve.serve.recorded import read_run
+
+        parity = compare(read_run(parsed.folder))
+        document["routes"] = {**asdict(parity), "same": parity.same}
     if parsed.json:
-        print(json.dumps({"equal": equal, "files": [asdict(outcome) for outcome in outcomes]}))
-    else:
-        for outcome in outcomes:
-            verdict = "equal" if outcome.difference is None else f"DIFFERS\n{outcome.difference}"
-            print(f"{outcome.file}: {outcome.num_inputs} inputs: {verdict}")
+        print(json.dumps(document))
+        return 0 if equal else 1
+    for outcome in outcomes:
+        verdict = "equal" if outcome.difference is None else f"DIFFERS\n{outcome.difference}"
+        print(f"{outcome.file}: {outcome.num_inputs} inputs: {verdict}")
+    if parsed.routes:
+        print(described(parity))
     return 0 if equal else 1
 
 

@@ -182,7 +182,8 @@ def show(console: Console, profile: Profile, out: Path) -> None:
         )
     for warning in profile.warnings:
         console.print(f"warning: {warning}")
-    console.print(f"written to {out}; use it as: pdserve sim --machine {out} ...")
+    cluster = ",".join(f"{n}x{profile.name}:{role}" for role, n in profile.workers.items())
+    console.print(f"written to {out}; use it as: pdserve sim --profile {out} --cluster {cluster}")
 
 
 class _Bar:

@@ -112,7 +112,10 @@ class VirtualWorker:
             stretches=stretches,
             pacer=pacer,
         )
-        self._perform: dict[type, Callable[..., None]] = {
+        self._perform = self._performers()
+
+    def _performers(self) -> dict[type, Callable[..., None]]:
+        return {
             Send: self._send,
             Log: self._log,
             SetTimer: self._set_timer,
