@@ -102,7 +102,8 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
         moves=False,
         queue_timeout_s=FOR_EVER_S,
         max_queued_requests=1 << 40,
-        terse_reports=True,
+        terse_reports=not but.returns_early,  # that rule looks at what workers hold
+        report_interval_s=0.0,
     )
 
 
