@@ -152,11 +152,12 @@ class Lab:
         requests: Iterable[TraceRequest],
         events: Sequence[Event] = (),
         seed: int = 0,
+        observers: Sequence[Observer] = (),
     ) -> Run:
         """``events``: what goes wrong; its score is in ``score`` then."""
         heard = Run()
         player = ScenarioPlayer(Scenario(name="test", events=tuple(events), seed=seed), None)
-        heard.simulation = Simulation(settings, iter(requests), [heard, player])
+        heard.simulation = Simulation(settings, iter(requests), [heard, player, *observers])
         player.begin(heard.simulation)
         heard.simulation.run()
         heard.score = player.document

@@ -24,14 +24,22 @@ class VirtualLauncher:
         self._rules: dict[WorkerId, Restarts] = {}
         self._ready_since_s: dict[WorkerId, float] = {}
         self._waiting: dict[WorkerId, int] = {}
+        self._missing: set[WorkerId] = set()
         self._number = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no slot's process is to come."""
+        return not self._missing
 
     def ready(self, worker: WorkerId) -> None:
         """A process of the slot can serve."""
         self._ready_since_s[worker] = self._clock.now
+        self._missing.discard(worker)
 
     def ended(self, worker: WorkerId) -> None:
         """The slot's process is dead."""
+        self._missing.add(worker)
         ready_s = self._clock.now - self._ready_since_s[worker]
         pause_s = self._rule(worker).pause_s(ready_s)
         self._number += 1

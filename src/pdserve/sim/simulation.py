@@ -122,8 +122,10 @@ class Simulation:
     @property
     def is_settled(self) -> bool:
         """Nothing is left of them anywhere."""
-        return self.router.num_requests == 0 and all(
-            worker.node.is_empty for worker in self.workers.values()
+        return (
+            self.router.num_requests == 0
+            and self.launcher.is_idle
+            and all(worker.node.is_empty for worker in self.workers.values())
         )
 
     @property
