@@ -12,6 +12,7 @@ from pathlib import Path
 from pdserve.core.errors import ConfigError
 from pdserve.policy.registry import make_policy
 from pdserve.sim.arguments import add_decisions, add_machines
+from pdserve.sim.machines import SPLITWISESIM
 from pdserve.sim.plan.most import DEFAULT_PRECISION
 from pdserve.sim.plan.promise import DEFAULT_TARGET
 from pdserve.sim.plan.race import Goal, Measure
@@ -27,7 +28,6 @@ NINE = "splitwise"
 NINE_REFERENCE = "a100"
 SPLIT_POLICIES = ("predicted", "splitwise")
 MIXED_POLICIES = ("aggregated",)
-_AS_SPLITWISESIM = ("splitwisesim",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +182,7 @@ class PlanOptions:
         hardware = _listed(parsed.hardware)
         if not hardware and not parsed.live:
             raise ConfigError("say what there is to choose from, as --hardware a100,h100")
-        usual = _AS_SPLITWISESIM if parsed.profile == "splitwisesim" else None
+        usual = (SPLITWISESIM,) if parsed.profile == SPLITWISESIM else None
         own = (parsed.policy,) if hasattr(typed, "policy") else None
         return cls(
             slo=slo,
@@ -251,7 +251,8 @@ def _goal(parsed: argparse.Namespace) -> Goal | None:
 def _policies(written: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     names = _listed(written) or usual
     for name in names:
-        make_policy(name)
+        if name != SPLITWISESIM or SPLITWISESIM not in usual:
+            make_policy(name)
     return names
 
 

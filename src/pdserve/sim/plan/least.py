@@ -15,7 +15,8 @@ from functools import partial
 from pdserve.sim.plan.trial import Counts
 
 Weigh = Callable[[Counts], tuple[float, ...]]
-"""Grows with every count; the least weight is best. Its first part is what is minimised."""
+"""Grows with every count; the least weight is best, and equal ones are as good. Its first part is
+what is minimised."""
 Holds = Callable[[Counts], bool]
 
 STRETCH = 1.4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from pdserve.cost.machine import MachineModel, StepTimer
 from pdserve.service_classes import ONE_CLASS
 from pdserve.sim.arguments import SimOptions, declared, machine_options
 from pdserve.sim.command import settings_of
+from pdserve.sim.machines import SPLITWISESIM
 from pdserve.sim.plan.arguments import PlanOptions
 from pdserve.sim.plan.bounds import WorkBounds
 from pdserve.sim.plan.promise import NINE_LIMITS, Bounds, Promise, Slowdowns
@@ -31,6 +33,8 @@ from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
 
 MAX_REQUESTS = 1_000_000
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of a function, as its ``repr`` has it."""
 SAMPLE = 2000
 """Requests from which the rate that a budget can serve is estimated."""
 Machines = Mapping[tuple[str, Role], MachineModel]
@@ -65,7 +69,8 @@ class Problem:
         promise = self.promise
         reference = _times(promise.reference) if isinstance(promise, Slowdowns) else ()
         parts = (self.windows.digest, machines, repr(template), str(promise), reference)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        text = _ADDRESS.sub("", repr(parts))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def by_hardware(self) -> dict[str, MachineModel]:
@@ -185,7 +190,8 @@ def promise_of(options: PlanOptions, machines: Machines) -> Promise:
         raise ConfigError(
             f"{options.reference}, the reference of slowdowns, cannot serve the model"
         )
-    return Slowdowns(reference.steps, options.reference, NINE_LIMITS)
+    theirs = options.parsed.profile == SPLITWISESIM
+    return Slowdowns(reference.steps, options.reference, NINE_LIMITS, theirs)
 
 
 def fitting_requests(

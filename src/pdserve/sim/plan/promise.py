@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from pdserve.core.errors import ConfigError
@@ -119,11 +119,14 @@ class Bounds:
 @dataclass(frozen=True, slots=True)
 class Slowdowns:
     """So many times the latency of an idle machine, at P50, P90 and P99: ``limits`` by metric. All
-    strict: a slowdown equal to its limit misses. ``reference``: the step times of that machine."""
+    strict: a slowdown equal to its limit misses. ``reference``: the step times of that machine.
+    ``theirs``: as SplitwiseSim has them, whose time per token counts the first one as well, and
+    whose reference for it is looked up at the prompt's length in place of a number of sequences."""
 
     reference: StepTimer
     reference_name: str
     limits: tuple[tuple[str, tuple[float, float, float]], ...]
+    theirs: bool = False
     _known: dict[tuple[int, int], Latencies] = field(
         default_factory=dict, repr=False, compare=False, hash=False
     )
@@ -146,6 +149,8 @@ class Slowdowns:
 
     def missed(self, got: Latencies, prompt_tokens: int, output_tokens: int) -> Sequence[bool]:
         idle = self.idle(prompt_tokens, output_tokens)
+        if self.theirs and not math.isinf(got.e2e):
+            got = replace(got, tpot=(got.e2e - got.ttft) / output_tokens)
         return [
             got.of(metric) >= limit * idle.of(metric) and got.of(metric) > 0
             for metric, limits in self.limits
@@ -164,7 +169,7 @@ class Slowdowns:
         for metric, (half, tenth, hundredth) in self.limits:
             by = factors.get(metric, 1.0)
             scaled.append((metric, (half * by, tenth * by, hundredth * by)))
-        return Slowdowns(self.reference, self.reference_name, tuple(scaled), self._known)
+        return replace(self, limits=tuple(scaled))
 
     def idle(self, prompt_tokens: int, output_tokens: int) -> Latencies:
         """On an idle machine: the prompt in one step, then a sequence by itself."""
@@ -173,7 +178,9 @@ class Slowdowns:
             ttft = self.reference.step_s(
                 StepShape(prompt_tokens=prompt_tokens, prompt_pairs=prompt_tokens**2)
             )
-            tpot = self.reference.step_s(StepShape(num_decoding=1, context_tokens=prompt_tokens))
+            alone = StepShape(num_decoding=1, context_tokens=prompt_tokens)
+            looked_up = StepShape(num_decoding=prompt_tokens)
+            tpot = self.reference.step_s(looked_up if self.theirs else alone)
             self._known[key] = Latencies(ttft, tpot, ttft + tpot * (output_tokens - 1))
         return self._known[key]
 

@@ -187,7 +187,7 @@ class Race:
 
         def weigh(counts: Counts) -> tuple[float, ...]:
             sums = [sum(c * w for c, w in zip(counts, ws, strict=True)) for ws in (own, other)]
-            return (*(round(total, 9) for total in sums), *counts)
+            return tuple(round(total, 9) for total in sums)
 
         counts = least(
             lambda counts: self.holds(Candidate(design, counts), rate, level),

@@ -48,10 +48,8 @@ class SimEvaluate:
         began_s = time.perf_counter()
         promise = self._promise.scaled(dict(trial.conditions.looser))
         judge = _Judge(promise, self._windows.lead, allowed)
-        settings = replace(
-            self.settings_of(trial.candidate, dict(trial.conditions.slower)),
-            service=service_of(promise),
-        )
+        slower = dict(trial.conditions.slower)
+        settings = replace(self.settings_of(trial.candidate, slower), service=service_of(promise))
         requests = self._windows.at(trial.window, trial.conditions.rate)
         complete = True
         try:
@@ -72,12 +70,13 @@ class SimEvaluate:
             slowed(self._machines[(name, role)], slower.get(name, 1.0))
             for name, role in zip(design.hardware, design.roles, strict=True)
         )
+        template = self._template
         return replace(
-            self._template,
+            template,
             cluster=candidate.cluster,
             machines=machines,
             policy=design.policy,
-            make_policy=None,
+            make_policy=template.make_policy if design.policy == template.policy else None,
         )
 
 
