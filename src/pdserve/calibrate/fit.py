@@ -30,7 +30,7 @@ from pdserve.serve.recorded import RanStep, RanTransfer, RecordedRun
 URGENT = {"StartJob", "Tokens", "Header", "Ticket", "Trailer", "Accepted"}
 """Messages that a request waits for."""
 LEAST_TRANSFERS = 4
-UNEVEN = 0.25
+UNEVEN = 0.15
 """A median error above this says that something else used the machine, or that it is out of what
 the fit can say."""
 
@@ -208,16 +208,15 @@ def _alone(transfers: Sequence[RanTransfer]) -> list[RanTransfer]:
 
 
 def _line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(constant, slope), neither below 0, by least absolute errors."""
-    found = [statistics.median(seconds for _, seconds in samples), 0.0]
-    floor_s = 1e-4
-    for _ in range(8):
-        moments = Moments(2)
-        for num_bytes, seconds in samples:
-            off_s = abs(found[0] + found[1] * num_bytes - seconds)
-            moments.add((1.0, num_bytes), seconds, 1.0 / max(off_s, floor_s))
-        found = nonnegative_fit(moments)
-    return found[0], found[1]
+    """(constant, slope), neither below 0, by least squares, so that means come out right; without
+    the slowest fiftieth."""
+    kept = sorted(samples, key=lambda sample: sample[1])
+    kept = kept[: len(kept) - len(kept) // 50]
+    moments = Moments(2)
+    for num_bytes, seconds in kept:
+        moments.add((1.0, num_bytes), seconds, 1.0)
+    fixed_s, byte_s = nonnegative_fit(moments)
+    return fixed_s, byte_s
 
 
 def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
