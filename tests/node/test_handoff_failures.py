@@ -27,7 +27,7 @@ from pdserve.core.messages import (
     Trailer,
 )
 from pdserve.core.request import Job, RoutePreference
-from pdserve.node.inbound import InboundState
+from pdserve.node.inbound_state import InboundState
 
 R1 = AttemptId(RequestId("r"), Epoch(1))
 

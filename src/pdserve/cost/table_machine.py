@@ -78,12 +78,7 @@ def machine_of_table(
     ``as_splitwisesim``: the table is read as SplitwiseSim does. Raises `ConfigError` if the
     hardware, the model or the table's rows of them are unknown.
     """
-    device = HARDWARE.get(hardware)
-    shape = MODELS.get(model)
-    if device is None:
-        raise ConfigError(f"no table has hardware {hardware!r}: there are {', '.join(HARDWARE)}")
-    if shape is None:
-        raise ConfigError(f"no table has the model {model!r}: there are {', '.join(MODELS)}")
+    device, shape = _known(hardware, model)
     name, factor = device.rows, 1.0
     if device.stands_in and not table.has(shape.rows, name, DEVICES):
         name, factor = device.stands_in, CAP_FACTOR
@@ -115,3 +110,12 @@ def machine_of_table(
         error=mean_error(rows, prompt_factor=factor),
         source=f"a table of measurements: {shape.rows} on {DEVICES} x {name}",
     )
+
+
+def _known(hardware: str, model: str) -> tuple[TableHardware, TableModel]:
+    device, shape = HARDWARE.get(hardware), MODELS.get(model)
+    if device is None:
+        raise ConfigError(f"no table has hardware {hardware!r}: there are {', '.join(HARDWARE)}")
+    if shape is None:
+        raise ConfigError(f"no table has the model {model!r}: there are {', '.join(MODELS)}")
+    return device, shape

@@ -170,24 +170,9 @@ class Dispatch:
         self, life: Life, group: tuple[int, ...], route: Route, ask: RouteAsk, out: Outbox
     ) -> None:
         request = life.request
-        epoch = Epoch(life.next_epoch)
-        life.next_epoch += 1
         prefill, decode = self._books.workers[route.prefill], self._books.workers[route.decode]
-        taken = life.choices[group[0]].taken
-        job = Job(
-            request_id=request.request_id,
-            epoch=epoch,
-            choices=group,
-            token_ids=request.prompt_token_ids + tuple(taken),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            params=request.params,
-            prefill_worker=route.prefill,
-            decode_worker=route.decode,
-            cache_salt=request.cache_salt,
-            trace_context=request.trace_context,
-            number=life.number,
-            answer_tokens=route.answer_tokens,
-        )
+        job = _job(life, group, route)
+        epoch = job.epoch
         for worker in route.draws:
             self._pools.draw(worker, out)
         num_new = ask.num_tokens - ask.cached_tokens.get(route.prefill, 0)
@@ -212,7 +197,7 @@ class Dispatch:
             prefill=route.prefill,
             decode=route.decode,
             local=job.is_local,
-            taken_tokens=len(taken),
+            taken_tokens=job.next_index,
             cached_tokens=ask.num_tokens - num_new,
             **reasons(route),
         )

@@ -9,12 +9,9 @@ machine adopts it. A reservation whose writer has neither finished nor promised 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
-
 from pdserve.core.effects import CancelTimer, SetTimer, TransferVerified, VerifyTransfer
 from pdserve.core.events import LifeName
-from pdserve.core.ids import AttemptId, BlockId, Epoch, RequestId, WorkerId
+from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import (
     Accepted,
     AttemptFailed,
@@ -31,36 +28,12 @@ from pdserve.core.messages import (
 from pdserve.kv.hashing import root_hash
 from pdserve.node.batch import BatchMachine
 from pdserve.node.cargo import DIGEST_ALGORITHM
+from pdserve.node.inbound_state import Inbound, InboundState
 from pdserve.node.outbox import Outbox
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
 ASK_TIMER = "ask for room"
-
-
-class InboundState(Enum):
-    QUEUED = "queued"
-    GRANTED = "granted"
-    VERIFYING = "verifying"
-    QUARANTINED = "quarantined"
-
-
-@dataclass(slots=True)
-class Inbound:
-    """One hand-off. ``pinned`` were here already; the peer writes ``fresh``, which follow them.
-    ``spare``: a slot for the first token, where answers are reserved. ``doomed``: dropped while the
-    check reads the blocks; they are released when it ends. ``asks_at_s``: not before, for room."""
-
-    header: Header
-    peer: WorkerId
-    peer_epoch: Epoch
-    state: InboundState = InboundState.QUEUED
-    pinned: list[BlockId] = field(default_factory=list)
-    fresh: list[BlockId] = field(default_factory=list)
-    spare: list[BlockId] = field(default_factory=list)
-    asks_at_s: float = 0.0
-    trailer: Trailer | None = None
-    doomed: bool = False
 
 
 class InboundHandoffs:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.request import DEFAULT_SERVICE
-from pdserve.node.inbound import Inbound, InboundState
+from pdserve.node.inbound_state import Inbound, InboundState
 from pdserve.node.router import RouterNode
 from pdserve.node.sequence import Sequence
 from pdserve.node.worker import WorkerNode

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pdserve.core.events import LifeName
 from pdserve.core.messages import Accepted, Header, Message, Ticket, Trailer
-from pdserve.node.inbound import InboundState
+from pdserve.node.inbound_state import InboundState
 from virtual_cluster.cluster import Condition, Event, VirtualCluster
 from virtual_cluster.oracle import make_ask
 from virtual_cluster.process import Process
