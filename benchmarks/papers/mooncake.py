@@ -67,8 +67,8 @@ PAPER_REQUESTS = 23_608
 
 
 class Study:
-    """``num_requests`` of the trace; None: all. ``scarce``: the cluster of the second question
-    about rejection."""
+    """``num_requests`` of the trace, ``num_overload`` of it under overload; None: all. ``scarce``:
+    the cluster of the second question about rejection."""
 
     def __init__(
         self,
@@ -78,16 +78,18 @@ class Study:
         cluster: str = CLUSTER,
         scarce: str = SCARCE,
         num_requests: int | None = None,
+        num_overload: int | None = None,
         seed: int = 0,
     ) -> None:
         self.lab = lab
-        self.trace, self.num_requests, self.seed = trace, num_requests, seed
+        self.trace, self.seed = trace, seed
+        self.num_requests, self.num_overload = num_requests, num_overload
         self.cluster: ClusterSpec = parse_cluster(cluster)
         self.scarce: ClusterSpec = parse_cluster(scarce)
 
-    def load(self, speed: float) -> Iterator[TraceRequest]:
+    def load(self, speed: float = 1.0, most: int | None = None) -> Iterator[TraceRequest]:
         smeared = shaping.smear(iter_trace(self.trace), self.seed)
-        return itertools.islice(shaping.scale(smeared, speed), self.num_requests)
+        return itertools.islice(shaping.scale(smeared, speed), most)
 
     def machine(self, hardware: str) -> MachineModel:
         machine = machine_of(hardware, MODEL, block_size=BLOCK_TOKENS)
@@ -107,14 +109,14 @@ class Study:
             )
         )
 
-    def run(self, settings: SimSettings, speed: float) -> dict[str, Any]:
+    def run(self, settings: SimSettings, speed: float, most: int | None) -> dict[str, Any]:
         asked = plain(settings) | {
-            "trace": self.trace.name, "num_requests": self.num_requests, "speed": speed,
+            "trace": self.trace.name, "num_requests": most, "speed": speed,
         }  # fmt: skip
 
         def work() -> dict[str, Any]:
             clients = Clients()
-            simulate(settings, self.load(speed), [clients])
+            simulate(settings, self.load(speed, most), [clients])
             kept = sum(each.meets(TTFT_S, TPOT_S) for each in clients.seen)
             return figures(clients.seen) | {"kept": kept}
 
@@ -124,10 +126,11 @@ class Study:
 def routing(study: Study) -> dict[str, dict[str, Any]]:
     """Figures of each policy, by the paper's name of it."""
     found = {
-        name: study.run(study.settings(policy), 1.0) | {"policy": policy, "paper": paper}
+        name: study.run(study.settings(policy), 1.0, study.num_requests)
+        | {"policy": policy, "paper": paper}
         for name, (policy, paper) in ROUTING.items()
     }
-    alone = study.run(study.settings(WITHOUT_FETCH), 1.0)
+    alone = study.run(study.settings(WITHOUT_FETCH), 1.0, study.num_requests)
     found["global, no fetches"] = alone | {"policy": WITHOUT_FETCH, "paper": None}
     return found
 
@@ -141,7 +144,9 @@ def rejection(study: Study, speeds: Sequence[float]) -> Rejected:
     for cluster, speed in itertools.product((study.cluster, study.scarce), speeds):
         found[str(cluster), speed] = {
             name: study.run(
-                promised(study.settings("predicted", admission, cluster), TTFT_S, TPOT_S), speed
+                promised(study.settings("predicted", admission, cluster), TTFT_S, TPOT_S),
+                speed,
+                study.num_overload,
             )
             for name, (admission, _) in REJECTION.items()
         }
@@ -170,7 +175,7 @@ def report(
         "routing", "policy", "paper, s", "ours, s", "apart", "paper / random", "ours / random",
         "P50, s", "P99, s", "prompt tokens cached",
     ]  # fmt: skip
-    ceiling = prefix_reuse(study.load(1.0), math.inf).token_share
+    ceiling = prefix_reuse(study.load(most=study.num_requests), math.inf).token_share
     parts = [
         f"{said}\n",
         f"### Mean TTFT by routing\n\n{table(head, rows)}",
@@ -203,8 +208,9 @@ def answer(study: Study, speeds: Sequence[float]) -> list[Path]:
     """Asks everything, and writes it down."""
     routed, rejected = routing(study), rejection(study, speeds)
     said = (
-        f"{study.cluster}, {MODEL}, {study.num_requests or 'all'} requests of {study.trace.name}, "
-        f"seed {study.seed}; made by revision {', '.join(sorted(study.lab.revisions))}."
+        f"{study.cluster}, {MODEL}, {study.num_requests or 'all'} requests of {study.trace.name} "
+        f"(under overload {study.num_overload or 'all'}), seed {study.seed}; made by "
+        f"revision {', '.join(sorted(study.lab.revisions))}."
     )
     markdown = report(study, routed, rejected, said)
     bars = {
@@ -237,12 +243,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser: argparse.ArgumentParser = parser_of("mooncake", __doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("-n", "--num-requests", type=int, help="of the trace (default: all)")
+    parser.add_argument("--num-overload", type=int, help="of them under overload (default: all)")
     parser.add_argument("--speeds", type=float, nargs="*", default=[2.0, 3.0], metavar="X",
                         help="of the overload (default: 2 3)")  # fmt: skip
     chosen = parser.parse_args(arguments)
-    num_requests = chosen.num_requests or (400 if chosen.quick else None)
-    lab = Lab(chosen.out, fresh=chosen.fresh)
-    study = Study(lab, chosen.data / TRACE, num_requests=num_requests, seed=chosen.seed)
+    few = 300 if chosen.quick else None
+    study = Study(
+        Lab(chosen.out, fresh=chosen.fresh),
+        chosen.data / TRACE,
+        num_requests=chosen.num_requests or few,
+        num_overload=chosen.num_overload or few,
+        seed=chosen.seed,
+    )
     for path in answer(study, chosen.speeds[:1] if chosen.quick else chosen.speeds):
         print(path)
 

@@ -240,6 +240,7 @@ def test_mooncake(study, data, tmp_path):
         cluster="2xa100-tp8:prefill,1xa100-tp8:decode",
         scarce="1xa100-tp8:prefill,1xa100-tp8:decode",
         num_requests=40,
+        num_overload=20,
     )
     mooncake.answer(small, [4.0])
     document = json.loads((tmp_path / "out" / "mooncake.json").read_text())
