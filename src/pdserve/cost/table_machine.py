@@ -4,8 +4,8 @@ What the table does not have is of the paper and of its simulator (Mutinifni/spl
 GiB of memory, of which weights take their size in fp16 and KV all the rest; prices of 2.21 and 4.76
 per GPU and hour; a machine's power of 24.8 and 44 units, 30.8 with a cap (a unit is taken as 100 W;
 nothing else is known of how it depends on load, so it does not); links that give each flow 200
-GiB/s whatever else they carry. KV of a token is ``2 * hidden * layers * 2`` bytes there for every model;
-with ``gqa`` it is what the model really has.
+GiB/s whatever else they carry. KV of a token is ``2 * hidden * layers * 2`` bytes there for every
+model; with ``gqa`` it is what the model really has.
 """
 
 from __future__ import annotations
