@@ -203,3 +203,24 @@ class Dispatch:
         )
         self.fetches.start(life, attempt, num_new, route.fetch_from, out)
         self.prefixes.expect(life, group[0], route.prefill, out.now)
+
+
+def _job(life: Life, group: tuple[int, ...], route: Route) -> Job:
+    """The next attempt, with what the client already has."""
+    request = life.request
+    epoch = Epoch(life.next_epoch)
+    life.next_epoch += 1
+    return Job(
+        request_id=request.request_id,
+        epoch=epoch,
+        choices=group,
+        token_ids=request.prompt_token_ids + tuple(life.choices[group[0]].taken),
+        num_prompt_tokens=len(request.prompt_token_ids),
+        params=request.params,
+        prefill_worker=route.prefill,
+        decode_worker=route.decode,
+        cache_salt=request.cache_salt,
+        trace_context=request.trace_context,
+        number=life.number,
+        answer_tokens=route.answer_tokens,
+    )
