@@ -61,7 +61,7 @@ class KvLayout:
         A different numerics class is no obstacle: the values are valid, only not equal bit by bit
         to what this side would have computed.
         """
-        if other is self:
+        if other == self:
             return None
         for name in (
             "num_layers",

@@ -85,13 +85,15 @@ class WorkerBook:
     @property
     def free_blocks(self) -> int:
         free = self.up.num_blocks if self.report is None else self.report.free_blocks
-        return free - self.granted_blocks - sum(self.promised.values())
+        promised = sum(self.promised.values()) if self.promised else 0
+        return free - self.granted_blocks - promised
 
     @property
     def pending_tokens(self) -> int:
         reported = 0 if self.report is None else self.report.pending_prefill_tokens
         held = sum(self.held.values()) if self.held else 0
-        return reported + held + sum(tokens for _, tokens in self.unreported)
+        unreported = sum([tokens for _, tokens in self.unreported]) if self.unreported else 0
+        return reported + held + unreported
 
     @property
     def num_decoding(self) -> int:
@@ -103,7 +105,8 @@ class WorkerBook:
     def context_tokens(self) -> int:
         """Of those sequences; what is promised is counted in whole blocks."""
         reported = 0 if self.report is None else self.report.context_tokens
-        coming_blocks = self.granted_blocks + sum(self.promised.values())
+        promised = sum(self.promised.values()) if self.promised else 0
+        coming_blocks = self.granted_blocks + promised
         return reported + coming_blocks * self.block_size
 
     @property
@@ -193,21 +196,27 @@ class WorkerBook:
     def grant(self, attempt: AttemptId, num_blocks: int | None = None) -> None:
         """The worker has reserved blocks for the attempt (None: as many as were promised)."""
         promised = self.promised.pop(attempt, 0)
-        self.granted_blocks += promised if num_blocks is None else num_blocks
+        granted = promised if num_blocks is None else num_blocks
+        object.__setattr__(self, "granted_blocks", self.granted_blocks + granted)
         self.num_granted += 1
 
     def take_report(self, report: LoadReport, now: float) -> None:
-        self.report = report
-        self.heard_at_s = now
-        if self.silent:
-            self.silent = False
-        self.granted_blocks = self.num_granted = 0
-        self.unreported = [job for job in self.unreported if job[0] > report.last_route_seq]
+        put = object.__setattr__  # one change of the view, not five
+        put(self, "report", report)
+        put(self, "heard_at_s", now)
+        put(self, "silent", False)
+        put(self, "granted_blocks", 0)
+        put(self, "num_granted", 0)
+        if self.unreported:
+            later = [job for job in self.unreported if job[0] > report.last_route_seq]
+            put(self, "unreported", later)
         self.learned.take(report.steps)
+        self._changed()
 
     def view(self) -> WorkerView:
         """What policies see: the same object until something in the book changes."""
         if self._view is None:
+            report, layout = self.report, self.up.layout
             prompts, num_given, num_local, kv_tokens = self.given
             self._view = WorkerView(
                 worker=self.up.worker,
@@ -219,11 +228,11 @@ class WorkerBook:
                 free_blocks=self.free_blocks,
                 total_blocks=self.up.num_blocks,
                 block_size=self.block_size,
-                numerics="" if self.up.layout is None else self.up.layout.numerics,
+                numerics="" if layout is None else layout.numerics,
                 steps=self.steps,
                 mixes=self.mixes,
                 role_since_s=self.role_since_s,
-                num_left_out=0 if self.report is None else self.report.num_left_out,
+                num_left_out=0 if report is None else report.num_left_out,
                 given_prompt_tokens=prompts,
                 num_given=num_given,
                 num_given_local=num_local,

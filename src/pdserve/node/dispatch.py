@@ -184,7 +184,7 @@ class Dispatch:
             self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promise(job.attempt, ask.num_blocks)
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
-        life.decision = Decision.of(route) if epoch == 1 else None
+        life.decision = Decision.of(route) if epoch == 1 and out.logs else None
         self.flights.begin(route.decode, job.attempt, ready_s)
         self.assigned.begin(job, prefill, decode)
         life.last_prefill = route.prefill
@@ -199,7 +199,7 @@ class Dispatch:
             local=job.is_local,
             taken_tokens=job.next_index,
             cached_tokens=ask.num_tokens - num_new,
-            **reasons(route),
+            **(reasons(route) if out.logs else {}),
         )
         self.fetches.start(life, attempt, num_new, route.fetch_from, out)
         self.prefixes.expect(life, group[0], route.prefill, out.now)

@@ -45,6 +45,8 @@ class InboundHandoffs:
         self._batch = batch
         self._pool = batch.tables.pool
         self._handoffs: dict[AttemptId, Inbound] = {}
+        self.changes = 0
+        """Counts what comes, goes or gets further."""
         self._stuck = (-1, AttemptId(RequestId(""), Epoch(0)))
 
     @property
@@ -73,7 +75,7 @@ class InboundHandoffs:
         return not self.num_queued or self.is_stuck or self._settings.ask_again_s > 0
 
     def _count(self, state: InboundState) -> int:
-        number = 0
+        number = 0  # a loop: mostly over nothing, or over one
         for handoff in self._handoffs.values():
             if handoff.state is state:
                 number += 1
@@ -95,6 +97,7 @@ class InboundHandoffs:
             out.send(peer, TicketRefused(attempt=header.attempt, detail=why_not))
             return
         self._handoffs[header.attempt] = Inbound(header, peer, peer_epoch)
+        self.changes += 1
 
     def grant_waiting(self, out: Outbox) -> None:
         """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
@@ -113,6 +116,7 @@ class InboundHandoffs:
                 self._stuck = (self._batch.changes, attempt)
                 break
             del self._handoffs[attempt]
+            self.changes += 1
             out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
 
     def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
@@ -139,6 +143,7 @@ class InboundHandoffs:
             self._accept(handoff, out)
         else:
             handoff.state = InboundState.VERIFYING
+            self.changes += 1
             out.add(
                 VerifyTransfer(
                     attempt=trailer.attempt,
@@ -271,6 +276,7 @@ class InboundHandoffs:
             with_first = self._layout.num_blocks_for(len(header.token_ids) + 1)
             handoff.spare = self._pool.allocate(with_first - num_blocks)
         handoff.state = InboundState.GRANTED
+        self.changes += 1
         out.send(
             handoff.peer,
             Ticket(
@@ -300,6 +306,7 @@ class InboundHandoffs:
         header, trailer = handoff.header, handoff.trailer
         assert trailer is not None
         del self._handoffs[header.attempt]
+        self.changes += 1
         same_class = header.layout.numerics == self._layout.numerics
         parent = Sequence(
             attempt=header.attempt,
@@ -350,11 +357,13 @@ class InboundHandoffs:
             self._pool.quarantine(handoff.fresh)
             handoff.pinned, handoff.spare = [], []
             handoff.state = InboundState.QUARANTINED
+            self.changes += 1
             out.send(handoff.peer, Revoke(handoff.header.attempt))
 
     def _drop(self, handoff: Inbound, out: Outbox) -> None:
         """Forget it. Nobody writes or reads its blocks any more."""
         del self._handoffs[handoff.header.attempt]
+        self.changes += 1
         if handoff.state is InboundState.QUARANTINED:
             self._pool.release_quarantine(handoff.fresh)
         else:

@@ -102,15 +102,15 @@ class WorkerMachine(ABC):
         return self.standing.draining
 
     def handle(self, event: Input, now: float) -> list[Effect]:
-        out = Outbox(self.settings.worker, now)
+        out = Outbox(self.settings.worker, now, logs=self.settings.logs_life)
         match event:
-            case Started():
-                self._reporter.beat(out)
             case Received(sender, epoch, message):
                 if epoch > self._gone.get(sender, -1):
                     self._received(sender, epoch, message, out)
             case TimerFired(timer):
                 self._timer_fired(timer, out)
+            case Started():
+                self._reporter.beat(out)
             case PeerLost(worker, epoch):
                 if epoch > self._gone.get(worker, -1):  # else its successor may be in use already
                     self._link_ended(worker)

@@ -9,10 +9,14 @@ from pdserve.core.messages import Message
 
 
 class Outbox:
-    """Effects of the input that is being handled at ``now``."""
+    """Effects of the input that is being handled at ``now``. ``logs``: somebody wants to know of
+    all life events; if not, there are only those that the router acts upon."""
 
-    def __init__(self, node: WorkerId, now: float) -> None:
+    __slots__ = ("_node", "effects", "logs", "now")
+
+    def __init__(self, node: WorkerId, now: float, *, logs: bool = True) -> None:
         self.now = now
+        self.logs = logs
         self.effects: list[Effect] = []
         self._node = node
 
@@ -30,6 +34,8 @@ class Outbox:
 
     def log(self, name: LifeName, attempt: AttemptId, **values: Scalar) -> None:
         """A life event of the attempt, at this moment on this node."""
+        if not self.logs and name is not LifeName.PREFILL_STARTED:
+            return
         event = LifeEvent(
             name=name,
             request_id=attempt.request_id,

@@ -56,7 +56,7 @@ class LoadFigures(NamedTuple):
 
     def differ(self, last: LoadFigures, tolerance: int) -> bool:
         """Whether that is news after these ``last`` ones."""
-        if self == last:
+        if self is last or self == last:
             return False
         if self[:NUM_EXACT] != last[:NUM_EXACT]:
             return True
@@ -95,8 +95,24 @@ class BatchLoad:
     def __init__(self, batch: BatchMachine, inbound: InboundHandoffs) -> None:
         self._batch = batch
         self._inbound = inbound
+        self._figures: LoadFigures | None = None
+        self._figures_of: tuple[int, ...] = ()
 
     def figures(self) -> LoadFigures:
+        """The same object as before unless something has changed: it is asked for at each input."""
+        batch, pool, ride = self._batch, self._batch.tables.pool, self._batch.ride
+        state = (
+            batch.changes,
+            self._inbound.changes,
+            pool.num_free,
+            pool.num_quarantined,
+            0 if ride is None else ride.num_decodes,
+        )
+        if self._figures is None or state != self._figures_of:
+            self._figures, self._figures_of = self._made(), state
+        return self._figures
+
+    def _made(self) -> LoadFigures:
         batch, pool = self._batch, self._batch.tables.pool
         return LoadFigures(
             pending_prefill_tokens=batch.queues.pending_tokens,

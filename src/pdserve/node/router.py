@@ -61,6 +61,7 @@ from pdserve.policy.shortest_queue import ShortestQueue
 
 NO_WORKER_TIMER = "no worker"
 MAX_ENGINE_FAILURES = 2
+_MAKE_NO_ROOM = (Tokens, LifeMessage)
 
 
 class RouterNode:
@@ -89,26 +90,26 @@ class RouterNode:
         return self.dispatch.num_queued
 
     def handle(self, event: Input, now: float) -> list[Effect]:
-        out = Outbox(GATEWAY, now)
+        out = Outbox(GATEWAY, now, logs=self.settings.logs_life)
         match event:
+            case Received(sender, epoch, message):  # the usual ones first
+                book = self.books.workers.get(sender)
+                if book is not None and book.up.epoch == epoch:
+                    self._received(book, message, out)
+            case Submit(request):
+                self._submit(request, out)
+            case TimerFired(timer):
+                self._timer_fired(timer, out)
             case Started():
                 self.gate.start(now)
                 self.watch.start(out)
                 self.pools.start(out)
-            case Submit(request):
-                self._submit(request, out)
             case ClientGone(request_id, choices):
                 self._client_gone(request_id, choices, out)
             case WorkerUp():
                 self._worker_up(event, out)
             case WorkerLost(worker, epoch, detail):
                 self._worker_lost(worker, epoch, detail, out)
-            case Received(sender, epoch, message):
-                book = self.books.workers.get(sender)
-                if book is not None and book.up.epoch == epoch:
-                    self._received(book, message, out)
-            case TimerFired(timer):
-                self._timer_fired(timer, out)
             case BeginDrain():
                 self.gate.draining = True
             case ChangeRole():
@@ -120,7 +121,7 @@ class RouterNode:
             case _:
                 raise TypeError(f"the router does not take {type(event).__name__}")
         self.pools.send_home(out)
-        if not (isinstance(event, Received) and isinstance(event.message, Tokens | LifeMessage)):
+        if not (isinstance(event, Received) and isinstance(event.message, _MAKE_NO_ROOM)):
             self.dispatch.stir()
         self.dispatch.route_waiting(out)
         return out.effects

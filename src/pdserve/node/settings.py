@@ -51,7 +51,8 @@ class WorkerSettings:
 
     For drivers that compute nothing: with ``bare_plans`` a step's plan says how large it is and not
     what its rows are; without ``report_samples`` reports say nothing of how long steps and
-    transfers took.
+    transfers took; without ``logs_life`` there are no life events but those that the router acts
+    upon.
     """
 
     worker: WorkerId
@@ -75,6 +76,7 @@ class WorkerSettings:
     ask_again_s: float = 0.0
     bare_plans: bool = False
     report_samples: bool = True
+    logs_life: bool = True
     foreign: ForeignSettings | None = None
 
     @property
@@ -122,7 +124,7 @@ class RouterSettings:
     preemption). ``admission`` names the policy that refuses early (``policy.admission``);
     ``patience_s`` is for how long a request lets others pass (``waiting``). ``costs``: what is
     known of steps and links at birth. ``moves``: requests that decode may move from a crowded
-    worker to another (`node.moves`).
+    worker to another (`node.moves`). ``logs_life``: as a worker's.
     """
 
     queue_timeout_s: float = 30.0
@@ -138,3 +140,4 @@ class RouterSettings:
     roles: RoleControl = RoleControl.FIXED
     return_rule: ReturnRule = ReturnRule.DONE
     moves: bool = True
+    logs_life: bool = True

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pdserve.core.errors import OutOfBlocksError
 from pdserve.core.ids import BlockId
+from pdserve.kv.nameless import NamelessPool
 from pdserve.kv.pool import BlockPool
-from pdserve.kv.trusting import TrustingPool
 from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
@@ -171,8 +171,8 @@ class BlockTables:
 
 
 def _pool(settings: WorkerSettings) -> BlockPool:
-    """Where nothing is computed and nothing cached, nobody needs to look after blocks."""
+    """Where nothing is computed and nothing cached, blocks need no names."""
     num_blocks, block_size = settings.num_blocks, settings.layout.block_size
     if settings.bare_plans and not settings.prefix_cache:
-        return TrustingPool(num_blocks, block_size)
+        return NamelessPool(num_blocks, block_size)
     return BlockPool(num_blocks, block_size, prefix_cache=settings.prefix_cache)

@@ -32,7 +32,13 @@ def layout_of(machine: MachineModel) -> KvLayout:
 
 
 def worker_settings(
-    settings: SimSettings, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
+    settings: SimSettings,
+    worker: WorkerId,
+    epoch: Epoch,
+    role: Role,
+    machine: MachineModel,
+    *,
+    logs_life: bool = True,
 ) -> WorkerSettings:
     return WorkerSettings(
         worker=worker,
@@ -54,10 +60,11 @@ def worker_settings(
         ask_again_s=settings.ask_again_s,
         ticket_timeout_s=settings.ticket_timeout_s,
         report_samples=settings.learns,
+        logs_life=logs_life,
     )
 
 
-def router_settings(settings: SimSettings) -> RouterSettings:
+def router_settings(settings: SimSettings, *, logs_life: bool = True) -> RouterSettings:
     """With what is known of the machines' steps, and of the slowest link."""
     saved = {}
     for machine in settings.machines:
@@ -78,6 +85,7 @@ def router_settings(settings: SimSettings) -> RouterSettings:
     return RouterSettings(
         queue_timeout_s=settings.queue_timeout_s,
         max_queued_requests=settings.max_queued_requests,
+        logs_life=logs_life,
         admission=settings.admission,
         roles=settings.roles,
         return_rule=settings.return_rule,

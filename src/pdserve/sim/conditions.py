@@ -81,17 +81,20 @@ class Modelled:
     delay: Delay | None = None
     exposed: Exposed | None = None
 
-    def __init__(self, settings: SimSettings) -> None:
+    def __init__(self, settings: SimSettings, *, logs_life: bool = True) -> None:
+        """``logs_life``: somebody wants to know of all life events."""
         self._settings = settings
+        self._logs_life = logs_life
         self._hosts = Hosts(settings.seed, settings.times.step_gap_s)
 
     def router(self) -> RouterSettings:
-        return router_settings(self._settings)
+        return router_settings(self._settings, logs_life=self._logs_life)
 
     def worker(
         self, worker: WorkerId, epoch: Epoch, role: Role, machine: MachineModel
     ) -> WorkerSettings:
-        return worker_settings(self._settings, worker, epoch, role, machine)
+        logs_life = self._logs_life
+        return worker_settings(self._settings, worker, epoch, role, machine, logs_life=logs_life)
 
     def starts_s(self, worker: WorkerId) -> float:
         return 0.0

@@ -67,10 +67,11 @@ class Simulation:
         self.times = settings.times
         self.clock = Clock()
         self.network = Network(self.clock)
-        self._conditions: Conditions = conditions or Modelled(settings)
+        self._told = Told(observers)
+        logs_life = bool(self._told.life)
+        self._conditions: Conditions = conditions or Modelled(settings, logs_life=logs_life)
         self._delay = self._conditions.delay
         self.exposed = self._conditions.exposed
-        self._told = Told(observers)
         self.workers: dict[WorkerId, VirtualWorker] = {}
         self.slots: dict[WorkerId, Group] = dict(settings.cluster.slots())
         self._epochs: dict[WorkerId, Epoch] = {}
