@@ -1,7 +1,7 @@
 """A block pool for drivers that compute nothing, such as the simulator: it counts.
 
-Where nothing is written, no block differs from another, so all of them have one name, and a table of
-a thousand blocks is a thousand times the same number: made at once, and no memory is touched for
+Where nothing is written, no block differs from another, so all of them have one name, and a table
+of a thousand blocks is a thousand times the same number: made at once, and no memory is touched for
 it. What can be had, and when, is as in a `BlockPool` without prefix cache. Nothing is shared: a
 request has one choice. Misuse is not noticed, but where a count would be wrong.
 """
