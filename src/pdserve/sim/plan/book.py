@@ -162,8 +162,12 @@ class Book:
     def _ask(self, candidate: Candidate, conditions: Conditions, num_windows: int) -> bool:
         num = sum(self._evaluate.num_judged(window) for window in range(num_windows))
         left = list(allowed_misses(self._promise, num))
-        for window in range(num_windows):
-            found = self._enough(Trial(candidate, conditions, window), left)
+        trials = [Trial(candidate, conditions, window) for window in range(num_windows)]
+        # What is known first, then from the heaviest window on: what fails does so early.
+        trials = [*trials[1:], *trials[:1]]
+        trials.sort(key=lambda trial: self._journal.find(trial) is None)
+        for trial in trials:
+            found = self._enough(trial, left)
             left = [may - missed for may, missed in zip(left, found.misses, strict=True)]
             if min(left) < 0:
                 return False

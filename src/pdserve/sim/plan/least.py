@@ -34,11 +34,13 @@ def least(
     most_stretch: float = 64.0,
     step: float = STRETCH,
     thorough: bool = True,
+    spread: float = math.inf,
 ) -> Counts | None:
     """The counts that ``holds`` accepts and that weigh least, or None if none do that weigh at most
     ``limit``. Without a limit, or not ``thorough``: none on the ray from ``start`` (fractions)
     with at most ``most_workers`` and stretched by at most ``most_stretch``. ``step``: by which
-    factor the ray is stretched at first.
+    factor the ray is stretched at first. ``spread``: clusters of another shape than the best one so
+    far (by so much in the sum of the logarithms of their counts' ratios) are not asked.
 
     ``holds`` is monotone: what it accepts it accepts with more workers. What is ``refused`` it
     would not accept, so it is not asked.
@@ -51,10 +53,10 @@ def least(
     if best is None and thorough and limit < math.inf:
         shape = tuple(max(1, round(part)) for part in start)
         within = partial(_is_within, weigh, limit * (1 + ROUNDING))
-        best = next((c for c in _maximal(within, shape) if asked(c)), None)
+        best = next((c for c in _maximal(within, shape, spread) if asked(c)), None)
     while best is not None:
         lighter = partial(_is_lighter, weigh, weigh(best))
-        better = next((c for c in _maximal(lighter, best) if asked(c)), None)
+        better = next((c for c in _maximal(lighter, best, spread) if asked(c)), None)
         if better is None:
             return best
         best = better
@@ -138,7 +140,7 @@ _STOPS = 64
 _HALVINGS = 20
 
 
-def _maximal(fits: Holds, like: Counts) -> Iterator[Counts]:
+def _maximal(fits: Holds, like: Counts, spread: float) -> Iterator[Counts]:
     """Counts that fit, such that one more of any kind would not; those most ``like`` first."""
     found: list[Counts] = []
     if len(like) == 1:
@@ -155,7 +157,8 @@ def _maximal(fits: Holds, like: Counts) -> Iterator[Counts]:
                 first += 1
             found.append((first, second))
             first += 1
-    yield from sorted(found, key=lambda counts: (_distance(counts, like), counts))
+    near = [(_distance(counts, like), counts) for counts in found]
+    yield from (counts for distance, counts in sorted(near) if distance <= spread)
 
 
 def _gallop(fits: Callable[[int], bool]) -> int:

@@ -22,6 +22,8 @@ HOPELESS = 32.0
 """A design that serves less than the estimate by this factor serves nothing."""
 FINE_STRETCH = 1.12
 """From counts that were the best by fewer windows."""
+SPREAD = 1.2
+"""See `least.least`: e to this is what the ratio of prefill to decode workers may be off."""
 MOST_STRETCH = 16.0
 """A design that needs more workers than the estimate by this factor will not do."""
 
@@ -120,6 +122,7 @@ class Race:
     bounds_of: Callable[[int, Factors, Factors], Limits]
     grid: RateGrid = field(default_factory=RateGrid)
     most_workers: int = 1024
+    spread: float = SPREAD
     looser: Factors = ()
     slower: Factors = ()
 
@@ -199,6 +202,7 @@ class Race:
             most_stretch=MOST_STRETCH,
             step=STRETCH if start is None else FINE_STRETCH,
             thorough=thorough,
+            spread=self.spread,
         )
         return None if counts is None else self.found(Candidate(design, counts), rate)
 

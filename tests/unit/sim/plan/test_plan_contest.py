@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -70,6 +71,7 @@ def make_race(goal, *, prefill=PREFILL, decode=DECODE, prices=PRICES, loads=(1.0
         goal=goal,
         bounds_of=lambda level, looser, slower: limits,
         grid=RateGrid(0.02, 0.05),
+        spread=math.inf,
     ), evaluate
 
 
