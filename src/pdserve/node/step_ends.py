@@ -193,8 +193,10 @@ class StepEnds:
         and those that reach their limit."""
         told = {row: token_id for row, token_id in ended if row < ride.num_decodes}
         if ride.steps_left is None or num_steps >= ride.steps_left:
-            for row, sequence in enumerate(ride.riders[: ride.num_decodes]):
-                if num_steps >= steps_left(sequence, self._settings.longest_tokens):
+            longest_tokens = self._settings.longest_tokens
+            for row, s in enumerate(ride.riders[: ride.num_decodes]):
+                left = s.params.max_tokens - s.num_tokens + s.num_prompt_tokens
+                if left <= num_steps or longest_tokens - s.num_tokens <= num_steps:
                     told.setdefault(row, SILENT_TOKEN)
         return told
 
@@ -248,13 +250,7 @@ class StepEnds:
 
 
 def fewest_steps_left(riders: list[Sequence], longest_tokens: int) -> int:
-    """The least of `steps_left`."""
+    """Steps until the first of these reaches the end that its client or the model sets it."""
     left = min([s.params.max_tokens - s.num_tokens + s.num_prompt_tokens for s in riders])
     longest = max([s.num_tokens for s in riders])
     return max(1, min(left, longest_tokens - longest))
-
-
-def steps_left(sequence: Sequence, longest_tokens: int) -> int:
-    """Steps until a decoding sequence reaches the end that the client or the model sets it."""
-    left = sequence.params.max_tokens - sequence.num_tokens + sequence.num_prompt_tokens
-    return max(1, min(left, longest_tokens - sequence.num_tokens))

@@ -23,9 +23,9 @@ of more than the budget cuts nothing, and waits. While nothing is cut, nobody is
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 
 from pdserve.policy.batch import BatchPlan, BatchView, Grant, Resident, SequenceKey
 
@@ -109,10 +109,11 @@ class SplitwiseSimBatching:
 
     def _take_news(self, memory: _Memory, view: BatchView) -> None:
         """Whoever has come, in order; and hand-offs that have ended, in between."""
-        _, known_departures = memory.known
+        known_arrivals, known_departures = memory.known
+        num_new = view.num_arrivals - known_arrivals
         memory.known = (view.num_arrivals, view.num_departures)
         departed = view.num_departures != known_departures
-        for resident in sorted(_new_ones(memory, view), key=lambda each: each.arrival):
+        for resident in _new_ones(memory, view, num_new):
             if departed and resident.arrival > view.departed_at:
                 departed = False
                 self._departed(memory, view)
@@ -295,10 +296,18 @@ def _turn(task: _Task) -> tuple[int, int]:
     return task.times_left_out, task.number
 
 
-def _new_ones(memory: _Memory, view: BatchView) -> Iterator[Resident]:
-    known = memory.requests
-    for residents in (view.waiting, view.decodes):
-        yield from (resident for key, resident in residents.items() if key not in known)
+def _new_ones(memory: _Memory, view: BatchView, num_new: int) -> list[Resident]:
+    """Those that have come, in order. They stand at the ends of their queues; behind them may be
+    decodes whose prompt was in the last batch."""
+    known, found = memory.requests, []
+    for residents, others in ((view.waiting, 0), (view.decodes, memory.num_prompts)):
+        first = max(0, len(residents) - num_new - others)
+        for key, resident in islice(residents.items(), first, None):
+            if key not in known:
+                found.append(resident)
+    if len(found) > 1:
+        found.sort(key=lambda each: each.arrival)
+    return found
 
 
 def _plan(memory: _Memory, view: BatchView) -> BatchPlan:
