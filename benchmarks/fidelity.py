@@ -157,7 +157,7 @@ def capacity_of(kept: Kept, server: Live, layout: str, mix: str, seconds: float)
     if found is None:
         say(f"{layout}, {mix}: what it can do, for {seconds:g} s")
         load = load_of(mix, 7, concurrency=CAPACITY_STREAMS, duration_s=seconds)
-        result = server.send(load, 7)
+        result = server.send(load, 1 + list(MIXES).index(mix))
         ends = [o.last_s for o in result.outcomes if o.last_s is not None and o.last_s <= seconds]
         found = kept.save(len(ends) / seconds, "capacity", layout, mix)
     return float(found)
@@ -169,7 +169,9 @@ def measured(
     found: Latencies | None = kept.load("live", layout, mix, share, run)
     if found is None:
         say(f"{layout}, {mix}, {share:g} of its capacity, run {run + 1}: {load.num_requests}")
-        outcomes = server.send(load, 100 * run + round(100 * share)).outcomes
+        # No prompt may begin like one of another run: the server would have its KV.
+        seed = 1000 * (1 + list(MIXES).index(mix)) + 100 * run + round(100 * share)
+        outcomes = server.send(load, seed).outcomes
         if any(outcome.ending is not Ending.COMPLETED for outcome in outcomes):
             say("  some requests failed; the others count")
         found = kept.save(latencies(outcomes), "live", layout, mix, share, run)
