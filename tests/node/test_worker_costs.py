@@ -232,7 +232,7 @@ def test_whatever_happens_to_a_book_its_view_follows(up: WorkerUp) -> None:
     check()
     books.take_report(book, report(num_decoding=3, context_tokens=99, open_leases=1), 1.0)
     check()
-    book.set_role(Role.MIXED)
+    book.set_role(Role.MIXED, 1.0)
     check()
     book.set_drains(True)
     assert len(check().workers) == 2
