@@ -59,6 +59,7 @@ def worker_settings(
         late_handoffs=settings.late_handoffs,
         ask_again_s=settings.ask_again_s,
         ticket_timeout_s=settings.ticket_timeout_s,
+        lease_s=settings.lease_s,
         report_samples=settings.learns,
         logs_life=logs_life,
     )

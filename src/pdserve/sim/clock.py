@@ -1,14 +1,19 @@
 """Virtual time: what happens when, and in which order if at the same time.
 
 Calls that are due at the same moment are made in the order in which they were asked for, so a run
-is a function of its settings alone.
+is a function of its settings alone. Those that are due at once, which are most where messages take
+no time, stand in a queue of their own: whatever else is due now was asked for before them.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any
+
+_Call = Callable[..., object]
 
 
 class Clock:
@@ -16,21 +21,29 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, _Call, tuple[Any, ...]]] = []
+        self._soon: deque[tuple[_Call, tuple[Any, ...]]] = deque()
         self._number = 0
 
-    def at(self, at_s: float, call: Callable[..., object], *arguments: Any) -> None:
-        """Call it then, or now if that is past."""
-        self._number += 1
-        heapq.heappush(self._heap, (max(at_s, self.now), self._number, call, arguments))
+    def at(self, at_s: float, call: _Call, *arguments: Any) -> None:
+        """Call it then, or now if that is past; never if that is never."""
+        if at_s <= self.now:
+            self._soon.append((call, arguments))
+        elif at_s < inf:
+            self._number += 1
+            heapq.heappush(self._heap, (at_s, self._number, call, arguments))
 
-    def after(self, seconds: float, call: Callable[..., object], *arguments: Any) -> None:
-        self._number += 1
-        heapq.heappush(self._heap, (self.now + seconds, self._number, call, arguments))
+    def after(self, seconds: float, call: _Call, *arguments: Any) -> None:
+        self.at(self.now + seconds, call, *arguments)
 
-    def run(self, goes_on: Callable[[], bool], until_s: float = float("inf")) -> None:
+    def run(self, goes_on: Callable[[], bool], until_s: float = inf) -> None:
         """Make calls in order while ``goes_on`` says so, none that is due after ``until_s``."""
-        heap, pop = self._heap, heapq.heappop
-        while heap and heap[0][0] <= until_s and goes_on():
-            self.now, _, call, arguments = pop(heap)
+        heap, soon, pop = self._heap, self._soon, heapq.heappop
+        while goes_on():
+            if soon and not (heap and heap[0][0] <= self.now):
+                call, arguments = soon.popleft()
+            elif heap and heap[0][0] <= until_s:
+                self.now, _, call, arguments = pop(heap)
+            else:
+                return
             call(*arguments)

@@ -8,6 +8,7 @@ same byte by byte, except for ``wall_s`` and ``speedup``. docs/simulator.md list
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from math import inf
 from typing import Any
 
 from pdserve import __version__

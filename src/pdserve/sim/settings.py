@@ -30,8 +30,8 @@ class SimSettings:
     ``stretches``: decode steps that are alike pass in one go; the result is the same.
     ``load_s``: from the start of a process to the moment at which it can serve.
     ``oracle``: requests say how long their answers will be, to a policy that asks.
-    ``terse_reports``, ``late_handoffs``, ``ask_again_s``, ``ticket_timeout_s``: see
-    `WorkerSettings`; ``return_rule``, ``moves``: see `RouterSettings`.
+    ``terse_reports``, ``late_handoffs``, ``ask_again_s``, ``ticket_timeout_s``, ``lease_s``:
+    see `WorkerSettings`; ``return_rule``, ``moves``: see `RouterSettings`.
     """
 
     cluster: ClusterSpec
@@ -65,6 +65,7 @@ class SimSettings:
     late_handoffs: bool = False
     ask_again_s: float = 0.0
     ticket_timeout_s: float = 10.0
+    lease_s: float = 10.0
     return_rule: ReturnRule = ReturnRule.DONE
     moves: bool = True
     seed: int = 0

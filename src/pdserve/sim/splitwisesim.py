@@ -33,7 +33,6 @@ from pdserve.sim.settings import SimSettings
 from pdserve.workload.summary import percentile
 
 NAME = "splitwisesim"
-FOR_EVER_S = 1e9
 PERCENTS = (50, 90, 99)
 SLOS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 """Largest slowdowns at P50, P90 and P99 (Splitwise, table VI): all nine must stay below."""
@@ -97,10 +96,11 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
         prefix_cache=False,
         late_handoffs=not but.layer_wise,
         ask_again_s=0.0 if but.layer_wise else 1.0,
-        ticket_timeout_s=FOR_EVER_S,
+        ticket_timeout_s=inf,
+        lease_s=inf,
         return_rule=ReturnRule.DONE if but.returns_early else ReturnRule.IDLE,
         moves=False,
-        queue_timeout_s=FOR_EVER_S,
+        queue_timeout_s=inf,
         max_queued_requests=1 << 40,
         terse_reports=not but.returns_early,  # that rule looks at what workers hold
         report_interval_s=0.0,
