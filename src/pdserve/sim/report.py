@@ -191,7 +191,7 @@ def _settings(settings: SimSettings) -> dict[str, Any]:
     """All that a text or a number says and the document does not say elsewhere, and the times."""
     said = {field.name: getattr(settings, field.name) for field in fields(settings)}
     plain: dict[str, Any] = {
-        name: value
+        name: None if value == inf else value  # JSON has no infinity
         for name, value in said.items()
         if isinstance(value, str | int | float) and name not in ("policy", "batching", "seed")
     }
