@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 import pdserve
 from pdserve.api.edge import Edge
+from pdserve.api.gateway import Gateway
 from pdserve.core.errors import NotFoundError, UnavailableError
 from pdserve.core.ids import RequestId
 from pdserve.obs.timeline import describe
@@ -40,18 +41,7 @@ def operations_router(edge: Edge) -> APIRouter:
         """Metrics in Prometheus' text format."""
         return Response(gateway.metrics_text(), headers={"Content-Type": _METRICS_TYPE})
 
-    @router.get("/cluster")
-    async def cluster() -> Response:
-        """Workers with their roles, load and blocks."""
-        return _json(gateway.cluster())
-
-    @router.get("/cluster/traffic")
-    async def traffic() -> Response:
-        """Recent requests by size and time, and what is known of the workers' speed.
-
-        ``pdserve plan --live`` reads it.
-        """
-        return _json(gateway.traffic())
+    _add_cluster(router, gateway)
 
     @router.get("/v1/requests/{request_id}/timeline")
     async def timeline(request_id: str) -> Response:
@@ -72,6 +62,21 @@ def operations_router(edge: Edge) -> APIRouter:
         return _json({"request_id": request_id, "requests": timelines})
 
     return router
+
+
+def _add_cluster(router: APIRouter, gateway: Gateway) -> None:
+    @router.get("/cluster")
+    async def cluster() -> Response:
+        """Workers with their roles, load and blocks."""
+        return _json(gateway.cluster())
+
+    @router.get("/cluster/traffic")
+    async def traffic() -> Response:
+        """Recent requests by size and time, and what is known of the workers' speed.
+
+        ``pdserve plan --live`` reads it.
+        """
+        return _json(gateway.traffic())
 
 
 def _json(document: Any) -> Response:

@@ -8,6 +8,7 @@ prefix cache is taken to be a prefix that these requests share, so that it can b
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 from collections import Counter
@@ -69,16 +70,15 @@ def live_problem(options: PlanOptions, recorded: Recorded) -> Problem:
         ) from error
     if not workers:
         raise ConfigError(f"no worker of {parsed.live} is up: there is nothing to plan with")
-    num_windows = min(parsed.windows, len(trace) // MIN_REQUESTS)
-    if num_windows < 1:
+    if len(trace) < MIN_REQUESTS:
         raise ConfigError(
             f"{parsed.live} remembers {len(trace)} requests that ended; a plan takes at least "
             f"{MIN_REQUESTS}: try again when it has served more"
         )
-    parsed.windows = num_windows
     machines = _machines(workers, recorded.traffic)
     promise = promise_of(options, machines)
     fitting, note = fitting_requests(trace, machines)
+    parsed.windows = min(parsed.windows, len(fitting) // MIN_REQUESTS)
     prices, unit = prices_of(machines, options.prices)
     hardware = sorted({name for name, _ in machines})
     policy = str(recorded.traffic.get("policy") or "")
@@ -88,32 +88,11 @@ def live_problem(options: PlanOptions, recorded: Recorded) -> Problem:
     designs = designs_of(hardware, options.split_policies, options.mixed_policies)
     rate = goal.rate or likely_rate(fitting, machines, promise, designs, prices, goal, parsed)
     windows = cut_for(fitting, rate, parsed)
-    mixed = [machine for (_, role), machine in machines.items() if role is Role.MIXED]
-    notes = [note, short_note(fitting, windows, rate)]
-    if present is None:
-        notes.append("the present layout mixes kinds of workers in a way that is not compared with")
-    notes += [
-        f"{worker.hardware} has only taken {worker.num_steps} steps: its times are mostly guessed"
-        for worker in workers[:1]
-        if worker.num_steps < MIN_STEPS
-    ]
+    notes = [note, short_note(fitting, windows, rate), *_notes(workers, present)]
     return Problem(
         windows=windows,
         machines=machines,
-        template=SimSettings(
-            cluster=ClusterSpec(()),
-            machines=tuple(mixed),
-            declared_tokens=declared(parsed.declared_tokens),
-            max_step_tokens=parsed.max_step_tokens,
-            mixed_chunk_tokens=parsed.mixed_chunk_tokens,
-            max_running=parsed.max_running,
-            one_shot_tokens=parsed.one_shot_tokens,
-            prefix_cache=parsed.prefix_cache,
-            queue_timeout_s=parsed.queue_timeout,
-            max_queued_requests=parsed.max_queued_requests,
-            sample_interval_s=60.0,
-            seed=parsed.seed,
-        ),
+        template=_template(parsed),
         promise=promise,
         goal=goal,
         designs=designs,
@@ -122,6 +101,36 @@ def live_problem(options: PlanOptions, recorded: Recorded) -> Problem:
         errors=errors_of(machines, parsed.error),
         notes=tuple(text for text in notes if text),
         present=present,
+    )
+
+
+def _notes(workers: Sequence[_Worker], present: Candidate | None) -> list[str]:
+    notes = []
+    if present is None:
+        notes.append("the present layout mixes kinds of workers in a way that is not compared with")
+    for worker in workers[:1]:
+        if worker.num_steps < MIN_STEPS:
+            notes.append(
+                f"{worker.hardware} has taken only {worker.num_steps} steps: its times are mostly "
+                "guessed"
+            )
+    return notes
+
+
+def _template(parsed: argparse.Namespace) -> SimSettings:
+    return SimSettings(
+        cluster=ClusterSpec(()),
+        machines=(),
+        declared_tokens=declared(parsed.declared_tokens),
+        max_step_tokens=parsed.max_step_tokens,
+        mixed_chunk_tokens=parsed.mixed_chunk_tokens,
+        max_running=parsed.max_running,
+        one_shot_tokens=parsed.one_shot_tokens,
+        prefix_cache=parsed.prefix_cache,
+        queue_timeout_s=parsed.queue_timeout,
+        max_queued_requests=parsed.max_queued_requests,
+        sample_interval_s=60.0,
+        seed=parsed.seed,
     )
 
 
