@@ -302,11 +302,9 @@ def short_note(trace: Sequence[TraceRequest], windows: Windows, rate: float) -> 
 
 
 def _group(name: str, role: Role) -> Group:
-    return (
-        parse_cluster(f"1x{name}:mixed").groups[0]
-        if role is Role.MIXED
-        else replace(parse_cluster(f"1x{name}:mixed").groups[0], role=role)
-    )
+    """Raises `ConfigError` for what is no hardware's name."""
+    hardware, at, link = name.partition("@")
+    return replace(parse_cluster(f"1x{hardware}:mixed{at}{link}").groups[0], role=role)
 
 
 def _sim_options(options: PlanOptions, cluster: ClusterSpec) -> SimOptions:

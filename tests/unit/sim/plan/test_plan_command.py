@@ -50,7 +50,8 @@ def test_a_rate_gets_the_cheapest_cluster_and_what_is_to_be_known_of_it(capsys, 
 
 
 def test_a_budget_gets_the_most_goodput(capsys):
-    quick = ["--no-sureness", "--no-changes", "--precision", "0.1", "--policies", "splitwise"]
+    quick = ["--no-sureness", "--no-changes", "--precision", "0.2", "--policies", "splitwise",
+             "--input", "4000", "--slo", "ttft:1500", "tpot:40"]  # fmt: skip
     whole = planned(capsys, "--hardware", "h100", "--budget-cost", "10", *quick)
     assert whole["winner"]["cost"] <= 10
     assert whole["winner"]["rate_rps"] == max(each["best"]["rate_rps"] for each in finals(whole))
@@ -63,6 +64,14 @@ def test_people_get_a_sentence_first(capsys):
     out = capsys.readouterr().out
     assert out.startswith(("Split: ", "Do not split: "))
     assert "Pareto front" in out
+
+
+def test_a_hardware_can_have_another_link(capsys):
+    flags = ["--hardware", "h100@ib-200,h100", "--rate", "5", "--no-sureness", "--no-changes"]
+    whole = planned(capsys, *flags, "--policies", "splitwise")
+    designs = {each["design"] for each in whole["designs"]}
+    assert "h100@ib-200 prefill + h100 decode, splitwise" in designs
+    assert "h100@ib-200 mixed, aggregated" in designs
 
 
 def test_the_nine_slowdowns_are_an_slo(capsys):
