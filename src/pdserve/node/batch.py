@@ -26,7 +26,7 @@ from pdserve.core.step import BarePlan, StepPlan, StepResult, StepShape
 from pdserve.kv.hashing import root_hash
 from pdserve.node.batch_view import Lookout
 from pdserve.node.planned import Planned, StepOutcome
-from pdserve.node.queues import Queue, Queues
+from pdserve.node.queues import Queues
 from pdserve.node.ride import Ride, rows_of, shape_of
 from pdserve.node.sequence import Sequence, SequenceKey, untold
 from pdserve.node.settings import WorkerSettings
@@ -53,6 +53,8 @@ class BatchMachine:
         self.num_steps = 0
         self.ride: Ride | None = None
         self._last_ride: Ride | None = None
+        self._idle_at: tuple[int, Role] | None = None
+        """Changes and role when there was last nothing to compute: there is nothing yet."""
         self._policy = policy
         self._lookout = Lookout(settings, policy, self.queues, self.tables)
         self._ends = StepEnds(settings, self.queues, self.tables)
@@ -142,7 +144,7 @@ class BatchMachine:
     def plan(self) -> Planned:
         """The next step, if none is under way and there is something to compute."""
         planned = Planned()
-        if self.ride is not None:
+        if self.ride is not None or self._idle_at == (self.changes, self.standing.role):
             return planned
         self._make_room(planned)
         last, self._last_ride = self._last_ride, None
@@ -150,6 +152,7 @@ class BatchMachine:
             self._ride_again(last)
         elif not self._send_suspect():
             self._choose(planned)
+        self._idle_at = None if self.ride else (self.changes, self.standing.role)
         if self.ride is not None:
             planned.plan = self.ride.plan
         return planned
@@ -219,7 +222,7 @@ class BatchMachine:
         waited = list(queues.resuming.values())
         for key in batch.preempts:
             self._preempt(queues.decoding[key], planned)
-        decodes = _but(queues.decoding, batch.pauses)[: self.settings.max_running]
+        decodes = queues.decoding_but(batch.pauses)[: self.settings.max_running]
         for sequence in decodes:
             if not sequence.decode_started:
                 sequence.decode_started = True
@@ -381,14 +384,6 @@ class BatchMachine:
         else:
             planned.preempted.append(sequence)
             set_back(sequence, self.queues, self.settings)
-
-
-def _but(decoding: Queue, pauses: tuple[SequenceKey, ...]) -> list[Sequence]:
-    """All who decode but for these."""
-    if not pauses:
-        return list(decoding.values())
-    paused = set(pauses)
-    return [sequence for key, sequence in decoding.items() if key not in paused]
 
 
 def _any_shared(prompts: list[Sequence]) -> bool:

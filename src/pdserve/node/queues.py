@@ -83,6 +83,13 @@ class Queues:
         if self.admitted.get(sequence.key) is sequence:
             self._weigh_staying(sequence, 1)
 
+    def decoding_but(self, keys: tuple[SequenceKey, ...]) -> list[Sequence]:
+        """All who decode but for these."""
+        if not keys:
+            return list(self.decoding.values())
+        left_out = set(keys)
+        return [sequence for key, sequence in self.decoding.items() if key not in left_out]
+
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence in a queue, each once."""
         return chain.from_iterable([queue.values() for queue in self._all()])
