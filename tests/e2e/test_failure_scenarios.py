@@ -13,7 +13,7 @@ from pdserve.cli import main
 
 SCENARIO = Path(__file__).resolve().parents[2] / "examples" / "failures.toml"
 LOAD = (
-    *("--scenario", str(SCENARIO), "--rate", "6", "--duration", "14", "--seed", "1"),
+    *("--scenario", str(SCENARIO), "--rate", "6", "--duration", "16", "--seed", "1"),
     *("--input", "100:400", "--output", "20", "--no-progress", "--json", "-"),
 )
 
@@ -55,9 +55,9 @@ def test_a_simulated_cluster_goes_through_the_same(capsys: pytest.CaptureFixture
     score = documents[0]
     assert documents[1] == score
     assert [(event["kind"], event["done_s"]) for event in score["events"]] == [
-        ("kill", 2.0), ("hang", 5.0), ("slow_link", 7.0), ("partition", 10.0),
+        ("kill", 4.0), ("hang", 7.0), ("slow_link", 9.0), ("partition", 12.0),
     ]  # fmt: skip
-    assert [event["over_s"] for event in score["events"]] == [8.0, 6.0, 9.0, 12.0]
+    assert [event["over_s"] for event in score["events"]] == [10.0, 8.0, 11.0, 14.0]
     assert score["sent"] == score["completed"] > 50
     assert score["settled"]
     assert (score["lost"], score["leaked_blocks"], score["quarantined_blocks"]) == (0, 0, 0)
