@@ -38,6 +38,6 @@ class Restarts:
             return pause_s
         if ready_s is not None and ready_s >= HEALTHY_AFTER_S:
             self._failures = 0
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._failures)
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**self._failures)
         self._failures += 1
         return pause_s
