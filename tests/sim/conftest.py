@@ -88,8 +88,8 @@ class Run(Observer):
         assert request.index not in self.requests, "one end each"
         self.requests[request.index] = request
 
-    def gaps(self, gap_s: float, count: int) -> None:
-        self.all_gaps.append((gap_s, count))
+    def gaps(self, gaps_s: Sequence[float], count: int) -> None:
+        self.all_gaps += [(gap_s, count) for gap_s in gaps_s]
 
     def steps(
         self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int

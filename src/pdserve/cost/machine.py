@@ -7,12 +7,17 @@ measured of a live engine (`cost.profile`). Who simulates asks nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.core.step import StepShape
 from pdserve.cost.pace import Pace
 from pdserve.cost.step import StepModel
+
+DecodeTimes = Callable[[int, range], list[float]]
+"""Seconds of each of several steps that decode this number of sequences, of these lengths together.
+"""
 
 
 class StepTimer(Protocol):
@@ -21,6 +26,15 @@ class StepTimer(Protocol):
     def step_s(self, shape: StepShape) -> float:
         """Seconds; 0 for an empty step."""
         ...
+
+
+def decode_times(timer: StepTimer) -> DecodeTimes:
+    """What `StepTimer.step_s` says of such steps, all at once: a timer that has a ``decodes_s`` is
+    asked for it, since it says the same in a tenth of the time."""
+    own: DecodeTimes | None = getattr(timer, "decodes_s", None)
+    return own or (
+        lambda number, lengths: [timer.step_s(StepShape(0, 0, number, each)) for each in lengths]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,13 +162,7 @@ class RooflineTimer:
         tokens = prompt_tokens + sequences
         if not tokens:
             return 0.0
-        products_s = self._token_s * tokens + self._head_token_s * (sequences or 1)
-        weights_s = self._weights_s
-        if products_s > weights_s:
-            device_s = products_s + UNHIDDEN * weights_s
-        else:
-            device_s = weights_s + UNHIDDEN * products_s
-        device_s += self._reduce_fixed_s + self._reduce_token_s * tokens
+        device_s = self._products_s(tokens, sequences)
         device_s += self._context_token_s * shape.context_tokens
         if prompt_tokens:
             device_s += self._pair_s * shape.prompt_pairs
@@ -178,6 +172,29 @@ class RooflineTimer:
         if device_s > host_s:
             return self._step_s + device_s + UNMET * host_s
         return self._step_s + host_s + UNMET * device_s
+
+    def decodes_s(self, sequences: int, lengths: range) -> list[float]:
+        """`step_s` of steps that decode so many sequences, of these lengths together."""
+        products_s = self._products_s(sequences, sequences)
+        host_s = self._decode_launch_s + self._sequence_s * sequences
+        fixed_s, each_s = self._step_s, self._context_token_s
+        unmet_s = UNMET * host_s
+        return [
+            fixed_s + device_s + unmet_s
+            if (device_s := products_s + each_s * context) > host_s
+            else fixed_s + host_s + UNMET * device_s
+            for context in lengths
+        ]
+
+    def _products_s(self, tokens: int, sequences: int) -> float:
+        """Seconds of the device for all but attention."""
+        products_s = self._token_s * tokens + self._head_token_s * (sequences or 1)
+        weights_s = self._weights_s
+        if products_s > weights_s:
+            device_s = products_s + UNHIDDEN * weights_s
+        else:
+            device_s = weights_s + UNHIDDEN * products_s
+        return device_s + (self._reduce_fixed_s + self._reduce_token_s * tokens)
 
 
 GRID_PROMPTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -41,12 +41,36 @@ class LogHistogram:
 
     def add(self, value: float, count: int = 1) -> None:
         """``count`` times this value; one below 0 counts as 0 (a clock that went backwards)."""
-        index = _ZERO if value < _SMALLEST else math.ceil(math.log(value) * self._per_log)
+        index = self._index(value)
         self.counts[index] = self.counts.get(index, 0) + count
         self.num += count
         self.total += value * count
         self.low = min(self.low, value)
         self.high = max(self.high, value)
+
+    def add_each(self, values: Sequence[float], count: int) -> None:
+        """``count`` times each of these. Which bucket a value belongs to is worked out only if it
+        is not that of the one before it: steps of a stretch differ by less than a bucket."""
+        counts = self.counts
+        index, lower, upper = _ZERO, 0.0, 0.0
+        for value in values:
+            if not lower < value <= upper:
+                index = self._index(value)
+                lower, upper = self._border(index - 1), self._border(index)
+                counts.setdefault(index, 0)
+            counts[index] += count
+        if values:
+            self.num += len(values) * count
+            self.total += math.fsum(values) * count
+            self.low = min(self.low, min(values))
+            self.high = max(self.high, max(values))
+
+    def _index(self, value: float) -> int:
+        return _ZERO if value < _SMALLEST else math.ceil(math.log(value) * self._per_log)
+
+    def _border(self, index: int) -> float:
+        """The largest value of a bucket."""
+        return 0.0 if index <= _ZERO else math.exp(index / self._per_log)
 
     def merge(self, other: LogHistogram) -> None:
         """Add all that the other has."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from pdserve.core.effects import Input, RunStep, StepsDone
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.step import StepPlan, StepShape
-from pdserve.cost.machine import MachineModel
+from pdserve.cost.machine import MachineModel, decode_times
 from pdserve.node.sequence import Sequence as Rider
 from pdserve.node.worker import WorkerNode
 from pdserve.sim.clients import ENDING, Client
@@ -36,8 +37,8 @@ class Audience(Protocol):
     def drawn(self, client: Client, index: int, at_s: float) -> None:
         """A token whose predecessor was not drawn in this engine's last step."""
 
-    def drawn_on(self, gap_s: float, count: int) -> None:
-        """So many tokens, each so long after the one before it."""
+    def drawn_on(self, gaps_s: Sequence[float], count: int) -> None:
+        """Tokens that so many clients get at a time, each so long after the one before it."""
 
     def left_at(self, client: Client, at_s: float) -> None:
         """The token with which the client leaves."""
@@ -69,6 +70,7 @@ class VirtualEngine:
         self._audience = audience
         self._worker = node.settings.worker
         self._step_s = machine.steps.step_s
+        self._decodes_s = decode_times(machine.steps)
         self._gap_s = step_gap_s
         self._stretches = stretches and pacer is None
         self._pacer = pacer
@@ -169,11 +171,16 @@ class VirtualEngine:
         self._clock.at(self._ends[look - 1], self._due, self._version)
 
     def _work_out(self, num_steps: int) -> None:
-        shape, ends = self._shape, self._ends
-        batch, context = shape.num_decoding, shape.context_tokens
-        for number in range(len(ends), num_steps):
-            later = StepShape(0, 0, batch, context + number * batch)
-            ends.append(ends[-1] + self._gap_s + self._step_s(later))
+        ends, gap_s = self._ends, self._gap_s
+        first = len(ends)
+        if first >= num_steps:
+            return
+        batch, context = self._shape.num_decoding, self._shape.context_tokens
+        lengths = range(context + first * batch, context + num_steps * batch, batch)
+        end_s = ends[-1]
+        for step_s in self._decodes_s(batch, lengths):
+            end_s = end_s + gap_s + step_s
+            ends.append(end_s)
 
     def _due(self, version: int) -> None:
         if version != self._version or self._plan is None:
@@ -247,10 +254,10 @@ class VirtualEngine:
         num_others = self._num_drawing - len(self._newcomers)
         self._newcomers = []
         if num_others:
-            audience.drawn_on(ends[0] - self._last_end_s, num_others)
-        if self._num_drawing:
-            for number in range(1, count):
-                audience.drawn_on(ends[number] - ends[number - 1], self._num_drawing)
+            audience.drawn_on((ends[0] - self._last_end_s,), num_others)
+        if self._num_drawing and count > 1:
+            gaps_s = [later - sooner for sooner, later in pairwise(ends[:count])]
+            audience.drawn_on(gaps_s, self._num_drawing)
 
     def _ended(self, count: int) -> tuple[tuple[int, int], ...]:
         """Rows that draw the end of an answer in the last of these steps."""

@@ -78,8 +78,9 @@ class Observer:
     def ended(self, at_s: float, request: Ended) -> None:
         """A request is over."""
 
-    def gaps(self, gap_s: float, count: int) -> None:
-        """``count`` times, a client's token came ``gap_s`` after the one before it."""
+    def gaps(self, gaps_s: Sequence[float], count: int) -> None:
+        """For each of these: ``count`` times, a client's token came so long after the one before
+        it."""
 
     def steps(
         self, worker: WorkerId, begun_s: float, ended_s: float, shape: StepShape, count: int

@@ -9,6 +9,7 @@ nothing, by the run's objective; where there is none either, it is good if it co
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,8 +153,8 @@ class RequestFigures(Observer):
             self._by_class[request.service] = tally
         tally.take(request)
 
-    def gaps(self, gap_s: float, count: int) -> None:
-        self.gaps_s.add(gap_s, count)
+    def gaps(self, gaps_s: Sequence[float], count: int) -> None:
+        self.gaps_s.add_each(gaps_s, count)
 
     def overall(self) -> Tally:
         """Of all classes together. Its objective is the run's, or that of the only class."""

@@ -187,11 +187,11 @@ class Simulation:
     def drawn(self, client: Client, index: int, at_s: float) -> None:
         gap_s = client.drawn(index, at_s + self.times.message_s + self.times.edge_out_s)
         if gap_s is not None:
-            self.drawn_on(gap_s, 1)
+            self.drawn_on((gap_s,), 1)
 
-    def drawn_on(self, gap_s: float, count: int) -> None:
+    def drawn_on(self, gaps_s: Sequence[float], count: int) -> None:
         for tell in self._told.gaps:
-            tell(gap_s, count)
+            tell(gaps_s, count)
 
     def left_at(self, client: Client, at_s: float) -> None:
         arrives_s = at_s + self.times.message_s + self.times.edge_out_s

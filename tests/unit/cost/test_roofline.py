@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pdserve.core.errors import ConfigError
 from pdserve.core.step import StepShape
 from pdserve.cost.hardware import HARDWARE, Hardware
-from pdserve.cost.machine import StepTimer
+from pdserve.cost.machine import StepTimer, decode_times
 from pdserve.cost.models import MODELS
 from pdserve.cost.roofline import Room, check_slo, machine_of, slo_floor
 from pdserve.cost.roofline_timer import RUNTIMES, UNHIDDEN, UNMET, RooflineTimer, Runtime
 from pdserve.cost.shape import ModelShape
+from pdserve.cost.step import StepModel
 
 SMALL = ModelShape(
     num_layers=1,
@@ -128,6 +129,21 @@ def test_no_step_gets_faster_by_more_work(
         if smaller.prompt_tokens == 0 < larger.prompt_tokens and not smaller.num_decoding:
             continue  # an empty step
         assert timer.step_s(larger) >= timer.step_s(smaller) * (1 - 1e-12)
+
+
+@given(timers, st.integers(1, 200), st.integers(0, 200_000), st.integers(1, 60))
+def test_decode_steps_take_the_same_all_at_once(
+    timer: RooflineTimer, number: int, length: int, count: int
+) -> None:
+    lengths = range(length, length + count * number, number)
+    alone = [timer.step_s(StepShape(num_decoding=number, context_tokens=each)) for each in lengths]
+    assert timer.decodes_s(number, lengths) == decode_times(timer)(number, lengths) == alone
+    linear = StepModel(
+        prompt_base_s=0.0, per_prompt_token_s=0.0, per_pair_s=0.0,
+        decode_base_s=0.01, per_sequence_s=1e-4, per_context_token_s=1e-7,
+    )  # fmt: skip
+    found = decode_times(linear)(number, lengths)
+    assert found == [linear.decode_s(number, each) for each in lengths], "of those without"
 
 
 @given(timers, steps)

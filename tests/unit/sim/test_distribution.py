@@ -53,6 +53,24 @@ def test_merging_is_counting_all(one, other):
     assert merged.total == pytest.approx(whole.total)
 
 
+@given(
+    first=st.floats(-1e-3, 10.0), growth=st.sampled_from([0.0, 1e-6, 1e-3, 0.1]),
+    length=st.integers(0, 200), count=st.integers(1, 9),
+)  # fmt: skip
+def test_many_at_once_are_as_one_by_one(first, growth, length, count):
+    """Also where they leave a bucket for the next one, or lie below all buckets."""
+    numbers = [first + growth * place for place in range(length)]
+    at_once, one_by_one = LogHistogram(), LogHistogram()
+    at_once.add_each(numbers, count)
+    for number in numbers:
+        one_by_one.add(number, count)
+    assert at_once.counts == one_by_one.counts
+    assert (at_once.num, at_once.low, at_once.high) == (
+        one_by_one.num, one_by_one.low, one_by_one.high,
+    )  # fmt: skip
+    assert at_once.total == pytest.approx(one_by_one.total)
+
+
 @given(number=st.floats(1e-6, 1e6), count=st.integers(1, 1000))
 def test_a_count_is_that_many_values(number, count):
     once = LogHistogram()

@@ -20,8 +20,8 @@ def test_latencies_of_one_request(an_end):
     figures = RequestFigures()
     figures.arrived(1.0, RequestId("r0"), 100)
     figures.ended(2.5, an_end())
-    figures.gaps(0.2, 1)
-    figures.gaps(0.2, 4)
+    figures.gaps([0.2], 1)
+    figures.gaps([0.2], 4)
     document = figures.document(duration_s=10.0)
     assert document["requests"] == document["completed"] == 1
     assert document["ttft_s"]["p50"] == 0.5
