@@ -18,6 +18,8 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Self, overload
 
 _NAMED = b"pdserve-named"
+_TAG = blake2b(_NAMED, digest_size=16).digest()
+_PLACE = struct.Struct("<QQI")
 
 
 class Piece(NamedTuple):
@@ -33,6 +35,15 @@ class Piece(NamedTuple):
         if isinstance(self.content, tuple):
             return _literal(self.content[first : first + length])
         return Piece(self.content, self.start + first, length)
+
+    def packed(self) -> bytes:
+        """See `NamedTokens.packed`. A name stands behind 16 bytes that no numbers are likely to be,
+        and with its length."""
+        content, start, length = self
+        if isinstance(content, tuple):
+            return packed(content)
+        name = content.encode("utf-8", "surrogatepass")
+        return _TAG + _PLACE.pack(start, length, len(name)) + name
 
 
 class NamedTokens(Sequence[int]):
@@ -106,7 +117,7 @@ class NamedTokens(Sequence[int]):
     def packed(self) -> bytes:
         """Bytes that are the same for the same tokens and, as far as a hash goes, for no others.
         Tokens that are all given as numbers pack as numbers do."""
-        return b"".join(map(_packed, self.pieces))
+        return b"".join([piece.packed() for piece in self.pieces])
 
     def _cut(self, first: int, end: int) -> tuple[Piece, ...]:
         found = []
@@ -159,15 +170,6 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
                 continue
         found.append(piece)
     return tuple(found)
-
-
-def _packed(piece: Piece) -> bytes:
-    content, start, length = piece
-    if isinstance(content, tuple):
-        return packed(content)
-    name = content.encode("utf-8", "surrogatepass")
-    place = struct.pack("<QQ", start, length)
-    return blake2b(place + name, digest_size=32, person=_NAMED).digest()
 
 
 def _numbers(piece: Piece) -> Iterator[int]:

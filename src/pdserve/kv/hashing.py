@@ -16,6 +16,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from typing import cast
 
 from pdserve.core.ids import BlockHash
 from pdserve.core.layout import KvLayout
@@ -54,8 +55,11 @@ def extend_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     edge checks ids against the vocabulary) and raises `struct.error`.
     """
     assert len(parent) == HASH_BYTES, f"a parent hash of {len(parent)} bytes"
-    content = parent + packed(token_ids)
-    return BlockHash(blake2b(content, digest_size=HASH_BYTES, person=_BLOCK).digest())
+    return _extend(parent, packed(token_ids))
+
+
+def _extend(parent: BlockHash, content: bytes) -> BlockHash:
+    return BlockHash(blake2b(parent + content, digest_size=HASH_BYTES, person=_BLOCK).digest())
 
 
 def block_hashes(root: BlockHash, token_ids: Sequence[int], block_size: int) -> Sequence[BlockHash]:
@@ -90,10 +94,10 @@ def _named_hashes(root: BlockHash, token_ids: NamedTokens, block_size: int) -> l
             block = token_ids[index * block_size : (index + 1) * block_size]
             hashes.append(extend_hash(hashes[-1] if hashes else root, block))
         if number > 0:
-            head = piece.cut(first * block_size - piece_start, block_size)
-            hashes.append(extend_hash(hashes[-1] if hashes else root, NamedTokens((head,))))
+            head = piece.cut(first * block_size - piece_start, block_size).packed()
+            hashes.append(_extend(hashes[-1] if hashes else root, head))
             stem = hashes[-1][: HASH_BYTES - _PLACE_BYTES]
-            hashes += [BlockHash(stem + place) for place in _places(number)]
+            hashes += cast("list[BlockHash]", [stem + place for place in _places(number)])
         done = len(hashes)
         piece_start = piece_end
     return hashes
