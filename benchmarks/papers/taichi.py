@@ -256,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(
         Lab(chosen.out, fresh=chosen.fresh),
         chosen.data / TRACE,
-        rates=chosen.rates or ([8.0, 20.0] if chosen.quick else [12, 16, 20, 24, 28, 32, 36, 42]),
+        rates=chosen.rates
+        or ([8.0, 20.0] if chosen.quick else [16, 20, 24, 28, 32, 36, 40, 48, 56]),
         duration_s=chosen.duration or (10.0 if chosen.quick else 120.0),
         num_workers=4 if chosen.quick else NUM_WORKERS,
         seed=chosen.seed,
