@@ -55,7 +55,7 @@ def print_plan(console: Console, plan: Plan, goal: Goal, unit: str) -> None:
     for design, reason in plan.left_out.items():
         console.print(f"left out: {design}: {reason}", soft_wrap=True)
     if plan.turns:
-        console.print("What would change the answer:", style="bold")
+        console.print("\nWhat would change the answer, by one window:", style="bold")
         for turn in plan.turns:
             console.print(f"  {turn_words(turn)}", soft_wrap=True)
 

@@ -32,7 +32,8 @@ from pdserve.workload.build import build_open
 from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
 
-MAX_REQUESTS = 1_000_000
+MAX_REQUESTS = 200_000
+"""More are not held in memory."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of a function, as its ``repr`` has it."""
 SAMPLE = 2000
@@ -119,7 +120,11 @@ def problem_of(options: PlanOptions) -> Problem:
         prices=prices,
         unit=unit,
         errors=errors_of(machines, parsed.error),
-        notes=tuple(text for text in (*left_out, note, short_note(fitting, windows, rate)) if text),
+        notes=tuple(
+            text
+            for text in (*left_out, _many_note(trace), note, short_note(fitting, windows, rate))
+            if text
+        ),
     )
 
 
@@ -149,7 +154,7 @@ def workload_of(parsed: argparse.Namespace) -> WorkloadOptions:
 
 
 def read_requests(workload: WorkloadOptions) -> list[TraceRequest]:
-    """Raises `ConfigError`."""
+    """The first of them, if they are very many. Raises `ConfigError`."""
     requests = list(itertools.islice(build_open(workload).requests, MAX_REQUESTS))
     if len(requests) < MIN_REQUESTS:
         raise ConfigError(
@@ -299,6 +304,12 @@ def short_note(trace: Sequence[TraceRequest], windows: Windows, rate: float) -> 
         f"at {rate:.3g} requests/s the trace lasts only {len(trace) / rate:.3g} s: each of the "
         f"{len(windows)} windows repeats its part of it {laps:.2g} times"
     )
+
+
+def _many_note(trace: Sequence[TraceRequest]) -> str:
+    if len(trace) < MAX_REQUESTS:
+        return ""
+    return f"only the first {MAX_REQUESTS} requests are looked at: choose others with --window"
 
 
 def _group(name: str, role: Role) -> Group:

@@ -43,13 +43,18 @@ def spent(found: Found, unit: str) -> str:
 
 def turn_words(turn: Turn) -> str:
     """What would change the answer, or would not."""
-    now = f"{turn.name} (now {turn.value:.4g} {turn.unit})"
+    now = f"{turn.name} (now {_figure(turn.value)} {turn.unit})"
     if turn.at is None:
         side = "down" if turn.tried < turn.value else "up"
-        return f"{now}: no change {side} to {turn.tried:.4g}"
+        return f"{now}: no change {side} to {_figure(turn.tried)}"
     side = "below" if turn.at < turn.value else "above"
     then = "nothing holds the SLO" if turn.winner is None else f"{turn.winner.candidate} wins"
-    return f"{now}: {side} about {turn.at:.3g} {then}"
+    return f"{now}: {side} about {_figure(turn.at)} {then}"
+
+
+def _figure(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _serves(found: Found, goal: Goal, unit: str) -> str:
