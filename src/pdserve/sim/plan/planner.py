@@ -24,7 +24,8 @@ class Plan:
     """``winner``; ``runner_up``: the best of another design; ``other_kind``: the best aggregated
     cluster if the winner is split, else the best split one. ``by_other_measure``: the one of least
     power if the cheapest was sought, and the other way round; None for a budget. ``left_out``:
-    designs that could not hold the promise, with the reason. ``present``: the cluster that is there, and the highest rate at which it holds (0: none)."""
+    designs that could not hold the promise, with the reason. ``present``: the cluster that is
+    there, and the highest rate at which it holds (0: none)."""
 
     winner: Found
     runner_up: Found | None
