@@ -27,8 +27,8 @@ from pdserve.sim.plan.book import Book
 from pdserve.sim.plan.race import Found, Race
 from pdserve.sim.plan.trial import Candidate, Conditions, factors
 
-SIZES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
-RATES = (1.3, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.65)
+SIZES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0)
+RATES = (1.3, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 NUM_REDRAWS = 1000
 SAFE = 0.95
 ASSUMED_ERROR = 0.15
@@ -37,6 +37,8 @@ STD_PER_MEAN_ERROR = math.sqrt(math.pi / 2)
 """Of a normal error."""
 _WEIGHTS = (1 / 6, 2 / 3, 1 / 6)
 _MIN_FACTOR = 0.3
+NOTHING = 16.0
+"""By what a design needs more, of which no number would do."""
 BEYOND = 1.1
 """By what a design needs more than its last rung, if that does not hold."""
 
@@ -183,8 +185,8 @@ def _factors(race: Race, found: Found, errors: Mapping[str, float]) -> dict[tupl
             turned = replace(race, slower=factors(**{name: speed}))
             other = turned.best_of(found.design, 0, start)
             assert usual is not None
-            if other is None:  # nothing would do
-                made[(name, side)] = math.inf if race.goal.is_least else 0.0
+            if other is None:
+                made[(name, side)] = NOTHING if race.goal.is_least else 1 / NOTHING
             else:
                 made[(name, side)] = race.goal.value(other) / race.goal.value(usual)
     return made
