@@ -113,7 +113,7 @@ class WorkBounds:
             if missed > may_miss:
                 percent = 100 * (1 - self._promise.shares[bound])
                 least = "; ".join(
-                    f"{metric} {1e3 * _quantile(floors, metric, percent):.3g} ms"
+                    f"{metric} {1e3 * _quantile(floors, metric, percent):,.1f} ms"
                     for metric in self._promise.metrics
                 )
                 return (
