@@ -10,6 +10,7 @@ from pdserve.sim.plan.sureness import Comparison
 UNIT_OF_COST = "$/h"
 UNKNOWN_W = 1e-3
 """Less than this is no power: it was not known."""
+EQUAL = 5e-4
 
 
 def answer(plan: Plan, goal: Goal, unit: str = UNIT_OF_COST) -> list[str]:
@@ -73,16 +74,27 @@ def _against(plan: Plan, goal: Goal) -> str:
         kind = "aggregated" if plan.winner.design.is_split else "split"
         return f"; no {kind} cluster that was tried holds it"
     kind = "split" if plan.other_kind.design.is_split else "aggregated"
-    gain = goal.gain(plan.winner, plan.other_kind)
-    return f", {_better(gain, goal)} than the best {kind} cluster, {plan.other_kind.candidate}"
+    other = f"the best {kind} cluster, {plan.other_kind.candidate}"
+    return f", {_compared(plan.winner, plan.other_kind, goal)} {other}"
 
 
-def _better(gain: float, goal: Goal) -> str:
+def _compared(winner: Found, other: Found, goal: Goal) -> str:
+    """``7.1 % cheaper than``; of equals what they differ in."""
+    gain = goal.gain(winner, other)
+    if abs(gain) < EQUAL:
+        if not goal.is_least:
+            return "as much as"
+        if goal.measure is Measure.POWER:
+            return "drawing as much as"
+        less = 1 - winner.power_w / other.power_w
+        if other.power_w <= UNKNOWN_W or less < EQUAL:
+            return "as cheap as"
+        return f"drawing {_percent(less)} less than, and as cheap as,"
     if not goal.is_least:
-        return f"{_percent(gain)} more"
+        return f"{_percent(gain)} more than"
     if goal.measure is Measure.POWER:
-        return f"{_percent(gain)} less power"
-    return f"{_percent(gain)} cheaper"
+        return f"drawing {_percent(gain)} less than"
+    return f"{_percent(gain)} cheaper than"
 
 
 def _sure(plan: Plan, goal: Goal) -> str:
@@ -124,12 +136,11 @@ def _runner_up(plan: Plan, goal: Goal, unit: str) -> str:
     found = plan.runner_up
     if found is None:
         return ""
-    gain = goal.gain(plan.winner, found)
     what = f"{found.rate:.4g} requests/s, " if not goal.is_least else ""
-    return (
-        f"Runner-up: {found.candidate}, {what}{spent(found, unit)}; the winner is "
-        f"{_better(gain, goal)}."
-    )
+    compared = _compared(plan.winner, found, goal)
+    does = "is" if goal.is_least else "serves"
+    what += spent(found, unit)
+    return f"Runner-up: {found.candidate}, {what}; the winner {does} {compared} it."
 
 
 def _other_measure(plan: Plan, goal: Goal, unit: str) -> str:
