@@ -70,7 +70,7 @@ def test_the_short_report_has_what_there_was(some_settings, an_end):
     ):
         told(report, "arrived", request.arrived_s, request.request_id, request.prompt_tokens)
         told(report, "ended", 2.5, request)
-    told(report, "gaps", 0.2, 8)
+    told(report, "gaps", [0.2], 8)
     told(report, "steps", A, 0.0, 1.0, StepShape(prompt_tokens=100), 1)
     told(report, "sent", A, B, 2_000_000_000, 0.0, 0.5)
     told(report, "role_changed", 1.0, B, Role.MIXED)
