@@ -12,12 +12,15 @@ from __future__ import annotations
 import csv
 import heapq
 import itertools
+import json
 import random
 from bisect import insort
 from dataclasses import replace
 
 import pytest
 
+from pdserve.cli import main
+from pdserve.core.errors import ConfigError
 from pdserve.core.events import LifeName
 from pdserve.core.step import StepShape
 from pdserve.cost.table import PerfTable, SplitwiseSimTimer
@@ -26,14 +29,14 @@ from pdserve.sim.observe import Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
 from pdserve.sim.spec import parse_cluster
-from pdserve.sim.splitwisesim import SplitwiseSimFigures, imitate
+from pdserve.sim.splitwisesim import NONE, Departures, SplitwiseSimFigures, imitate
 from pdserve.workload.request import TraceRequest, own_segment
 from pdserve.workload.summary import percentile
 
 HARDWARE = {"a100-80gb": 1.0, "h100-80gb": 0.55, "h100-80gb-pcap": 0.7}
 
 
-def made_up_table() -> PerfTable:
+def made_up_text() -> str:
     """Of the form of Splitwise's: dearer prompts above 2,048 tokens, decodes that hardly differ."""
     rows = [
         "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_time,tensor_parallel"
@@ -47,7 +50,11 @@ def made_up_table() -> PerfTable:
             prompt_ms = speed * (31 + 0.24 * tokens + 0.19 * max(0, tokens - 2048))
             token_ms = speed**0.5 * (47 + 0.0011 * prompt + 0.7 * batch)
             rows.append(f"{model},{hardware},{prompt},{batch},128,{prompt_ms},{token_ms},8")
-    return PerfTable.read("\n".join(rows))
+    return "\n".join(rows)
+
+
+def made_up_table() -> PerfTable:
+    return PerfTable.read(made_up_text())
 
 
 # --- the rules, told again ------------------------------------------------------------------------
@@ -320,11 +327,11 @@ class Seen(Observer):
         return found
 
 
-def simulated(table, cluster, rows, model="bloom-176b", room=None):
+def simulated(table, cluster, rows, model="bloom-176b", room=None, but=NONE):
     """Our machines. ``room``: tokens of KV that each has, if not what the hardware has."""
     spec = parse_cluster(cluster)
     machines = tuple(machine_of_table(table, group.hardware, model) for group in spec.groups)
-    settings = imitate(SimSettings(cluster=spec, machines=machines), table)
+    settings = imitate(SimSettings(cluster=spec, machines=machines), table, but)
     if room is not None:
         smaller = [replace(m, num_blocks=room, max_model_tokens=room) for m in settings.machines]
         settings = replace(settings, machines=tuple(smaller))
@@ -428,6 +435,82 @@ def test_figures_are_slowdowns_against_an_idle_a100():
     crowd = [(1.0 + 0.01 * index, 4000, 30) for index in range(12)]
     _, document = simulated(table, "1xa100:mixed", crowd)
     assert "TTFTx_p50" in document["violated_slos"]
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    table = tmp_path / "times.csv"
+    table.write_text(made_up_text())
+    trace = tmp_path / "trace.csv"
+    rows = load(9, 5.0, 40)
+    lines = [f"{i},2,0,{at_s!r},1,{prompt},{out}" for i, (at_s, prompt, out) in enumerate(rows)]
+    head = "request_id,request_type,application_id,arrival_timestamp,batch_size,prompt_size"
+    trace.write_text("\n".join([f"{head},token_size", *lines]))
+    cluster = "2xh100:prefill,1xh100cap:decode"
+    flags = ["--profile", "splitwisesim", "--perf-table", str(table), "--model", "bloom-176b"]
+    places = ["--cluster", cluster, "--trace", str(trace), "--json", "-", "--no-progress"]
+    assert main(["sim", *flags, *places]) == 0
+    document = json.loads(capsys.readouterr().out)
+    seen, expected = simulated(made_up_table(), cluster, rows)
+    assert document["requests"] == document["completed"] == 40
+    assert document["policy"] == document["batching"] == "splitwisesim"
+    assert document["violated_slos"] == expected["violated_slos"]
+    for name in ("ttft", "tbt", "e2e"):
+        assert document["slowdowns"][name] == pytest.approx(expected["slowdowns"][name])
+    assert document["tbt_s"] == pytest.approx(expected["tbt_s"])
+    ttft_s = sorted(ttft_s for ttft_s, _, _ in seen.times())
+    assert document["ttft_s"]["p50"] == pytest.approx(percentile(ttft_s, 50))
+
+
+@pytest.mark.parametrize(
+    ("but", "what"),
+    [
+        (Departures(layer_wise=True), "pause"),
+        (Departures(real_batches=True), "tbt"),
+        (Departures(returns_early=True), "roles"),
+    ],
+)
+def test_simplifications_are_taken_back_alone(but, what):
+    table, rows = made_up_table(), load(4, 9.0, 120)
+    cluster = "2xh100:prefill,2xh100:decode"
+    plain, other = (simulated(table, cluster, rows, but=each)[0] for each in (NONE, but))
+    assert len(plain.requests) == len(other.requests) == 120
+
+    def mean(seen, place):
+        return sum(times[place] for times in seen.times()) / len(rows)
+
+    if what == "pause":  # what is sent beside the prefill is not waited for
+        assert mean(other, 2) < mean(plain, 2)
+    elif what == "tbt":  # batches and context cost something
+        assert mean(other, 1) - mean(other, 0) > 1.02 * (mean(plain, 1) - mean(plain, 0))
+    else:
+        assert other.roles >= plain.roles > 0
+
+
+def test_declared_lengths_leave_room_for_few():
+    table, rows = made_up_table(), load(4, 3.0, 60)
+    plain, declared = (
+        simulated(table, "1xh100:mixed", rows, room=22_000, but=but)[0].times()
+        for but in (NONE, Departures(declared_tokens=9000))
+    )
+    assert sum(e2e_s for _, e2e_s, _ in declared) > 1.5 * sum(e2e_s for _, e2e_s, _ in plain)
+
+
+def test_a_machine_that_prompts_have_filled_ends_the_run():
+    """All room is for prompts: no answer of theirs ever fits."""
+    rows = [(1.0 + index / 100, 2048, 600) for index in range(6)]
+    with pytest.raises(ConfigError, match="no answer has room beside them"):
+        simulated(made_up_table(), "1xh100:mixed", rows, room=4 * 2049 + 300)
+
+
+def test_grouped_heads_send_less():
+    table, rows = made_up_table(), [(1.0, 4096, 10)]
+    cluster = "1xh100:prefill,1xh100:decode"
+    [whole], [grouped] = (
+        simulated(table, cluster, rows, "llama-2-70b", but=but)[0].times()
+        for but in (NONE, Departures(gqa=True))
+    )
+    assert whole[2] == pytest.approx(4096 * 2 * 8192 * 80 * 2 / (200 * 2**30))
+    assert grouped[2] == pytest.approx(whole[2] / 8)
 
 
 # --- SplitwiseSim's own results -------------------------------------------------------------------

@@ -77,11 +77,15 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitwiseSimBatching:
-    """Limits as in ``max_batch_size``, ``max_batch_tokens`` and ``max_preemptions``."""
+    """Limits as in ``max_batch_size``, ``max_batch_tokens`` and ``max_preemptions``. ``whole`` 1: a
+    prompt that is to be decoded here begins only if its answer has room too, beside those that are
+    to come. SplitwiseSim does not ask for that: prompts can fill a machine's memory so that no
+    answer ever fits. With the lengths of answers known that hardly happens."""
 
     max_tasks: int = 512
     max_tokens: int = 2048
     max_left_out: int = 4
+    whole: int = 0
 
     @property
     def new_first(self) -> bool:
@@ -218,7 +222,12 @@ class SplitwiseSimBatching:
         that `_chosen` would find; or a single prompt waits, and nobody runs."""
         line, batch = memory.line, memory.batch
         if memory.prompts:
-            alone = not batch and len(line) == 1 and line[0].blocks <= view.unused_blocks
+            alone = (
+                not self.whole
+                and not batch
+                and len(line) == 1
+                and line[0].blocks <= view.unused_blocks
+            )
             if not alone:
                 return False
         elif (
@@ -240,7 +249,7 @@ class SplitwiseSimBatching:
         return True
 
     def _chosen(self, memory: _Memory, view: BatchView) -> list[_Task]:
-        choice = _Choice(self, view.unused_blocks)
+        choice = _Choice(self, memory, view.unused_blocks)
         for task in memory.line:
             if task.times_left_out < self.max_left_out or choice.is_full_for(task):
                 break
@@ -251,7 +260,7 @@ class SplitwiseSimBatching:
                     break
         for request in memory.oldest:
             task = request.tasks[0]
-            if choice.has(task):
+            if choice.has(task) or (self.whole and task.is_prompt):
                 continue
             if choice.is_full_for(task) or not choice.take(task):
                 break
@@ -259,14 +268,26 @@ class SplitwiseSimBatching:
 
 
 class _Choice:
-    """A batch while it is put together."""
+    """A batch while it is put together. Where prompts look at answers, ``promised`` blocks are of
+    answers that have not begun though their prompts have; ``answers`` are those of prompts that
+    wait."""
 
-    def __init__(self, limits: SplitwiseSimBatching, free_blocks: int) -> None:
+    def __init__(self, limits: SplitwiseSimBatching, memory: _Memory, free_blocks: int) -> None:
         self.tasks: list[_Task] = []
         self._limits = limits
         self._free_blocks = free_blocks
         self._keys: set[SequenceKey] = set()
         self._tokens = 0
+        self._promised = 0
+        self._answers: dict[SequenceKey, int] = {}
+        for request in memory.oldest if limits.whole else ():
+            first, last = request.tasks[0], request.tasks[-1]
+            if last.is_prompt or last.state is not _State.WAITS:
+                continue
+            if first is last or first.state is _State.RUNS:
+                self._promised += last.blocks
+            else:
+                self._answers[request.key] = last.blocks
 
     def is_full_for(self, task: _Task) -> bool:
         if not self.tasks:
@@ -283,9 +304,12 @@ class _Choice:
         if task.key in self._keys:
             return True
         if task.state is _State.WAITS:
-            if task.blocks > self._free_blocks:
+            answer = self._answers.get(task.key, 0) if task.is_prompt else -task.blocks
+            left_over = self._promised + answer if task.is_prompt and self._limits.whole else 0
+            if task.blocks + left_over > self._free_blocks:
                 return False
             self._free_blocks -= task.blocks
+            self._promised += answer
         self.tasks.append(task)
         self._keys.add(task.key)
         self._tokens += task.size

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.step import StepShape
 from pdserve.cost.machine import ClusterTimes
 from pdserve.cost.table import PerfTable, SplitwiseSimTimer
@@ -28,11 +30,12 @@ from pdserve.node.settings import ReturnRule
 from pdserve.policy.splitwisesim import SplitwiseSim
 from pdserve.policy.splitwisesim_batching import SplitwiseSimBatching
 from pdserve.sim.machines import Machines
-from pdserve.sim.observe import Ended, Observer
+from pdserve.sim.observe import Ended, Observer, WorkerLoad
 from pdserve.sim.settings import SimSettings
 from pdserve.workload.summary import percentile
 
 NAME = "splitwisesim"
+STUCK_S = 1000.0
 PERCENTS = (50, 90, 99)
 SLOS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 """Largest slowdowns at P50, P90 and P99 (Splitwise, table VI): all nine must stay below."""
@@ -86,7 +89,7 @@ def imitate(settings: SimSettings, table: PerfTable, but: Departures = NONE) -> 
         policy=NAME,
         batching=NAME,
         make_policy=lambda: SplitwiseSim(oracle=int(oracle)),
-        make_batching=SplitwiseSimBatching,
+        make_batching=lambda: SplitwiseSimBatching(whole=int(not oracle)),
         oracle=oracle,
         declared_tokens=but.declared_tokens,
         admission="none",
@@ -115,15 +118,32 @@ def figures_of(machines: Machines) -> list[SplitwiseSimFigures]:
 
 class SplitwiseSimFigures(Observer):
     """What SplitwiseSim and its notebooks report: TBT by output tokens (not by one less), and the
-    slowdowns against an A100 machine that has nothing else to do."""
+    slowdowns against an A100 machine that has nothing else to do.
+
+    Under its rules prompts may fill a machine so that no answer ever fits: a run in which nobody's
+    answer ends for `STUCK_S` ends with a `ConfigError`.
+    """
 
     def __init__(self, table: PerfTable, model: str) -> None:
         rows = table.rows(MODELS[model].rows, HARDWARE["a100"].rows, DEVICES)
         self._alone = SplitwiseSimTimer(rows)
         self.tbt_s = array("d")
         self.slowdowns = {name: array("d") for name in SLOS}
+        self._moved_s = 0.0
+
+    def arrived(self, at_s: float, request_id: RequestId, prompt_tokens: int) -> None:
+        self._moved_s = at_s
+
+    def sampled(self, at_s: float, loads: dict[WorkerId, WorkerLoad], num_queued: int) -> None:
+        if at_s - self._moved_s > STUCK_S:
+            raise ConfigError(
+                f"no answer has ended for {STUCK_S:g} s: prompts hold all KV of a machine, and no "
+                "answer has room beside them, as can happen under SplitwiseSim's rules; "
+                "lower the load, or add machines"
+            )
 
     def ended(self, at_s: float, request: Ended) -> None:
+        self._moved_s = at_s
         ttft_s, e2e_s = request.ttft_s, request.e2e_s
         if request.failure is not None or request.cancelled or ttft_s is None or e2e_s is None:
             return
