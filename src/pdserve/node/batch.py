@@ -365,9 +365,10 @@ class BatchMachine:
     def _make_room(self, planned: Planned) -> None:
         """A slot for the next token of each running sequence, oldest first."""
         decoding, tables = self.queues.decoding, self.tables
+        growing, self.queues.growing = self.queues.growing, []
         if self._policy.reserves:
             return  # each has room for its first token, or for all
-        lacking = [sequence for sequence in decoding.values() if tables.lacks_slot(sequence)]
+        lacking = [s for s in growing if tables.lacks_slot(s) and decoding.get(s.key) is s]
         for sequence in sorted(lacking, key=lambda s: s.arrival):
             while sequence.key in decoding and not tables.grow(sequence):
                 able = (s for s in decoding.values() if not s.reserved_tokens)

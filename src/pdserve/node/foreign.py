@@ -39,7 +39,7 @@ from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
 from pdserve.node.payload_inbound import PayloadArrivals
 from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
-from pdserve.node.report import LoadCounters, LoadFigures
+from pdserve.node.report import Glance, LoadCounters, LoadFigures
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
 
@@ -51,6 +51,16 @@ class EngineLoadSource:
         self._tasks = tasks
         self._inbound = inbound
         self._block_size = block_size
+
+    def glance(self) -> Glance:
+        figures = self.figures()
+        return Glance(
+            figures.pending_prefill_tokens,
+            figures.num_decoding + figures.open_leases,
+            figures.quarantined_blocks,
+            figures.free_blocks,
+            figures.cached_blocks,
+        )
 
     def figures(self) -> LoadFigures:
         return LoadFigures(

@@ -45,8 +45,6 @@ class InboundHandoffs:
         self._batch = batch
         self._pool = batch.tables.pool
         self._handoffs: dict[AttemptId, Inbound] = {}
-        self.changes = 0
-        """Counts what comes, goes or gets further."""
         self._stuck = (-1, AttemptId(RequestId(""), Epoch(0)))
 
     @property
@@ -97,13 +95,12 @@ class InboundHandoffs:
             out.send(peer, TicketRefused(attempt=header.attempt, detail=why_not))
             return
         self._handoffs[header.attempt] = Inbound(header, peer, peer_epoch)
-        self.changes += 1
 
     def grant_waiting(self, out: Outbox) -> None:
         """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
         is only to be had here too does not wait: nobody shall for its sake. Who found no room is
         not tried again until there has been a change."""
-        if not self._handoffs or self.is_stuck:
+        if not self.num_queued or self.is_stuck:
             return
         if self._settings.ask_again_s:
             self._let_ask(out)
@@ -116,7 +113,6 @@ class InboundHandoffs:
                 self._stuck = (self._batch.changes, attempt)
                 break
             del self._handoffs[attempt]
-            self.changes += 1
             out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
 
     def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
@@ -143,7 +139,6 @@ class InboundHandoffs:
             self._accept(handoff, out)
         else:
             handoff.state = InboundState.VERIFYING
-            self.changes += 1
             out.add(
                 VerifyTransfer(
                     attempt=trailer.attempt,
@@ -276,7 +271,6 @@ class InboundHandoffs:
             with_first = self._layout.num_blocks_for(len(header.token_ids) + 1)
             handoff.spare = self._pool.allocate(with_first - num_blocks)
         handoff.state = InboundState.GRANTED
-        self.changes += 1
         out.send(
             handoff.peer,
             Ticket(
@@ -306,7 +300,6 @@ class InboundHandoffs:
         header, trailer = handoff.header, handoff.trailer
         assert trailer is not None
         del self._handoffs[header.attempt]
-        self.changes += 1
         same_class = header.layout.numerics == self._layout.numerics
         parent = Sequence(
             attempt=header.attempt,
@@ -357,13 +350,11 @@ class InboundHandoffs:
             self._pool.quarantine(handoff.fresh)
             handoff.pinned, handoff.spare = [], []
             handoff.state = InboundState.QUARANTINED
-            self.changes += 1
             out.send(handoff.peer, Revoke(handoff.header.attempt))
 
     def _drop(self, handoff: Inbound, out: Outbox) -> None:
         """Forget it. Nobody writes or reads its blocks any more."""
         del self._handoffs[handoff.header.attempt]
-        self.changes += 1
         if handoff.state is InboundState.QUARANTINED:
             self._pool.release_quarantine(handoff.fresh)
         else:

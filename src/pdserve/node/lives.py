@@ -85,7 +85,7 @@ class Life:
 
     @property
     def is_done(self) -> bool:
-        return all(choice.finish is not None for choice in self.choices)
+        return None not in [choice.finish for choice in self.choices]
 
     @property
     def has_tokens(self) -> bool:
@@ -154,8 +154,8 @@ class Life:
 
     def live_choices(self, epoch: Epoch) -> tuple[int, ...]:
         """Choices that the attempt still works on."""
-        choices = (c for c in self.choices if c.epoch == epoch and c.finish is None)
-        return tuple(choice.index for choice in choices)
+        choices = self.choices  # a list is made in half the time of a generator
+        return tuple([c.index for c in choices if c.epoch == epoch and c.finish is None])
 
     def count_failure(
         self, epoch: Epoch, choices: tuple[int, ...] | None, kind: FailureKind | None

@@ -193,11 +193,11 @@ class WorkerMachine(ABC):
 
     def _start(self, job: Job, out: Outbox) -> None:
         self._reporter.last_route_seq = max(self._reporter.last_route_seq, job.route_seq)
-        self._reporter.changed = True
         why_not = self.settings.misfit(job)
         if self.draining:
             why_not = f"{self.settings.worker} is draining"
         if why_not is not None:
+            self._reporter.changed = True
             kind = FailureKind.DRAINING if self.draining else FailureKind.INVALID
             out.tell_router(AttemptFailed(attempt=job.attempt, kind=kind, detail=why_not))
             return

@@ -44,7 +44,7 @@ class Moves:
         if not self._may_leave(book, out.now):
             return
         attempts = self._dispatch.flights.workers().get(worker, {})
-        if not self._policy.may_be_crowded(book.view(), len(attempts)):
+        if not self._policy.may_be_crowded(book, len(attempts)):
             return
         movable = self._movable(worker, attempts)
         if not movable:

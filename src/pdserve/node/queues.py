@@ -36,6 +36,8 @@ class Queues:
         self.num_staying = 0
         self.context_tokens = 0
         self.changes = 0
+        self.growing: list[Sequence] = []
+        """Of those that decode, all whose last token may have no slot yet, and perhaps others."""
         self.num_arrivals = 0
         self.num_departures = 0
         self.departed_at = 0
@@ -53,6 +55,8 @@ class Queues:
     def enter(self, queue: Queue, sequence: Sequence) -> None:
         """At the end of it."""
         queue[sequence.key] = sequence
+        if queue is self.decoding:
+            self.growing.append(sequence)
         sequence.counted_tokens = sequence.pending_tokens
         self._weigh(queue, sequence, 1)
 

@@ -1,10 +1,12 @@
 """When a worker tells the router what it holds, and what it says.
 
-A report goes out when something has changed, at most every ``report_interval_s``, and as a
-heartbeat every ``heartbeat_s``. That sequences grow as they decode is no news by itself, for the
-router hears of each token; a hundredth of the blocks is. What has entered and left the prefix cache
-since the last report goes before it. A worker that is idle says nothing else. What it holds is
-asked of a `LoadSource`: `BatchLoad` for a native worker, an engine's tasks for a foreign one.
+A report goes out when there is news, at most every ``report_interval_s``, and as a heartbeat every
+``heartbeat_s``. News is what the router cannot know: that there is less to do, that blocks have
+come free or have been taken. What it has caused or was told of by other messages is none: jobs and
+sequences that have come, tickets that were granted, tokens by which sequences have grown; but a
+hundredth of the blocks is. What has entered and left the prefix cache since the last report goes
+before it. A worker that is idle says nothing else. What it holds is asked of a `LoadSource`:
+`BatchLoad` for a native worker, an engine's tasks for a foreign one.
 """
 
 from __future__ import annotations
@@ -32,8 +34,6 @@ FORGETTING = 0.99
 """What is left of the slowest step's time after another step."""
 MAX_SAMPLES = 32
 """Steps, and hand-offs, whose times a report holds at most."""
-NUM_EXACT = 7
-"""Of `LoadFigures`, from the first on: these are told exactly."""
 BLOCKS_TOLD = 0.01
 """Share of the pool by which blocks may differ from what was told last."""
 MAX_HASHES = 4096
@@ -41,8 +41,7 @@ MAX_HASHES = 4096
 
 
 class LoadFigures(NamedTuple):
-    """Figures of `LoadReport` that the router decides by: a change is worth a report, but for small
-    ones of blocks (which come last here) while all else is the same."""
+    """Figures of `LoadReport` that the router decides by."""
 
     pending_prefill_tokens: int
     num_waiting: int
@@ -54,14 +53,31 @@ class LoadFigures(NamedTuple):
     free_blocks: int
     cached_blocks: int
 
-    def differ(self, last: LoadFigures, tolerance: int) -> bool:
-        """Whether that is news after these ``last`` ones."""
-        if self is last or self == last:
-            return False
-        if self[:NUM_EXACT] != last[:NUM_EXACT]:
-            return True
-        free, cached = self.free_blocks - last.free_blocks, self.cached_blocks - last.cached_blocks
-        return abs(free) > tolerance or abs(cached) > tolerance
+
+class Glance(NamedTuple):
+    """The figures of which a change may be news. ``to_decode``: sequences that decode here, or have
+    a place to. It is asked for at each input, the others for a report."""
+
+    pending_tokens: int
+    to_decode: int
+    quarantined_blocks: int
+    free_blocks: int
+    cached_blocks: int
+
+    def is_news_after(self, known: Glance, tolerance: int) -> bool:
+        """Whether the router, which takes ``known`` to be so, cannot know this: that there is less
+        to do, or that more than so many blocks have come free or been taken."""
+        return (
+            self.pending_tokens < known.pending_tokens
+            or self.to_decode < known.to_decode
+            or self.quarantined_blocks != known.quarantined_blocks
+            or abs(self.free_blocks - known.free_blocks) > tolerance
+            or abs(self.cached_blocks - known.cached_blocks) > tolerance
+        )
+
+    def heard_of(self, known: Glance) -> Glance:
+        """What the router takes to be so now: it knows of what has come."""
+        return Glance(self.pending_tokens, self.to_decode, *known[2:])
 
 
 class LoadCounters(NamedTuple):
@@ -76,6 +92,8 @@ class LoadCounters(NamedTuple):
 
 class LoadSource(Protocol):
     """Whoever knows what a worker holds."""
+
+    def glance(self) -> Glance: ...
 
     def figures(self) -> LoadFigures: ...
 
@@ -95,24 +113,18 @@ class BatchLoad:
     def __init__(self, batch: BatchMachine, inbound: InboundHandoffs) -> None:
         self._batch = batch
         self._inbound = inbound
-        self._figures: LoadFigures | None = None
-        self._figures_of: tuple[int, ...] = ()
+
+    def glance(self) -> Glance:
+        batch, pool = self._batch, self._batch.tables.pool
+        return Glance(
+            batch.queues.pending_tokens,
+            batch.queues.num_staying + self._inbound.num_leases,
+            pool.num_quarantined,
+            batch.growth_headroom,
+            pool.num_cached,
+        )
 
     def figures(self) -> LoadFigures:
-        """The same object as before unless something has changed: it is asked for at each input."""
-        batch, pool, ride = self._batch, self._batch.tables.pool, self._batch.ride
-        state = (
-            batch.changes,
-            self._inbound.changes,
-            pool.num_free,
-            pool.num_quarantined,
-            0 if ride is None else ride.num_decodes,
-        )
-        if self._figures is None or state != self._figures_of:
-            self._figures, self._figures_of = self._made(), state
-        return self._figures
-
-    def _made(self) -> LoadFigures:
         batch, pool = self._batch, self._batch.tables.pool
         return LoadFigures(
             pending_prefill_tokens=batch.queues.pending_tokens,
@@ -165,11 +177,12 @@ class LoadReporter:
         self._is_empty = is_empty
         self._seq = 0
         self._reported_at_s = 0.0
-        self._last_figures: LoadFigures | None = None
+        self._known: Glance | None = None
+        self._seen: Glance | None = None
+        self._told_drained = False
         self._told: tuple[bool, bool, int] | None = None
         self._waits = False
         self._step_started_at_s: float | None = None
-        self._last_empty = False
         self._step = StepShape()
         self._steps: deque[StepSample] = deque(maxlen=MAX_SAMPLES)
         self._transfers: deque[TransferSample] = deque(maxlen=MAX_SAMPLES)
@@ -250,20 +263,25 @@ class LoadReporter:
     def quiet_blocks(self) -> int | None:
         """How many blocks may be taken before that alone is news; None: any number, or a report
         is due already."""
-        last = self._last_figures
-        if self._waits or last is None or self._settings.terse_reports:
+        known = self._known
+        if self._waits or known is None or self._settings.terse_reports:
             return None
-        figures = self._source.figures()
-        taken = max(
-            last.free_blocks - figures.free_blocks, last.cached_blocks - figures.cached_blocks
-        )
+        now = self._source.glance()
+        taken = max(known.free_blocks - now.free_blocks, known.cached_blocks - now.cached_blocks)
         return max(0, self._tolerance - taken)
 
     def _has_news(self) -> bool:
-        last = self._last_figures
-        if last is None or self._is_empty() is not self._last_empty:
+        known, now = self._known, self._source.glance()
+        if known is None or self._is_drained() > self._told_drained:
             return True
-        return self._source.figures().differ(last, self._tolerance)
+        if now != self._seen:
+            if now.is_news_after(known, self._tolerance):
+                return True
+            self._seen, self._known = now, now.heard_of(known)
+        return False
+
+    def _is_drained(self) -> bool:
+        return self._standing.draining and self._is_empty()
 
     def _terse(self) -> tuple[bool, bool, int]:
         """What must be told at once where reports are terse."""
@@ -280,8 +298,9 @@ class LoadReporter:
         self.changed = False
         self._reported_at_s = out.now
         self._told = self._terse() if self._settings.terse_reports else None
-        self._last_figures = figures = self._source.figures()
-        self._last_empty = self._is_empty()
+        self._known = self._seen = self._source.glance()
+        self._told_drained = self._is_drained()
+        figures = self._source.figures()
         counters = self._source.counters()
         self._seq += 1
         self._source.tell_cache(out)
@@ -310,7 +329,7 @@ class LoadReporter:
                 role_epoch=self._standing.role_epoch,
                 num_decoding=figures.num_decoding,
                 context_tokens=counters.context_tokens,
-                is_empty=self._last_empty,
+                is_empty=self._is_empty(),
                 num_left_out=figures.num_left_out,
                 steps=tuple(self._steps),
                 transfers=tuple(self._transfers),

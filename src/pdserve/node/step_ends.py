@@ -146,6 +146,7 @@ class StepEnds:
             else:
                 sequence.append(delta.token_id)
                 queues.context_tokens += 1
+                queues.growing.append(sequence)
                 self._let_others_ride(sequence)
             return
         queues.leave(queues.admitted, sequence)
@@ -192,9 +193,11 @@ class StepEnds:
         """Decode rows that do not just grow, with what they draw last: those that ``ended`` names,
         and those that reach their limit."""
         told = {row: token_id for row, token_id in ended if row < ride.num_decodes}
-        if ride.steps_left is None or num_steps >= ride.steps_left:
-            longest_tokens = self._settings.longest_tokens
-            for row, s in enumerate(ride.riders[: ride.num_decodes]):
+        decodes, longest_tokens = ride.riders[: ride.num_decodes], self._settings.longest_tokens
+        if decodes and ride.steps_left is None:
+            ride.steps_left = fewest_steps_left(decodes, longest_tokens)
+        if decodes and num_steps >= (ride.steps_left or 0):
+            for row, s in enumerate(decodes):
                 left = s.params.max_tokens - s.num_tokens + s.num_prompt_tokens
                 if left <= num_steps or longest_tokens - s.num_tokens <= num_steps:
                     told.setdefault(row, SILENT_TOKEN)
@@ -223,10 +226,11 @@ class StepEnds:
                 sequence.drawn += silent
             grown += num_steps
             sequence.num_computed += num_steps
-            if not indexes:
-                if sequence.num_tokens > len(sequence.block_ids) * size:
-                    self._crossings(events, row, sequence, num_steps)
-            elif sequence.num_computed >= (sequence.num_published + 1) * size:
+            if (
+                sequence.num_computed >= (sequence.num_published + 1) * size
+                if indexes
+                else sequence.num_tokens > len(sequence.block_ids) * size
+            ):
                 self._crossings(events, row, sequence, num_steps)
         self._queues.context_tokens += grown
         events.sort()
@@ -242,6 +246,7 @@ class StepEnds:
         """When in these steps a block of the row is full, and when it needs another one (which the
         last step does not: the next plan does)."""
         size, before = self._block_size, sequence.num_computed - num_steps
+        self._queues.growing.append(sequence)
         for number in range(before // size + 1, sequence.num_computed // size + 1):
             step = number * size - before
             events.append((step, 0, row, sequence))

@@ -162,7 +162,7 @@ class WorkerNode(WorkerMachine):
             else:
                 job = self._jobs.pop(sequence.attempt)
                 self._departures.hand_off_late(job, sequence, deltas, out)
-        for attempt in dict.fromkeys(sequence.attempt for sequence in outcome.decoding):
+        for attempt in dict.fromkeys([sequence.attempt for sequence in outcome.decoding]):
             out.log(LifeName.DECODE_QUEUED, attempt)
         for sequence in outcome.suspects:
             why = f"the step broke: {error}"
@@ -220,8 +220,7 @@ class WorkerNode(WorkerMachine):
             elif job is not None:
                 cargo = BlockCargo(self.settings, self.batch, job, sequence)
                 self.outbound.open(job, cargo, out)
-        started = dict.fromkeys(sequence.attempt for sequence in planned.started_decoding)
-        for attempt in started:
+        for attempt in dict.fromkeys([s.attempt for s in planned.started_decoding]):
             out.log(LifeName.DECODE_STARTED, attempt)
 
     def _timer_fired(self, timer: str, out: Outbox) -> None:

@@ -44,8 +44,18 @@ class Move:
     reason: str
 
 
+class Room(Protocol):
+    """A worker's view, or whatever one is made of."""
+
+    @property
+    def free_blocks(self) -> int: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+
 class RebalancePolicy(Protocol):
-    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+    def may_be_crowded(self, worker: Room, num_sequences: int) -> bool:
         """False if nothing would be proposed for this worker with so many sequences at most: then
         nobody looks at them. Asked after every report."""
         ...
@@ -79,7 +89,7 @@ class MoveWhenCheaper:
                     found.append((-move.saves_s, -age, place, move))
         return min(found)[-1] if found else None
 
-    def may_be_crowded(self, worker: WorkerView, num_sequences: int) -> bool:
+    def may_be_crowded(self, worker: Room, num_sequences: int) -> bool:
         return worker.free_blocks * worker.block_size < self.horizon_tokens * num_sequences
 
     def is_crowded(self, worker: WorkerView, movable: tuple[Movable, ...]) -> bool:

@@ -34,6 +34,7 @@ def node() -> ForeignWorkerNode:
         layout=layout,
         num_blocks=64,
         max_model_tokens=128,
+        report_interval_s=10.0,
         foreign=ForeignSettings(payload_format="f"),
     )
     machine = ForeignWorkerNode(settings)
