@@ -160,9 +160,11 @@ def _present(plan: Plan, goal: Goal, unit: str) -> str:
     line = f"The present layout, {found.candidate} ({price(found, unit)}),"
     if not found.rate:
         return f"{line} does not hold the SLO."
-    if goal.is_least and found.rate < (goal.rate or 0) * (1 - 1e-9):
-        return f"{line} holds the SLO only up to {found.rate:.3g} requests/s."
-    return f"{line} holds the SLO up to {found.rate:.3g} requests/s."
+    if not goal.is_least:
+        gain = _compared(plan.winner, found, goal)
+        return f"{line} serves {found.rate:.4g} requests/s; the winner {gain} that."
+    only = "only " if found.rate < (goal.rate or 0) * (1 - 1e-9) else ""
+    return f"{line} holds the SLO {only}up to {found.rate:.3g} requests/s."
 
 
 def _percent(share: float) -> str:
