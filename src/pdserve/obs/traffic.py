@@ -1,4 +1,4 @@
-"""What was asked of a server lately, out of its log of life events: when, how long, what came of it.
+"""What was asked of a server lately, out of its log of life events: when, how long, how it ended.
 
 Only the numbers of tokens are told, never a prompt.
 """
