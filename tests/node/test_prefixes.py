@@ -454,9 +454,10 @@ def test_a_follow_up_turn_goes_where_its_kv_lies() -> None:
     second = (*prompt, *first.answers[0], 1, 2, 3)
     cluster.submit(make_ask("second", second, max_tokens=20))
     cluster.submit(make_ask("stranger", tuple(number % 17 for number in second), max_tokens=20))
-    routed = [(each["prefill"], each["decode"]) for each in details(cluster, "routed")]
-    assert routed[1] == ("decode-0", "decode-0")
-    assert routed[2] == ("prefill-0", "decode-0")
+    _, follow_up, stranger = details(cluster, "routed")
+    assert (follow_up["prefill"], follow_up["decode"]) == ("decode-0", "decode-0")
+    assert follow_up["cached_tokens"] == 256
+    assert stranger["cached_tokens"] == 0
     cluster.run_for(3)
     assert all(answer.is_complete for answer in cluster.client.answers.values())
     check_books_restored(cluster.router)
