@@ -94,8 +94,9 @@ def _named_hashes(root: BlockHash, token_ids: NamedTokens, block_size: int) -> l
             block = token_ids[index * block_size : (index + 1) * block_size]
             hashes.append(extend_hash(hashes[-1] if hashes else root, block))
         if number > 0:
-            head = piece.cut(first * block_size - piece_start, block_size).packed()
-            hashes.append(_extend(hashes[-1] if hashes else root, head))
+            is_block = piece.length == block_size and piece_start % block_size == 0
+            head = piece if is_block else piece.cut(first * block_size - piece_start, block_size)
+            hashes.append(_extend(hashes[-1] if hashes else root, head.packed()))
             stem = hashes[-1][: HASH_BYTES - _PLACE_BYTES]
             hashes += cast("list[BlockHash]", [stem + place for place in _places(number)])
         done = len(hashes)

@@ -179,6 +179,7 @@ class BlockPool:
         """`publish` each block under the hash in its place."""
         self._assert_all_in_pool(blocks)
         references, hash_of, block_of = self._references, self._hash_of, self._block_of
+        changes = self._changes
         for block, block_hash in zip(blocks, hashes, strict=True):
             assert references[block] > 0, f"published block {block}, which nobody holds"
             if not self.prefix_cache or hash_of[block] == block_hash:
@@ -187,7 +188,8 @@ class BlockPool:
             if block_hash not in block_of:
                 block_of[block_hash] = block
                 hash_of[block] = block_hash
-                self._note(block_hash, entered=True)
+                if changes is not None and not changes.setdefault(block_hash, True):
+                    del changes[block_hash]  # it had left since the last call of `take_changes`
 
     def quarantine(self, blocks: Sequence[BlockId]) -> None:
         """Take blocks out of circulation because a writer may still write into them.
@@ -217,7 +219,7 @@ class BlockPool:
             self._free.append(self._evict())
         for block_hash, block in self._block_of.items():
             self._hash_of[block] = None
-            self._note(block_hash, entered=False)
+            self._note_left(block_hash)
         self._block_of.clear()
 
     def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
@@ -264,12 +266,12 @@ class BlockPool:
         assert block_hash is not None
         del self._block_of[block_hash]
         self._hash_of[block] = None
-        self._note(block_hash, entered=False)
+        self._note_left(block_hash)
         return block
 
-    def _note(self, block_hash: BlockHash, *, entered: bool) -> None:
-        """The index has changed; a change back leaves nothing to tell."""
-        if self._changes is not None and self._changes.setdefault(block_hash, entered) != entered:
+    def _note_left(self, block_hash: BlockHash) -> None:
+        """The index has lost it; what had entered since the last call leaves nothing to tell."""
+        if self._changes is not None and self._changes.setdefault(block_hash, False):
             del self._changes[block_hash]
 
     def _assert_all_in_pool(self, blocks: Sequence[BlockId]) -> None:

@@ -69,9 +69,11 @@ class Prefixes:
         kind = self._kind(worker)
         if kind is None:
             return
-        layout = self._books.workers[worker].up.layout
-        assert layout is not None
-        self._kinds.setdefault(kind, _Kind(layout)).workers.add(worker)
+        if kind not in self._kinds:
+            layout = self._books.workers[worker].up.layout
+            assert layout is not None
+            self._kinds[kind] = _Kind(layout)
+        self._kinds[kind].workers.add(worker)
         if self._coming:
             for block_hash in message.stored:
                 self._coming.pop((worker, block_hash), None)
