@@ -457,7 +457,7 @@ def test_a_follow_up_turn_goes_where_its_kv_lies() -> None:
     _, follow_up, stranger = details(cluster, "routed")
     assert (follow_up["prefill"], follow_up["decode"]) == ("decode-0", "decode-0")
     assert follow_up["cached_tokens"] == 256
-    assert stranger["cached_tokens"] == 0
+    assert stranger["cached_tokens"] == 16  # both begin by counting
     cluster.run_for(3)
     assert all(answer.is_complete for answer in cluster.client.answers.values())
     check_books_restored(cluster.router)
