@@ -42,6 +42,8 @@ NOTHING_COMPLETED_STATUS = 1
 BLOCK_TOKENS = 16
 LIVE_HEARTBEAT_S = 0.5
 """With failures, hangs are to be noticed as soon as live (`WorkerSettings.heartbeat_s`)."""
+LONGEST_S = 10 * 366 * 86_400.0
+"""Requests that lie further apart than years are a mistake, and simulating them takes as long."""
 HASHED_BLOCK_TOKENS = 512
 """Traces with block hashes say nothing of what is inside a block: it is reused whole or not."""
 
@@ -49,10 +51,15 @@ HASHED_BLOCK_TOKENS = 512
 def run(typed: argparse.Namespace) -> int:
     """Gives the exit status: 0 if any request completed."""
     options = SimOptions.of(typed)
-    check_place(options.parsed.json)
+    check_place(options.parsed.json, options.parsed.plot)
     head, requests = peeked(build_open(options.workload).requests)
     if not head:
         raise ConfigError("no request is left to simulate: widen --window, --duration or the trace")
+    if head[-1].at_s > LONGEST_S:
+        raise ConfigError(
+            f"request {len(head)} comes only after {head[-1].at_s:.3g} s: look at the times of the "
+            "trace, or at --rate"
+        )
     settings = settings_of(options, head)
     figures = figures_of(Machines(options.machines))
     if options.scenario is not None:
@@ -152,10 +159,16 @@ def load_document(options: WorkloadOptions) -> dict[str, Any]:
     return {name: _plain(value) for name, value in asked.items()}
 
 
-def check_place(place: str | None) -> None:
-    """Raises `ConfigError` for a folder that is not there, before the work is done."""
-    if place not in (None, "-") and not Path(place).absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder for {place}")
+def check_place(place: str | None, folder: Path | None = None) -> None:
+    """Raises `ConfigError` if ``--json`` or ``--plot`` cannot be written, before the work is
+    done."""
+    if place is not None and place != "-":
+        if Path(place).is_dir():
+            raise ConfigError(f"--json: {place} is a folder; name a file, or - for stdout")
+        if not Path(place).absolute().parent.is_dir():
+            raise ConfigError(f"--json: there is no folder for {place}")
+    if folder is not None:
+        write_pictures(folder, {})
 
 
 def write_json(place: str, document: dict[str, Any]) -> None:

@@ -116,11 +116,13 @@ class Report:
         return found
 
     def _errors(self) -> list[str]:
-        return [
+        """Groups that share a profile say it once."""
+        said = [
             f"step times of {machine.name} are known to {machine.error:.1%} (mean relative error)"
-            for machine in dict.fromkeys(self.settings.machines)
+            for machine in self.settings.machines
             if machine.error is not None
         ]
+        return list(dict.fromkeys(said))
 
     def _refusals(self) -> list[str]:
         """What can be done about them."""

@@ -52,6 +52,8 @@ def _head(document: dict[str, Any]) -> Table:
     resumed = document["attempts"]["resumed_requests"]
     parts += [f"{resumed} resumed"] if resumed else []
     table.add_row("cluster", f"{document['cluster']}, {document['model']}")
+    for machine in document["machines"]:
+        table.add_row("", _worker(machine))
     table.add_row("policy", f"{document['policy']}, batching {document['batching']}")
     table.add_row("requests", f"{document['requests']} sent: {', '.join(parts)}")
     table.add_row(
@@ -77,6 +79,12 @@ def _head(document: dict[str, Any]) -> Table:
     )
     _add_resources(table, document)
     return table
+
+
+def _worker(machine: dict[str, Any]) -> str:
+    """What a worker of a group is (``-tp4``: four devices) and what fits into it."""
+    blocks, size = machine["num_blocks"], machine["block_size"]
+    return f"{machine['group']}: {machine['name']}, {blocks} x {size} tokens of KV each"
 
 
 def _add_resources(table: Table, document: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.request import Role
 
 _GROUP = re.compile(r"(\d+)x([A-Za-z0-9][\w.+-]*):([a-z]+)(?:@([\w.+-]+))?")
+MOST_WORKERS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,10 @@ def parse_cluster(written: str | Sequence[str]) -> ClusterSpec:
     if not groups:
         raise ConfigError("a cluster needs a worker: write it as 2xh100:prefill,1xh100:decode")
     spec = ClusterSpec(groups)
+    if spec.num_workers > MOST_WORKERS:
+        raise ConfigError(
+            f"the cluster has {spec.num_workers} workers: at most {MOST_WORKERS} can be simulated"
+        )
     roles = {group.role for group in groups}
     if roles == {Role.PREFILL} or roles == {Role.DECODE}:
         missing = "decode" if Role.PREFILL in roles else "prefill"

@@ -67,6 +67,7 @@ def test_files_for_others_to_read(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert status == 0
     assert "40 sent: 40 completed" in shown
+    assert "1xh100:decode: h100-tp1, 29759 x 16 tokens of KV each" in shown
     assert "x real time" in shown
     document = json.loads(out.read_text())
 
@@ -190,13 +191,17 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([*whole, "--profile", str(folder / "none.json")], "cannot read"),
         ([*whole, "--config", str(config)], "unknown option 'clusters'; did you mean cluster?"),
         ([*whole, "--json", str(folder / "no" / "out.json")], "there is no folder for"),
+        ([*whole, "--json", str(folder)], "is a folder; name a file"),
+        ([*whole, "--plot", str(table)], "--plot: cannot write to"),
+        (["--cluster", "10001xh100:mixed", "--model", "llama-3-8b", *LOAD], "at most 10000"),
+        ([*SPLIT, "--rate", "1e-300", "-n", "5"], "look at the times of the trace, or at --rate"),
         ([*whole, "--events", str(folder / "no" / "events")], "--events: cannot write"),
         ([*whole, "--sample-interval", "0"], "--sample-interval is 0"),
         ([*SPLIT, "--trace", str(bad_row)], "bad.csv, line 2"),
     ]
 
 
-@pytest.mark.parametrize("number", range(28))
+@pytest.mark.parametrize("number", range(32))
 def test_a_mistake_is_one_line_with_the_remedy(number, capsys, tmp_path):
     flags, said = mistakes(tmp_path)[number]
     assert main(["sim", *flags]) == 2

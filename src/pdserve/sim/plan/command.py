@@ -33,7 +33,7 @@ def run(typed: argparse.Namespace, fetch: Fetch) -> int:
     """Gives the exit status. ``fetch`` asks a running server."""
     options = PlanOptions.of(typed)
     parsed = options.parsed
-    check_place(parsed.json)
+    check_place(parsed.json, parsed.plot)
     if parsed.live:
         problem = live_problem(options, fetch(parsed.live, parsed.api_key))
     else:
