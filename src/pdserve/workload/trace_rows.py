@@ -180,12 +180,19 @@ def _life_event(line: str) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
+MOST_TOKENS = 10**9
+"""Of a prompt or an answer; a number beyond it is a mistake."""
+
+
 def _row(line: int, at_s: float, segments: tuple[Segment, ...], outputs: int) -> TraceRow:
     if not abs(at_s) < float("inf"):
         raise ValueError(f"{at_s} is no time")
     for segment in segments:
         if segment.num_tokens < 1:
             raise ValueError("a prompt has at least one token")
+    most = max(outputs, *(segment.num_tokens for segment in segments)) if segments else outputs
+    if most > MOST_TOKENS:
+        raise ValueError(f"{most} tokens are no length: at most {MOST_TOKENS} can be")
     return TraceRow(at_s, line, segments, max(1, outputs))
 
 

@@ -138,6 +138,7 @@ def test_our_own_log_is_a_trace(written):
         (AZURE + "2023-11-16 18:15:52,x,1\n", "line 5"),
         (AZURE + "2023-11-16 18:15:52,1\n", "line 5"),
         (AZURE + "2023-11-16 18:15:52,0,1\n", "at least one token"),
+        (AZURE + "2023-11-16 18:15:52,99999999999,1\n", "line 5.*at most 1000000000"),
         (AZURE.splitlines()[0], "no request"),
         (line(0, 512, 1, [1]) + line(0, 513, 1, [1]), "line 2.*do not make 513 tokens"),
         (line(0, 512, 1, [1]) + "{}", "line 2"),
