@@ -96,5 +96,5 @@ def _hint(name: str, known: Mapping[str, object]) -> str:
     if not known:
         return "; it has none"
     near = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean {near[0]}?" if near else ""
+    guess = f"; did you mean {near[0]}?" if near else "."
     return f"{guess} There are {', '.join(sorted(known))}"

@@ -45,7 +45,7 @@ def test_settings_are_written_or_passed(made: object) -> None:
 @pytest.mark.parametrize(
     ("written", "told"),
     [
-        ("jsq", "There are aggregated, power_of_two, pre"),
+        ("jsq", "'jsq'. There are aggregated, power_of_two, pre"),
         ("split_wise", "did you mean splitwise?"),
         ("", "There are"),
         ("ShortestQueue", "There are"),
