@@ -7,9 +7,8 @@ class. A refusal for lack of room names the time after which it is worth trying 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pdserve.core.effects import Refusal
+from pdserve.core.values import value
 from pdserve.node.books import ClusterBooks
 from pdserve.node.dispatch import Dispatch
 from pdserve.node.lives import Life
@@ -21,7 +20,7 @@ MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Verdict:
     """``refused`` is one of `Refusal`, or None: let in."""
 

@@ -9,10 +9,10 @@ time for all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil, inf
 
 from pdserve.core.ids import WorkerId
+from pdserve.core.values import value
 from pdserve.cost.step import StepModel
 from pdserve.policy.cluster import ClusterView, WorkerView
 
@@ -20,7 +20,7 @@ ALONE_CHUNK_TOKENS = 2048
 """Prompt tokens in a step that decodes nothing (Splitwise, sec. IV-B)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Flight:
     """A sequence that decodes on a worker, or will: ``starts_in_s`` is 0 once it does.
 
@@ -32,7 +32,7 @@ class Flight:
     starts_in_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class LoadView:
     """The cluster, and what the router knows beyond it. ``flights`` by decode worker;
     ``waiting_tokens``: of prompts that wait in the router and are served before a new one."""

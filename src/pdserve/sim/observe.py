@@ -8,16 +8,16 @@ in them are virtual seconds. An observer changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.request import DEFAULT_SERVICE, Role, ServiceClass
 from pdserve.core.step import StepShape
+from pdserve.core.values import value
 from pdserve.workload.outcome import Ending, time_per_token_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Ended:
     """One request that is over, as its client saw it. ``arrived_s``: when it sent the request.
     ``first_s``, ``second_s`` and ``last_s``: when it had its first, second and last token, None if
@@ -112,7 +112,7 @@ class Observer:
         """The run is over."""
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class WorkerLoad:
     """What a worker holds at a moment."""
 

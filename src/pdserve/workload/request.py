@@ -8,10 +8,10 @@ turns into real tokens (``prompts``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pdserve.core.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value()
 class Segment:
     """``num_tokens`` (at least 1) tokens whose content is a function of ``name``."""
 
@@ -19,7 +19,7 @@ class Segment:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class TraceRequest:
     """A request that arrives ``at_s`` seconds after the start and asks for ``output_tokens``.
 
