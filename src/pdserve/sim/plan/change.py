@@ -39,7 +39,8 @@ class Knob:
 @dataclass(frozen=True, slots=True)
 class Turn:
     """``at``: the value of the knob between which and what it is now the winner stays; beyond it
-    ``winner`` wins (None: nothing holds the promise). ``at`` None: it stays until ``tried``."""
+    ``winner`` wins (None: nothing holds the promise). ``at`` None: it stays until ``tried``.
+    ``by_hardware`` as of the knob: what stays is the hardware, else it is to split or not to."""
 
     name: str
     unit: str
@@ -47,6 +48,7 @@ class Turn:
     tried: float
     at: float | None
     winner: Found | None
+    by_hardware: bool = False
 
 
 def knobs_of(
@@ -87,8 +89,8 @@ def turns_of(
     level: int,
     told: Callable[[str], None] = lambda doing: None,
 ) -> list[Turn]:
-    """At either end. ``designs``: those that may win, the present winner's first (the best of each
-    kind; with a knob by hardware the best of each hardware)."""
+    """At either end. ``designs``: those that may win (the best of each hardware), the present
+    winner's first."""
 
     def winner(factor: float) -> Found | None:
         told(f"{knob.name} {knob.value * factor:.4g} {knob.unit}")
@@ -111,7 +113,7 @@ def _turn(knob: Knob, winner: Callable[[float], Found | None], now: object, end:
     then = winner(end)
     tried = knob.value * end
     if _sort(knob, then) == now:
-        return Turn(knob.name, knob.unit, knob.value, tried, None, then)
+        return Turn(knob.name, knob.unit, knob.value, tried, None, then, knob.by_hardware)
     stays, turned = 1.0, end
     while max(stays / turned, turned / stays) > knob.close:
         middle = math.sqrt(stays * turned)
@@ -121,7 +123,7 @@ def _turn(knob: Knob, winner: Callable[[float], Found | None], now: object, end:
         else:
             turned, then = middle, found
     at = knob.value * math.sqrt(stays * turned)
-    return Turn(knob.name, knob.unit, knob.value, tried, at, then)
+    return Turn(knob.name, knob.unit, knob.value, tried, at, then, knob.by_hardware)
 
 
 def _sort(knob: Knob, found: Found | None) -> object:

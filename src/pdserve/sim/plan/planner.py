@@ -14,7 +14,7 @@ from pdserve.sim.plan.race import Found, Goal, Measure, Race
 from pdserve.sim.plan.sureness import Sureness, sureness
 from pdserve.sim.plan.trial import Candidate, Design
 
-MAX_FRONT = 3
+MAX_FRONT = 6
 """Members of the front whose highest rate is looked for."""
 Told = Callable[[str], None]
 
@@ -158,19 +158,13 @@ def _turns(
     race: Race, ranking: Ranking, designs: Sequence[Design], questions: Questions, told: Told
 ) -> list[Turn]:
     level = 0
-    winner = ranking.winner
-    assert winner is not None
-    rival = ranking.best_of_kind(is_split=not winner.design.is_split)
-    best = [found.design for found in (winner, rival) if found is not None]
-    by_hardware: dict[tuple[str, ...], Design] = {}
-    for standing in ranking.standings:
+    likely: dict[tuple[str, ...], Design] = {}
+    for standing in ranking.standings:  # the winner's comes first
         if standing.best is not None:
-            by_hardware.setdefault(standing.design.hardware, standing.design)
+            likely.setdefault(standing.design.hardware, standing.design)
     turns = []
-    for knob in knobs_of(race, designs, questions.bounds):
-        chosen = list(by_hardware.values()) if knob.by_hardware else best
-        if len(chosen) > 1:
-            turns += turns_of(race, knob, chosen, level, told)
+    for knob in knobs_of(race, designs, questions.bounds) if len(likely) > 1 else ():
+        turns += turns_of(race, knob, list(likely.values()), level, told)
     return turns
 
 

@@ -47,7 +47,11 @@ def turn_words(turn: Turn) -> str:
     now = f"{turn.name} (now {_figure(turn.value)} {turn.unit})"
     if turn.at is None:
         side = "down" if turn.tried < turn.value else "up"
-        return f"{now}: no change {side} to {_figure(turn.tried)}"
+        stays = "no change"
+        if turn.winner is not None and not turn.by_hardware:
+            kind = "split" if turn.winner.design.is_split else "not split"
+            stays = f"{kind}, and {turn.winner.candidate} in the end,"
+        return f"{now}: {stays} {side} to {_figure(turn.tried)}"
     side = "below" if turn.at < turn.value else "above"
     then = "nothing holds the SLO" if turn.winner is None else f"{turn.winner.candidate} wins"
     return f"{now}: {side} about {_figure(turn.at)} {then}"
