@@ -453,7 +453,8 @@ def test_a_follow_up_turn_goes_where_its_kv_lies() -> None:
     cluster.run_for(COMING_S + 1)
     second = (*prompt, *first.answers[0], 1, 2, 3)
     cluster.submit(make_ask("second", second, max_tokens=20))
-    cluster.submit(make_ask("stranger", tuple(number % 17 for number in second), max_tokens=20))
+    long = tuple(number % 17 for number in (*second, *second))[:370]  # it would hold up the other
+    cluster.submit(make_ask("stranger", long, max_tokens=20))
     _, follow_up, stranger = details(cluster, "routed")
     assert (follow_up["prefill"], follow_up["decode"]) == ("decode-0", "decode-0")
     assert follow_up["cached_tokens"] == 256
