@@ -10,6 +10,7 @@ replays of a trace (most of them in `make test-slow` and benchmarks/papers/split
 from __future__ import annotations
 
 import csv
+import gzip
 import heapq
 import itertools
 import json
@@ -613,3 +614,36 @@ def test_a_replay_comes_out_as_in_splitwisesim(user_data):
 def test_all_replays_come_out_as_in_splitwisesim(user_data):
     for known in reference_rows(user_data) if user_data else ():
         replay(user_data, known)
+
+
+POISSON = (("Baseline-A100 70", "50"), ("HH 25P15T", "70"), ("AA 45P25T", "120"))
+"""Some of those whose traces are there; all of them: benchmarks/papers/splitwisesim.py."""
+
+
+@pytest.mark.slow
+def test_poisson_loads_come_out_as_in_splitwisesim(user_data):
+    """Every percentile of a slowdown within 3 %, and the same SLOs broken."""
+    for known in poisson_rows(user_data) if user_data else ():
+        if (known["design"], known["rps"]) not in POISSON:
+            continue
+        trace = user_data / "reference" / f"splitwisesim_conv_{known['rps']}rps_120s.csv.gz"
+        with gzip.open(trace, "rt") as lines:
+            rows = [
+                (float(row["arrival_timestamp"]), int(row["prompt_size"]), int(row["token_size"]))
+                for row in csv.DictReader(lines)
+            ]
+        name, numbers = known["design"].split(" ", 1)
+        counts = "".join(c if c.isdigit() else " " for c in numbers).split()
+        cluster = CLUSTERS[name].format(*counts)
+        _, document = simulated(splitwises_table(user_data), cluster, rows)
+        for metric, percent in itertools.product(("ttft", "tbt", "e2e"), (50, 90, 99)):
+            ours = document["slowdowns"][metric][f"p{percent}"]
+            theirs = float(known[f"{metric}_slowdown_p{percent}"])
+            assert ours == pytest.approx(theirs, rel=0.03), (known["design"], metric, percent)
+        broken = known["violated_slos"].replace("-", "").split()
+        assert document["violated_slos"] == broken
+
+
+def poisson_rows(user_data):
+    with (user_data / "reference" / "splitwisesim_conv_poisson_120s.csv").open() as lines:
+        return list(csv.DictReader(lines))
