@@ -42,6 +42,23 @@ def read_table(file: Path, name: str, known: Collection[str]) -> dict[str, Any]:
     return table
 
 
+def add_all(
+    parser: argparse.ArgumentParser,
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    table: str,
+) -> None:
+    """A command's flags, and ``--config`` for the file. What is parsed has only those that were
+    typed: `with_file` adds the rest."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"TOML file with these flags in a [{table}] table",
+    )
+    add_flags(parser)
+    leave_out_defaults(parser)
+
+
 def leave_out_defaults(parser: argparse.ArgumentParser) -> None:
     """Have ``parsed`` hold only what was typed; `with_file` adds the rest."""
     for action in parser._actions:

@@ -25,7 +25,7 @@ from pdserve.sim.catalogue import read_catalogue
 from pdserve.sim.machines import MachineOptions
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import ClusterSpec, parse_cluster
-from pdserve.toml_flags import leave_out_defaults, with_file
+from pdserve.toml_flags import add_all, with_file
 from pdserve.workload.arguments import add_contents, add_times, check_numbers, workload_options
 from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.scenario import Scenario, read_scenario
@@ -38,14 +38,7 @@ _DEFAULTS = {name: field.default for name, field in SimSettings.__dataclass_fiel
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags. What is parsed has only those that were typed: `SimOptions.of` adds the rest."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help=f"TOML file with these flags in a [{TABLE}] table",
-    )
-    add_flags(parser)
-    leave_out_defaults(parser)
+    add_all(parser, add_flags, TABLE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,12 +16,12 @@ from pdserve.core.effects import (
     Log,
     Send,
     SetTimer,
-    TimerFired,
 )
 from pdserve.core.events import LifeEvent
 from pdserve.core.ids import GATEWAY
 from pdserve.node.router import RouterNode
 from pdserve.sim.clock import Clock
+from pdserve.sim.timers import VirtualTimers
 
 
 class Edge(Protocol):
@@ -49,8 +49,7 @@ class VirtualGateway:
         self.router = router
         self._clock = clock
         self._edge = edge
-        self._timers: dict[str, int] = {}
-        self._num_timers = 0
+        self._timers = VirtualTimers(clock, self.hear)
         self._perform: dict[type[Effect], Callable[..., None]] = {
             Send: edge.post,
             Deliver: edge.deliver_tokens,
@@ -60,8 +59,8 @@ class VirtualGateway:
             Answer: edge.answer,
             RolesJudged: lambda effect: None,
             Log: self._log,
-            SetTimer: self._set_timer,
-            CancelTimer: self._cancel_timer,
+            SetTimer: self._timers.set,
+            CancelTimer: self._timers.cancel,
         }
 
     def hear(self, event: Input) -> None:
@@ -72,16 +71,3 @@ class VirtualGateway:
     def _log(self, effect: Log) -> None:
         if effect.event.node == GATEWAY:  # workers' events are logged where they happen
             self._edge.life(effect.event)
-
-    def _set_timer(self, effect: SetTimer) -> None:
-        self._num_timers += 1
-        self._timers[effect.timer] = self._num_timers
-        self._clock.at(effect.at_s, self._timer_due, effect.timer, self._num_timers)
-
-    def _cancel_timer(self, effect: CancelTimer) -> None:
-        self._timers.pop(effect.timer, None)
-
-    def _timer_due(self, timer: str, number: int) -> None:
-        if self._timers.get(timer) == number:
-            del self._timers[timer]
-            self.hear(TimerFired(timer))

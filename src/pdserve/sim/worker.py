@@ -38,6 +38,7 @@ from pdserve.sim.clock import Clock
 from pdserve.sim.conditions import Exposed, Pacer
 from pdserve.sim.engine import Audience, VirtualEngine
 from pdserve.sim.network import End, Network
+from pdserve.sim.timers import VirtualTimers
 from pdserve.sim.transfers import Transfers
 
 
@@ -99,8 +100,7 @@ class VirtualWorker:
             self._sent,
             world.exposed,
         )
-        self._timers: dict[str, int] = {}
-        self._num_timers = 0
+        self._timers = VirtualTimers(world.clock, self.hear)
         self._now = 0.0
         self._engine = VirtualEngine(
             world.clock,
@@ -118,8 +118,8 @@ class VirtualWorker:
         return {
             Send: self._send,
             Log: self._log,
-            SetTimer: self._set_timer,
-            CancelTimer: self._cancel_timer,
+            SetTimer: self._timers.set,
+            CancelTimer: self._timers.cancel,
             RunStep: self._run_step,
             OpenTransfer: self._transfers.open,
             BindTransfer: self._transfers.bind,
@@ -211,19 +211,6 @@ class VirtualWorker:
         self._world.life(event)
         if event.name is LifeName.PREFILL_STARTED:  # the only one that the router acts upon
             self._world.deliver(self, GATEWAY, Life((event,)), self._now)
-
-    def _set_timer(self, effect: SetTimer) -> None:
-        self._num_timers += 1
-        self._timers[effect.timer] = self._num_timers
-        self._clock.at(effect.at_s, self._timer_due, effect.timer, self._num_timers)
-
-    def _cancel_timer(self, effect: CancelTimer) -> None:
-        self._timers.pop(effect.timer, None)
-
-    def _timer_due(self, timer: str, number: int) -> None:
-        if self._timers.get(timer) == number:
-            del self._timers[timer]
-            self.hear(TimerFired(timer))
 
     def _stop_transfer(self, effect: StopTransfer) -> None:
         self._transfers.stop(effect.attempt)

@@ -18,7 +18,7 @@ from pdserve.sim.plan.promise import DEFAULT_TARGET
 from pdserve.sim.plan.race import Goal, Measure
 from pdserve.sim.plan.sureness import ASSUMED_ERROR
 from pdserve.sim.plan.windows import DEFAULT_WINDOW_S, DEFAULT_WINDOWS
-from pdserve.toml_flags import leave_out_defaults, with_file
+from pdserve.toml_flags import add_all, with_file
 from pdserve.workload.arguments import add_contents, check_numbers
 from pdserve.workload.slo import Slo, parse_slo
 
@@ -32,14 +32,7 @@ MIXED_POLICIES = ("aggregated",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags. What is parsed has only those that were typed: `PlanOptions.of` adds the rest."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help=f"TOML file with these flags in a [{TABLE}] table",
-    )
-    add_flags(parser)
-    leave_out_defaults(parser)
+    add_all(parser, add_flags, TABLE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
