@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdserve import __version__
+from pdserve.command_parser import CommandParser
 from pdserve.config import OPTIONS, Resolved, flag_of, resolve
 from pdserve.core.errors import PdserveError
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
     """For these words: commands that are not among them have no flags, whose import would take
     longer than all the rest."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pdserve",
         description="Serve large language models with prefill and decode on different workers.",
     )
@@ -218,8 +219,9 @@ def _run_serve(parsed: argparse.Namespace) -> int:
 
 
 def _print_config(resolved: Resolved, deployment: Deployment) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from pdserve.page import page
 
     table = Table(title="pdserve", title_justify="left", show_header=False, box=None)
     for name, value, source in resolved.rows():
@@ -227,7 +229,7 @@ def _print_config(resolved: Resolved, deployment: Deployment) -> None:
             table.add_row(name, value, "" if source == "default" else f"({source})")
     for name, value in deployment.rows():
         table.add_row(name, value, "", style="bold")
-    Console(highlight=False).print(table)
+    page().print(table)
     sys.stdout.flush()
 
 

@@ -79,6 +79,22 @@ def test_tests_neither_sleep_nor_skip() -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_in_the_docs_resolve(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
-        if "://" not in target:
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        if "://" in target:
+            continue
+        linked = path.parent / target if target else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor:
+            assert anchor in _anchors(linked), f"{path.name} links to {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as the sites that show it make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        same = sum(1 for each in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", each))
+        found.add(f"{slug}-{same}" if same else slug)
+    return found

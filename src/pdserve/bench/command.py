@@ -22,6 +22,7 @@ from pdserve.bench.run import Result, run_load
 from pdserve.bench.scenario import FaultOptions, run_scenario
 from pdserve.bench.target import Target
 from pdserve.core.errors import ConfigError
+from pdserve.page import page
 from pdserve.workload.outcome import Ending, Outcome
 from pdserve.workload.scenario_score import lines_of
 from pdserve.workload.summary import latencies_ms
@@ -44,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
             whole["scenario"] = scored
         _write(output.json, json.dumps(whole, allow_nan=False))
     if output.json != "-":
-        print_report(Console(highlight=False), load, result, summary_of(result, output))
+        print_report(page(), load, result, summary_of(result, output))
         for line in () if scored is None else lines_of(scored):
             print(line)
     if output.plot is not None:

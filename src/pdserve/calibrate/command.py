@@ -32,6 +32,7 @@ from pdserve.calibrate.live import Asked, ask, serving
 from pdserve.config import OPTIONS, flag_of, resolve
 from pdserve.core.errors import ConfigError
 from pdserve.cost.profile import Host, Profile, to_text
+from pdserve.page import page
 from pdserve.serve.deployment import Deployment, deploy
 from pdserve.serve.recorded import read_run
 
@@ -80,7 +81,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps(json.loads(text)))
     else:
-        show(Console(highlight=False), profile, out)
+        show(page(), profile, out)
     return 0
 
 

@@ -13,12 +13,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pdserve.page import page
+
 PARTS = ("queue", "fetch", "prefill", "ttft", "exposed", "decode_wait", "tpot", "harm", "score")
 
 
 def explain(document: Mapping[str, Any], console: Console | None = None) -> None:
     """Print one request, or each of a list of prompts."""
-    printed = console or Console(highlight=False)
+    printed = console or page()
     for each in document.get("requests", [document]):
         printed.print(render(each))
 

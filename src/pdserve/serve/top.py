@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdserve.core.errors import ConfigError
+from pdserve.page import page
 from pdserve.serve.client import Client
 
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "down": "red"}
@@ -107,7 +108,7 @@ def look(client: Client) -> Look:
 
 def once(client: Client, console: Console | None = None) -> None:
     """Print one look."""
-    (console or Console()).print(render(None, look(client)))
+    (console or page()).print(render(None, look(client)))
 
 
 def watch(client: Client, interval_s: float) -> None:

@@ -13,11 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pdserve.core.errors import ConfigError
 from pdserve.cost.machine import MachineModel
 from pdserve.cost.roofline import check_slo, slo_floor
+from pdserve.page import page
 from pdserve.plot.files import write_pictures
 from pdserve.sim.arguments import SimOptions, check_blocks
 from pdserve.sim.logs import EventFile, RequestFile
@@ -80,7 +79,7 @@ def run(typed: argparse.Namespace) -> int:
     if parsed.json is not None:
         write_json(parsed.json, document)
     if parsed.json != "-":
-        print_report(Console(highlight=False), document)
+        print_report(page(), document)
         for line in () if player is None else lines_of(player.document):
             print(line)
     if parsed.plot is not None:

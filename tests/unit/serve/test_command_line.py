@@ -19,6 +19,7 @@ import pdserve
 from pdserve.cli import main
 from pdserve.config import OPTIONS, flag_of
 from pdserve.core.errors import ConfigError, UnavailableError
+from pdserve.page import page
 from pdserve.serve import explain as explain_module
 from pdserve.serve.client import Client
 from pdserve.serve.top import Look, once, rates, watch
@@ -106,6 +107,40 @@ def test_a_users_mistake_is_one_line_and_status_2(
     assert captured.err.startswith("pdserve: ")
     assert reason in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: COMMAND; see pdserve --help"),
+        (["simm"], "invalid choice: 'simm'"),
+        (["sim", "--clustr", "1xa100:mixed"],
+         "unknown: --clustr 1xa100:mixed (did you mean --cluster?); see pdserve sim --help"),
+        (["bench", "--rate", "fast"], "argument --rate: invalid float value: 'fast'; see pdserve"),
+        (["role", "prefill-0"], "required: role; see pdserve role --help"),
+    ],
+)  # fmt: skip
+def test_what_is_typed_wrong_is_told_in_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pdserve: ")
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_what_is_piped_is_not_wrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    sentence = "one sentence of many words " * 20
+    page().print(sentence)
+    assert capsys.readouterr().out == f"{sentence}\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    page().print(sentence)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
 
 def test_help_names_every_option_and_not_the_inner_command(

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from contextlib import closing
 from functools import cache
 
-from rich.console import Console
-
 from pdserve.cost.machine import MachineModel
+from pdserve.page import page
 from pdserve.plot.files import write_pictures
 from pdserve.sim.command import check_place, write_json
 from pdserve.sim.plan.arguments import PlanOptions
@@ -58,7 +57,7 @@ def run(typed: argparse.Namespace, fetch: Fetch) -> int:
     if parsed.json is not None:
         write_json(parsed.json, whole)
     if parsed.json != "-":
-        console = Console(highlight=False)
+        console = page()
         print_plan(console, plan, problem.goal, problem.unit)
         console.print(f"\n{book.num_asked} simulations in {wall_s:.0f} s", style="dim")
     if parsed.plot is not None:
