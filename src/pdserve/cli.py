@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from pdserve import __version__
 from pdserve.command_parser import CommandParser
@@ -23,6 +23,8 @@ from pdserve.core.errors import PdserveError
 
 if TYPE_CHECKING:
     from pdserve.serve.deployment import Deployment
+
+    _Commands: TypeAlias = argparse._SubParsersAction[CommandParser]
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -91,7 +93,7 @@ def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--api-key", default=os.environ.get("PDSERVE_API_KEY"))
 
 
-def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_operations(commands: _Commands) -> None:
     role = commands.add_parser("role", help="move a worker to another pool")
     role.add_argument("worker", help="its id, as /cluster and top show it")
     role.add_argument("role", choices=("prefill", "decode", "mixed"))
@@ -111,9 +113,7 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
         command.set_defaults(run=_run_operation, operation=command.prog.rsplit(" ", 1)[-1])
 
 
-def _add_bench(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
-) -> None:
+def _add_bench(commands: _Commands, typed: Sequence[str]) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure a server under load",
@@ -127,9 +127,7 @@ def _add_bench(
     bench.set_defaults(run=_run_bench)
 
 
-def _add_sim(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
-) -> None:
+def _add_sim(commands: _Commands, typed: Sequence[str]) -> None:
     sim = commands.add_parser(
         "sim",
         help="simulate a cluster under a load",
@@ -143,9 +141,7 @@ def _add_sim(
     sim.set_defaults(run=_run_sim)
 
 
-def _add_plan(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
-) -> None:
+def _add_plan(commands: _Commands, typed: Sequence[str]) -> None:
     plan = commands.add_parser(
         "plan",
         help="find the cluster for a trace: split or not, how many of which",
@@ -160,9 +156,7 @@ def _add_plan(
     plan.set_defaults(run=_run_plan)
 
 
-def _add_calibrate(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], typed: Sequence[str]
-) -> None:
+def _add_calibrate(commands: _Commands, typed: Sequence[str]) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="measure a live server for the simulator",
@@ -176,7 +170,7 @@ def _add_calibrate(
     calibrate.set_defaults(run=_run_calibrate)
 
 
-def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_serve(commands: _Commands) -> None:
     serve = commands.add_parser(
         "serve",
         help="serve a model",
@@ -281,7 +275,7 @@ def _run_plan(parsed: argparse.Namespace) -> int:
     from pdserve.sim.plan.live import Recorded
 
     def fetch(url: str, api_key: str | None) -> Recorded:
-        client = Client(url, api_key)
+        client = Client(url, api_key, flag="--live")
         return Recorded(client.cluster(), client.traffic())
 
     return run(parsed, fetch)

@@ -16,12 +16,13 @@ TIMEOUT_S = 5.0
 
 class Client:
     """Asks a server over HTTP. Methods raise `UnavailableError` if it does not answer, or refuses;
-    what it says about that is in the message."""
+    what it says about that is in the message. ``flag``: which one names the URL."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, flag: str = "--url") -> None:
         self.url = url.rstrip("/")
+        self._flag = flag
         if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url is {url!r}; it begins with http:// or https://")
+            raise ConfigError(f"{flag} is {url!r}; it begins with http:// or https://")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def cluster(self) -> dict[str, Any]:
@@ -61,8 +62,9 @@ class Client:
                 f"{self.url} answers with status {error.code}{hint}{_words(error)}"
             ) from error
         except (OSError, ValueError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise UnavailableError(
-                f"no pdserve answers at {self.url} ({error}); name the right one with --url"
+                f"no pdserve answers at {self.url} ({reason}); name the right one with {self._flag}"
             ) from error
         return document
 

@@ -227,6 +227,10 @@ def test_top_says_when_nobody_is_there_and_how_often_it_may_look(server_url: str
         Client("http://127.0.0.1:1").cluster()
     with pytest.raises(ConfigError, match="more than 0"):
         watch(Client(server_url), 0)
+    with pytest.raises(UnavailableError, match=r"refused\); name the right one with --live"):
+        Client("http://127.0.0.1:1", flag="--live").cluster()
+    with pytest.raises(ConfigError, match=r"--live is 'localhost'; it begins with http://"):
+        Client("localhost", flag="--live")
 
 
 def test_explain_shows_candidates_and_what_came_of_it() -> None:
