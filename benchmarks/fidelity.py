@@ -3,9 +3,11 @@
 For each layout of the live server on this machine (one prefill and one decode worker; one mixed
 worker): calibrate; measure what it can do in a closed loop (its capacity, for each mix of lengths);
 then send open loads at 0.2, 0.5 and 0.75 of that, each twice with the same arrivals and lengths and
-other prompts, and simulate the same loads with the profile. A cell is a percentile of TTFT, TPOT or
-E2E: it is met if the prediction (the median of five seeds) is off the mean of the two live runs by
-no more than the larger of 10 % (TTFT) or 5 % (TPOT, E2E) and of what the two runs differ by.
+other prompts, and simulate the same loads with the profile. The second runs begin when all first
+ones are done: minutes lie between two runs of a load, so that how the machine itself drifts is in
+what they differ by. A cell is a percentile of TTFT, TPOT or E2E: it is met if the prediction (the
+median of five seeds) is off the mean of the two live runs by no more than the larger of 10 % (TTFT)
+or 5 % (TPOT, E2E) and of what the two runs differ by.
 
 Whatever is measured is kept in ``--folder`` at once, and what is there already is not measured
 again: the script can be stopped, and the layouts be measured in separate runs. The model is that
@@ -248,31 +250,48 @@ class Cell:
         return abs(self.off) <= self.bound
 
 
-def cells_of(
-    kept: Kept, profile: Profile, server: Live, layout: str, arguments: argparse.Namespace
-) -> Iterator[Cell]:
+def loads_of(
+    kept: Kept, server: Live, layout: str, arguments: argparse.Namespace
+) -> dict[tuple[str, float], Load]:
+    """By mix of lengths and share of the capacity."""
+    loads = {}
     for mix in MIXES:
         capacity = capacity_of(kept, server, layout, mix, arguments.capacity_seconds)
         for share in SHARES:
             rate = share * capacity
             seconds = min(max(arguments.duration, LEAST_REQUESTS / rate), 2.0 * arguments.duration)
-            load = load_of(mix, 11, rate=rate, duration_s=seconds)
-            runs = [measured(kept, server, layout, mix, share, run, load) for run in range(2)]
-            predictions = [simulated(profile, layout, load, seed) for seed in SEEDS]
-            for name in BOUNDS:
-                for percent in PERCENTS:
-                    lives = [percentile(run[name], percent) for run in runs]
-                    guesses = [percentile(guess[name], percent) for guess in predictions]
-                    yield Cell(
-                        layout=layout,
-                        mix=mix,
-                        share=share,
-                        name=name,
-                        percent=percent,
-                        num=len(runs[0][name]),
-                        lives_s=(lives[0], lives[1]),
-                        predicted_s=statistics.median(guesses),
-                    )
+            loads[mix, share] = load_of(mix, 11, rate=rate, duration_s=seconds)
+    return loads
+
+
+def cells_of(
+    kept: Kept, profile: Profile, server: Live, layout: str, arguments: argparse.Namespace
+) -> Iterator[Cell]:
+    loads = loads_of(kept, server, layout, arguments)
+    lives = [
+        {
+            (mix, share): measured(kept, server, layout, mix, share, run, load)
+            for (mix, share), load in loads.items()
+        }
+        for run in range(2)
+    ]
+    for (mix, share), load in loads.items():
+        runs = [run[mix, share] for run in lives]
+        predictions = [simulated(profile, layout, load, seed) for seed in SEEDS]
+        for name in BOUNDS:
+            for percent in PERCENTS:
+                first_s, second_s = (percentile(run[name], percent) for run in runs)
+                guesses_s = [percentile(guess[name], percent) for guess in predictions]
+                yield Cell(
+                    layout=layout,
+                    mix=mix,
+                    share=share,
+                    name=name,
+                    percent=percent,
+                    num=len(runs[0][name]),
+                    lives_s=(first_s, second_s),
+                    predicted_s=statistics.median(guesses_s),
+                )
 
 
 def show(cells: Sequence[Cell]) -> None:

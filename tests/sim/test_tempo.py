@@ -12,7 +12,7 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.request import Role
 from pdserve.core.step import StepShape
 from pdserve.cost.machine import LinkSpec, MachineModel
-from pdserve.cost.pace import LEVELS, Lost, Pace, Spread
+from pdserve.cost.pace import LEVELS, Gap, Lost, Pace, Spread
 from pdserve.cost.step import StepModel
 from pdserve.sim.clock import Clock
 from pdserve.sim.observe import Ended, Observer
@@ -36,9 +36,12 @@ HALF = {"prompt": Lost(beside_decode=0.5, beside_prompt=0.2), "decode": Lost(bes
 
 
 def a_machine(
-    lost: Mapping[str, Lost] | None = None, spreads: Mapping[str, Spread] | None = None
+    lost: Mapping[str, Lost] | None = None,
+    spreads: Mapping[str, Spread] | None = None,
+    gaps: Mapping[str, Gap] | None = None,
 ) -> MachineModel:
-    pace = Pace(spreads=spreads or {}, lost=lost or {}, per_host={Role.PREFILL: 1, Role.DECODE: 1})
+    per_host = {Role.PREFILL: 1, Role.DECODE: 1}
+    pace = Pace(spreads=spreads or {}, lost=lost or {}, gaps=gaps or {}, per_host=per_host)
     return MachineModel(
         name="here",
         model="none",
@@ -113,6 +116,43 @@ def test_workers_of_other_hosts_are_no_neighbours() -> None:
     assert here.begin(PROMPT, 0.0) == (0.0, pytest.approx(0.1))
 
 
+MESSAGES = {"prompt": Lost(per_message_s=0.003, beside_decode=0.5)}
+
+
+def test_a_message_makes_the_step_that_runs_longer_and_no_other() -> None:
+    pair = Pair(a_machine(MESSAGES))
+    pair.prefill.heard()
+    assert pair.prefill.begin(PROMPT, 0.0) == (0.0, pytest.approx(0.1))
+    pair.clock.now = 0.05
+    pair.prefill.heard()
+    pair.prefill.heard()
+    assert pair.ends["prefill-0"] == pytest.approx(0.106)
+    pair.prefill.end()
+    pair.ends.clear()
+    pair.prefill.heard()
+    pair.decode.begin(DECODE, 0.05)
+    pair.decode.heard()
+    assert not pair.ends
+
+
+def test_a_message_is_worked_on_at_the_pace_that_neighbours_leave() -> None:
+    pair = Pair(a_machine(MESSAGES))
+    pair.prefill.begin(PROMPT, 0.0)
+    pair.decode.begin(DECODE, 0.0)
+    pair.clock.now = 0.005
+    pair.prefill.heard()
+    assert pair.ends["prefill-0"] == pytest.approx(0.2 + 0.006)
+
+
+def test_the_gap_before_a_step_is_that_of_its_kind_beside_what_computes() -> None:
+    pair = Pair(a_machine(gaps={"prompt": Gap(alone_s=0.001, beside_s=0.004)}))
+    begun_s, end_s = pair.prefill.begin(PROMPT, 1.0)
+    assert (begun_s, end_s) == (pytest.approx(1.001), pytest.approx(1.101))
+    pair.prefill.end()
+    assert pair.decode.begin(DECODE, 2.0)[0] == 2.0
+    assert pair.prefill.begin(PROMPT, 2.0)[0] == pytest.approx(2.004)
+
+
 def a_spread(memory: float) -> Spread:
     return Spread(quantiles=tuple(0.5 + level for level in LEVELS), memory=memory)
 
@@ -179,6 +219,21 @@ def test_a_simulation_without_spread_and_neighbours_is_as_without_a_pace(
     paced = simulated(a_machine())
     plain = simulated(replace(a_machine(), pace=None))
     assert [end.last_s for end in paced] == pytest.approx([end.last_s for end in plain])
+
+
+def test_a_simulation_with_messages_is_slower_by_what_they_cost(
+    simulated: Callable[..., list[Ended]],
+) -> None:
+    """The decode worker hears of every hand-off while it decodes for another."""
+    lost = {"decode": Lost(per_message_s=0.002)}
+    with_messages, without = simulated(a_machine(lost)), simulated(a_machine())
+    more_s = [
+        later.last_s - sooner.last_s
+        for later, sooner in zip(with_messages, without, strict=True)
+        if later.last_s and sooner.last_s
+    ]
+    assert len(more_s) == 20
+    assert 0.004 < fmean(more_s) < 0.05
 
 
 def test_a_simulation_with_neighbours_is_slower_and_ends(

@@ -1,10 +1,11 @@
 """What a calibration asks of a server: requests that show every kind of step on its own.
 
-A round has four stages: prompts of many lengths, one after the other; batches that decode, of one
+A round has four parts: prompts of many lengths, one after the other; batches that decode, of one
 sequence and more, with short and with long contexts; prompts that come while others decode on the
-same worker; and a free load that mixes everything as clients do. Rounds are repeated with other
-lengths, so that a machine that drifts is seen drifting. How much fits into a round is judged by two
-probes of how fast the server is.
+same worker; and free loads, a light and a heavy one, that mix everything as clients do, since what
+workers cost each other is seen where all of them have work. Rounds are repeated with other lengths,
+so that a machine that drifts is seen drifting. How much fits into a round is judged by two probes
+of how fast the server is.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 SHORT_CONTEXT = 32
 DECODED = (24, 96)
 """Fewest and most tokens that a batch decodes together."""
-SHARES = {"prompts": 0.25, "batches": 0.35, "mixed": 0.15, "load": 0.25}
+SHARES = {"prompts": 0.2, "batches": 0.3, "mixed": 0.2, "load": 0.3}
 """Of a round's time."""
-BUSY = 0.6
-"""How much of what the server could do the free load asks for."""
+DECODING = (2, 6, 12)
+"""Sequences beside which prompts come."""
+BETWEEN = (64, 512, 200, 32, 320)
+"""Those prompts' tokens."""
+BUSY = (0.35, 0.7)
+"""How much of what the server could do the free loads ask for."""
+LOAD_BATCH = 8
+"""Sequences that a free load decodes together: a guess."""
 BATCH_GROWTH = 0.03
 """A step's cost of another sequence, as a share of a step: a guess that only places the budget."""
 
@@ -94,7 +101,8 @@ class Design:
         yield self._prompts(pace, budget_s * SHARES["prompts"])
         yield from self._batches(pace, budget_s * SHARES["batches"])
         yield from self._mixed(pace, budget_s * SHARES["mixed"])
-        yield self._load(pace, budget_s * SHARES["load"])
+        for busy in BUSY:
+            yield self._load(pace, budget_s * SHARES["load"] / len(BUSY), busy)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -126,28 +134,34 @@ class Design:
 
     def _mixed(self, pace: Pace, budget_s: float) -> Iterator[Stage]:
         """A few that decode on one worker, and prompts that come in between."""
-        prompts = (64, 512, 200) if self._longest >= 1024 else (self._longest // 8,) * 3
-        for num in (2, 6):
-            each_s = budget_s / 2
+        longest = self._longest // 4
+        prompts = [min(tokens, longest) for tokens in BETWEEN]
+        each_s = budget_s / len(DECODING)
+        for num in DECODING:
             decoded = min(max(int(each_s / pace.batch_s(num, 1)), 2 * DECODED[0]), 2 * DECODED[1])
             if not self._fits(num + 1, SHORT_CONTEXT + decoded):
                 continue
             requests = [(0.0, self._near(SHORT_CONTEXT), decoded) for _ in range(num)]
-            gap_s = decoded * pace.decode_s / (len(prompts) + 1)
+            gap_s = pace.batch_s(num, decoded) / (len(prompts) + 1)
             requests += [
                 (gap_s * (place + 1), self._near(prompt), 2) for place, prompt in enumerate(prompts)
             ]
             yield self._stage("mixed", requests, route="local" if self._splits else "auto")
 
-    def _load(self, pace: Pace, budget_s: float) -> Stage:
+    def _load(self, pace: Pace, budget_s: float, busy: float) -> Stage:
         """Arrivals as of a Poisson process; lengths of all sizes."""
-        cost_s = pace.prompt_s(self._longest // 4) + pace.batch_s(1, DECODED[0])
-        rate = BUSY * self._limits.workers / max(cost_s, 1e-6) / (2 if self._splits else 1)
+        longest = max(LEAST_PROMPT + 1, self._longest // 2)
+        fewest, most = DECODED[0] // 2, DECODED[1]
+        mean_prompt = (longest - LEAST_PROMPT) / math.log(longest / LEAST_PROMPT)
+        prompt_s = pace.prompt_s(round(mean_prompt))
+        decode_s = pace.batch_s(LOAD_BATCH, (fewest + most) // 2) / LOAD_BATCH
+        cost_s = 2.0 * max(prompt_s, decode_s) if self._splits else prompt_s + decode_s
+        rate = busy * self._limits.workers / max(cost_s, 1e-6)
         requests: list[tuple[float, int, int]] = []
         at_s = 0.0
         while at_s < budget_s and len(requests) < 400:
-            output = self._random.randint(DECODED[0] // 2, DECODED[1])
-            requests.append((at_s, self._length(self._longest // 2), output))
+            output = self._random.randint(fewest, most)
+            requests.append((at_s, self._length(longest), output))
             at_s += self._random.expovariate(rate)
         return self._stage("load", requests)
 

@@ -2,10 +2,12 @@
 
 Steps are grouped by the kind of worker that ran them (weights, engine, device, numerics class: what
 `cost.store.StepKey` says takes the same time), whatever their roles. Each step knows for how long
-neighbours on the host computed beside it. The link is what transfers show that had it for
-themselves. Messages and the edge take their median: in a burst they wait for the processes at their
-ends, which is no delay of theirs. Of the gap between two steps the mean counts, since every token
-pays it, without the twentieth on either side.
+neighbours on the host computed beside it, and how many messages came meanwhile. The link is what
+transfers show that had it for themselves. Messages and the edge take their median: in a burst they
+wait for the processes at their ends, which is no delay of theirs; of messages only those count that
+come once a request, since the many that bring a token each would outvote them. Of the gap between
+two steps the mean counts, since every token pays it, without the twentieth on either side; it is
+told apart by kind of step, and by whether a neighbour computed.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from pdserve.core.request import Role
 from pdserve.cost.machine import ClusterTimes, LinkSpec
 from pdserve.cost.measured_fit import FitError, StepsFit, TimedStep, TooFewStepsError, fit_steps
 from pdserve.cost.nonnegative import Moments, nonnegative_fit
-from pdserve.cost.pace import DECODE, PROMPT, kind_of
+from pdserve.cost.pace import DECODE, KINDS, PROMPT, Gap, kind_of
 from pdserve.cost.profile import Host, LinkFit, Machine, Profile
 from pdserve.cost.store import StepKey
-from pdserve.serve.recorded import RanStep, RanTransfer, RecordedRun
+from pdserve.serve.recorded import Mail, RanStep, RanTransfer, RecordedRun
 
-URGENT = {"StartJob", "Tokens", "Header", "Ticket", "Trailer", "Accepted"}
-"""Messages that a request waits for."""
+URGENT = {"StartJob", "Header", "Ticket", "Trailer", "Accepted"}
+"""Messages that a request waits for, once each."""
 LEAST_TRANSFERS = 4
+LEAST_GAPS = 8
+"""Fewer say nothing of their own."""
 UNEVEN = 0.15
 """A median error above this says that something else used the machine, or that it is out of what
 the fit can say."""
@@ -54,7 +58,7 @@ def profile_of(
             "batches for itself"
         )
     steps = [step for step in run.steps if not step.failed and step.asked_s >= asked.since_s]
-    beside = Neighbours(steps)
+    beside = Neighbours(steps, run.mail)
     machines = []
     for workers in _alike(run):
         own = [step for step in steps if step.worker in workers]
@@ -120,7 +124,23 @@ def _machine(
         errors=fit.errors,
         spreads=fit.spreads,
         lost=fit.lost,
+        gaps=gaps_of(steps, samples),
     )
+
+
+def gaps_of(steps: Sequence[RanStep], samples: Sequence[TimedStep]) -> dict[str, Gap]:
+    """By kind of step; a neighbour counts if it computed for half of the step."""
+    gaps_s: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    for step, sample in zip(steps, samples, strict=True):
+        beside_s = sample.beside_prompt_s + sample.beside_decode_s
+        gaps_s[kind_of(step.shape), beside_s > 0.5 * step.elapsed_s].append(step.gap_s)
+    found = {}
+    for kind in KINDS:
+        alone, beside = gaps_s[kind, False], gaps_s[kind, True]
+        if len(alone) + len(beside) >= LEAST_GAPS:
+            both = [of if len(of) >= LEAST_GAPS else alone + beside for of in (alone, beside)]
+            found[kind] = Gap(alone_s=_inner_mean(both[0]), beside_s=_inner_mean(both[1]))
+    return found
 
 
 def _fit(samples: list[TimedStep], workers: set[WorkerId]) -> StepsFit:
@@ -144,15 +164,21 @@ def _warnings(machines: Iterable[Machine]) -> Iterable[str]:
 
 
 class Neighbours:
-    """For how long other workers computed beside a step: from when one was asked for, since its
-    worker does not rest in between, until it was done."""
+    """What was beside a step: for how long other workers computed, from when one of their steps was
+    asked for, since its worker does not rest in between, until it was done; and how many messages
+    its own worker got."""
 
-    def __init__(self, steps: Sequence[RanStep]) -> None:
-        """All steps of all workers."""
+    def __init__(self, steps: Sequence[RanStep], mail: Sequence[Mail] = ()) -> None:
+        """All steps and messages of all workers."""
         self._steps: dict[WorkerId, list[RanStep]] = defaultdict(list)
         for step in sorted(steps, key=lambda step: step.done_s):
             self._steps[step.worker].append(step)
         self._ends = {w: [step.done_s for step in of] for w, of in self._steps.items()}
+        self._heard_s: dict[WorkerId, list[float]] = defaultdict(list)
+        for one in mail:
+            self._heard_s[one.receiver].append(one.received_s)
+        for times_s in self._heard_s.values():
+            times_s.sort()
 
     def timed(self, step: RanStep) -> TimedStep:
         """The step with what was beside it."""
@@ -165,7 +191,9 @@ class Neighbours:
                     break
                 together_s = min(other.done_s, step.done_s) - max(other.asked_s, step.begun_s)
                 beside[kind_of(other.shape) == DECODE] += max(0.0, together_s)
-        return TimedStep(step.shape, step.elapsed_s, beside[False], beside[True])
+        heard_s = self._heard_s.get(step.worker, [])
+        num_heard = bisect_left(heard_s, step.done_s) - bisect_left(heard_s, step.begun_s)
+        return TimedStep(step.shape, step.elapsed_s, beside[False], beside[True], num_heard)
 
 
 # --- links, messages, the edge -----------------------------------------------------------------

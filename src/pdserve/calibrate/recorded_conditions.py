@@ -217,6 +217,9 @@ class RecordedPacer:
         self._next = best + 1
         return self._steps[best]
 
+    def heard(self) -> None:
+        """It is in the recorded time."""
+
     def end(self) -> None:
         """Nobody is waiting for it."""
 

@@ -7,6 +7,10 @@ simplest one whose error on steps that it has not seen is nearly the least. That
 median and 90th percentile: it is what the profile says about itself. Folds are blocks of time, so
 that a fold's steps are not the neighbours of those that were fitted.
 
+What made a step longer that is no part of its shape is fitted with it: neighbours on the host, and
+messages that its process had to work on meanwhile. A mixed step, of which there are few, loses as
+much to these as a step of prompts, which it mostly is; it is fitted without that.
+
 The fit says what steps usually take; what makes some longer is kept as the spread of measured over
 predicted times, with its own mean taken into the fit: means of many steps come out right.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 from pdserve.core.step import StepShape
@@ -39,17 +43,28 @@ MOST_MEMORY = 0.98
 LARGEST_RATIO = 20.0
 MOST_LOST = 0.8
 """Of a step's pace; more is noise."""
+MOST_MESSAGE_S = 5e-3
+NUM_HINDRANCES = 3
+LEAST_REST = 0.2
+"""Of a step's time, when what hindered it is taken off."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimedStep:
     """A step that a live worker ran. ``beside_prompt_s`` and ``beside_decode_s``: for how long of
-    it neighbours on the same machine computed prompts, or only decoded."""
+    it neighbours on the same machine computed prompts, or only decoded. ``num_heard``: how many
+    messages its process got while it ran."""
 
     shape: StepShape
     elapsed_s: float
     beside_prompt_s: float = 0.0
     beside_decode_s: float = 0.0
+    num_heard: int = 0
+
+    @property
+    def hindrances(self) -> list[float]:
+        """What made it longer that is no part of its shape: the features of a fit."""
+        return [self.beside_prompt_s, self.beside_decode_s, float(self.num_heard)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +115,9 @@ def fit_steps(samples: Sequence[TimedStep]) -> StepsFit:
             context = float(shape.context_tokens)
             return [1.0, alone.step_s(prompts), float(shape.num_decoding), context]
 
-        fits[MIXED] = _fit_kind(by_kind[MIXED], features, [Bends()], _mixed_kind)
+        unhindered = [_unhindered(sample, prompt.lost) for sample in by_kind[MIXED]]
+        of_mixed = _fit_kind(unhindered, features, [Bends()], _mixed_kind)
+        fits[MIXED] = replace(of_mixed, lost=prompt.lost)
     mixed = fits[MIXED].kind if MIXED in fits else None
     return StepsFit(
         steps=MeasuredSteps(prompt.kind, decode.kind, mixed),
@@ -151,15 +168,30 @@ def _fit_kind(
     _, bends, found, errors = best
     ratios = [_ratio(sample, found, features, bends) for sample in samples]
     level = _mean(ratios)
-    size = len(found) - 2
+    size = len(found) - NUM_HINDRANCES
     found = [value * level for value in found[:size]] + found[size:]
     ordered = sorted(errors)
     error = FitError(
         num_steps=len(samples), median=_quantile(ordered, 0.5), p90=_quantile(ordered, 0.9)
     )
-    lost = Lost(beside_prompt=min(found[-2], MOST_LOST), beside_decode=min(found[-1], MOST_LOST))
+    beside_prompt, beside_decode, per_message_s = found[size:]
+    lost = Lost(
+        beside_prompt=min(beside_prompt, MOST_LOST),
+        beside_decode=min(beside_decode, MOST_LOST),
+        per_message_s=min(per_message_s, MOST_MESSAGE_S),
+    )
     spread = _spread([ratio / level for ratio in ratios])
     return _KindFit(made(found[:size], bends), lost, error, spread)
+
+
+def _unhindered(sample: TimedStep, lost: Lost) -> TimedStep:
+    """The step as it would have been alone."""
+    lost_s = (
+        lost.beside_prompt * sample.beside_prompt_s
+        + lost.beside_decode * sample.beside_decode_s
+        + lost.per_message_s * sample.num_heard
+    )
+    return TimedStep(sample.shape, max(sample.elapsed_s - lost_s, LEAST_REST * sample.elapsed_s))
 
 
 def _shape_features(shape: StepShape, bends: Bends) -> list[float]:
@@ -233,7 +265,7 @@ def _rows(samples: Sequence[TimedStep], features: Features, bends: Bends) -> lis
     block = max(1, len(samples) // (NUM_FOLDS * 4))
     rows = [
         _Row(
-            [*features(sample.shape, bends), sample.beside_prompt_s, sample.beside_decode_s],
+            [*features(sample.shape, bends), *sample.hindrances],
             sample.elapsed_s,
             1.0 / sample.elapsed_s**2,
             place // block % NUM_FOLDS,
@@ -277,9 +309,9 @@ def _held_out_errors(rows: Sequence[_Row]) -> list[float]:
 
 
 def _ratio(sample: TimedStep, found: Sequence[float], features: Features, bends: Bends) -> float:
-    """Measured by predicted, what neighbours cost taken off."""
-    lost_s = found[-2] * sample.beside_prompt_s + found[-1] * sample.beside_decode_s
-    alone_s = _product(found[:-2], features(sample.shape, bends))
+    """Measured by predicted, what hindered it taken off."""
+    lost_s = _product(found[-NUM_HINDRANCES:], sample.hindrances)
+    alone_s = _product(found[:-NUM_HINDRANCES], features(sample.shape, bends))
     if alone_s <= 0:
         return 1.0
     return min(max((sample.elapsed_s - lost_s) / alone_s, 0.05), LARGEST_RATIO)

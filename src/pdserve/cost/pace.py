@@ -1,9 +1,11 @@
 """How the steps of a live worker stray from what a step model says of them.
 
-Two things make a step of the same shape take longer at one time than at another. What the machine
+Three things make a step of the same shape take longer at one time than at another. What the machine
 does beside it: workers on one host share its memory and on a small one its cores, so a step loses a
-share of its pace while a neighbour computes. And what nobody knows the cause of, which is kept as a
-distribution. Means of latencies hardly need either; their tails do.
+share of its pace while a neighbour computes. What its own process does beside it: messages that
+come while it runs (jobs, hand-offs) are worked on by the same process and cores. And what nobody
+knows the cause of, which is kept as a distribution. Between two steps lies a gap, which depends on
+the same things.
 """
 
 from __future__ import annotations
@@ -58,21 +60,33 @@ class Spread:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
     """The share of its pace that a step loses while a neighbour computes a prompt, and while one
-    only decodes."""
+    only decodes; and the seconds by which a message makes it longer that comes while it runs."""
 
     beside_prompt: float = 0.0
     beside_decode: float = 0.0
+    per_message_s: float = 0.0
 
     def beside(self, kind: str) -> float:
         """Beside a step of this kind."""
         return self.beside_decode if kind == DECODE else self.beside_prompt
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Seconds from when a step is asked for to its begin and from its end to when its machine hears
+    of it, together: where no neighbour computes, and where one does."""
+
+    alone_s: float
+    beside_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pace:
-    """``spreads`` and ``lost`` by kind of step; a kind that is not there has none. ``per_host``:
-    how many workers of each home role share a host. No two are equal."""
+    """``spreads``, ``lost`` and ``gaps`` by kind of step; a kind that is not there has none, and
+    the cluster's gap. ``per_host``: how many workers of each home role share a host. No two are
+    equal."""
 
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     lost: Mapping[str, Lost] = field(default_factory=dict)
+    gaps: Mapping[str, Gap] = field(default_factory=dict)
     per_host: Mapping[Role, int] = field(default_factory=dict)

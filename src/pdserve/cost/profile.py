@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -23,7 +23,7 @@ from pdserve.core.request import Role
 from pdserve.cost.machine import ClusterTimes, LinkSpec, MachineModel, StepRange
 from pdserve.cost.measured import Kind, MeasuredSteps
 from pdserve.cost.measured_fit import FitError
-from pdserve.cost.pace import KINDS, Lost, Pace, Spread
+from pdserve.cost.pace import KINDS, Gap, Lost, Pace, Spread
 from pdserve.cost.step import StepModel
 
 FORMAT = 1
@@ -45,7 +45,8 @@ class Host:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Workers that are alike. ``roles``: home roles of those that were measured; ``mixed`` None: no
-    step of that kind was. ``num_blocks`` is the live pool's."""
+    step of that kind was. ``num_blocks`` is the live pool's. ``gaps`` by kind of step; one that is
+    not there has the gap of ``times``."""
 
     roles: tuple[Role, ...]
     device: str
@@ -65,6 +66,7 @@ class Machine:
     errors: dict[str, FitError]
     spreads: dict[str, Spread]
     lost: dict[str, Lost]
+    gaps: dict[str, Gap] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -140,6 +142,7 @@ def machine_from_profile(
         pace=Pace(
             spreads=machine.spreads,
             lost=machine.lost,
+            gaps=machine.gaps,
             per_host={Role(role): count for role, count in profile.workers.items()},
         ),
     )
@@ -182,7 +185,7 @@ def _check(profile: Profile) -> None:
         for name in ("threads", "num_layers", "token_kv_bytes", "block_size", "num_blocks"):
             if getattr(machine, name) < 1:
                 raise ValueError(f"machines.{name} is not above 0")
-        for name in ("errors", "spreads", "lost"):
+        for name in ("errors", "spreads", "lost", "gaps"):
             strangers = set(getattr(machine, name)) - set(KINDS)
             if strangers:
                 raise ValueError(f"machines.{name} names kinds of steps that there are not")
@@ -214,12 +217,12 @@ def _read(wanted: Any, value: Any, place: str) -> Any:
 
 def _dataclass(wanted: Any, value: Any, place: str) -> Any:
     pairs, types = _mapping(value, place), get_type_hints(wanted)
-    known = {field.name: field for field in fields(wanted)}
+    known = {one.name: one for one in fields(wanted)}
     for name in pairs:
         if name not in known:
             raise ValueError(f"{place}.{name} is unknown".lstrip("."))
-    for name, field in known.items():
-        if name not in pairs and field.default is MISSING and field.default_factory is MISSING:
+    for name, one in known.items():
+        if name not in pairs and one.default is MISSING and one.default_factory is MISSING:
             raise ValueError(f"{place}.{name} is missing".lstrip("."))
     found = {n: _read(types[n], v, f"{place}.{n}".lstrip(".")) for n, v in pairs.items()}
     try:

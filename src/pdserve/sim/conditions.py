@@ -38,6 +38,10 @@ class Pacer(Protocol):
         """The machine asks for a step: when it begins and ends, as far as is known."""
         ...
 
+    def heard(self) -> None:
+        """The process has a message to work on."""
+        ...
+
     def end(self) -> None:
         """The step is over, and the next one may follow at once."""
         ...

@@ -3,8 +3,9 @@
 Only machines with a `cost.pace.Pace` (calibrated ones) have it. Workers of such machines are dealt
 out to hosts as those were that were measured, and a step loses a share of its pace while a
 neighbour on its host computes: when one begins, changes its kind of step or rests, what is left of
-the others' steps is worked out again. What nobody knows the cause of is drawn, seeded by the
-worker's name; a slow spell lasts for as many steps as it did when it was measured.
+the others' steps is worked out again. A message that comes meanwhile makes the running step longer.
+What nobody knows the cause of is drawn, seeded by the worker's name; a slow spell lasts for as many
+steps as it did when it was measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Hosts:
     """Which workers share one: ``per_host`` of each role, in the order of their numbers."""
 
     def __init__(self, seed: int, gap_s: float) -> None:
-        """``gap_s``: between two steps."""
+        """``gap_s``: between two steps, where the machine knows no better."""
         self._seed = seed
         self._gap_s = gap_s
         self._hosts: dict[tuple[str, int], list[Tempo]] = {}
@@ -80,7 +81,7 @@ class Tempo:
     def begin(self, shape: StepShape, asked_s: float) -> tuple[float, float]:
         """A step is asked for: when it begins and ends, as far as is known."""
         kind = kind_of(shape)
-        begun_s = asked_s + self._gap_s
+        begun_s = asked_s + self._gap_before(kind)
         self._left_s = self._step_s(shape) * self._strays(kind)
         self._since_s = begun_s
         self._runs = True
@@ -89,6 +90,14 @@ class Tempo:
         if changed:
             self._tell_others()
         return begun_s, begun_s + self._left_s / self._rate
+
+    def heard(self) -> None:
+        """The process has a message to work on."""
+        lost = self._pace.lost.get(self._kind, _NOTHING)
+        if self._runs and lost.per_message_s:
+            self._work_off()
+            self._left_s += lost.per_message_s
+            self.moved(self._since_s + self._left_s / self._rate)
 
     def end(self) -> None:
         """The step is over, and the next one may follow at once."""
@@ -111,11 +120,22 @@ class Tempo:
         rate = self._rate_beside_others()
         if rate == self._rate:
             return
+        self._work_off()
+        self._rate = rate
+        self.moved(self._since_s + self._left_s / rate)
+
+    def _work_off(self) -> None:
+        """What has been computed by now is not left any more."""
         now = max(self._clock.now, self._since_s)
         self._left_s = max(0.0, self._left_s - (now - self._since_s) * self._rate)
         self._since_s = now
-        self._rate = rate
-        self.moved(now + self._left_s / rate)
+
+    def _gap_before(self, kind: str) -> float:
+        gap = self._pace.gaps.get(kind)
+        if gap is None:
+            return self._gap_s
+        computes = any(other._kind for other in self._host if other is not self)
+        return gap.beside_s if computes else gap.alone_s
 
     def _rate_beside_others(self) -> float:
         lost = self._pace.lost.get(self._kind, _NOTHING)

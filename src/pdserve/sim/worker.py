@@ -16,6 +16,7 @@ from pdserve.core.effects import (
     Input,
     Log,
     OpenTransfer,
+    Received,
     RunStep,
     Send,
     SetTimer,
@@ -102,6 +103,7 @@ class VirtualWorker:
         )
         self._timers = VirtualTimers(world.clock, self.hear)
         self._now = 0.0
+        self._pacer = pacer
         self._engine = VirtualEngine(
             world.clock,
             world,
@@ -161,6 +163,8 @@ class VirtualWorker:
             return
         now = self._clock.now
         self._engine.catch_up(now)
+        if self._pacer is not None and type(event) is Received:
+            self._pacer.heard()
         self._feed(event, now)
         self._engine.look_again()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pdserve.calibrate.fit import Neighbours, link_of, times_of
+from pdserve.calibrate.fit import Neighbours, gaps_of, link_of, times_of
 from pdserve.calibrate.live import Asked
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import AttemptId, Epoch, RequestId, StepId, WorkerId
@@ -42,6 +43,39 @@ def test_a_step_knows_for_how_long_neighbours_computed_beside_it() -> None:
     assert first.beside_prompt_s == pytest.approx(0.05)
     assert first.beside_decode_s == 0.0
     assert timed.elapsed_s == pytest.approx(0.999)
+
+
+def test_a_step_knows_how_many_messages_came_while_it_ran() -> None:
+    step = a_step(DECODE, 1.0, 2.0, StepShape(0, 0, 2, 90))  # it began at 1.001
+    mail = [
+        Mail(PREFILL, receiver, "Header", None, 0.9, at_s)
+        for receiver, at_s in (
+            (DECODE, 0.99),
+            (DECODE, 1.7),
+            (PREFILL, 1.5),
+            (DECODE, 1.2),
+            (DECODE, 2.1),
+        )
+    ]
+    assert Neighbours([step], mail).timed(step).num_heard == 2
+    assert Neighbours([step]).timed(step).num_heard == 0
+
+
+def test_gaps_are_told_apart_by_kind_and_by_what_computes_beside() -> None:
+    shape = StepShape(0, 0, 1, 9)
+    steps = [replace(a_step(DECODE, n, n + 0.5, shape), done_s=n + 0.502) for n in range(20)]
+    prompts = [a_step(PREFILL, 2 * n, 2 * n + 0.9, StepShape(50, 2500)) for n in range(10)]
+    beside = Neighbours([*steps, *prompts])
+    steps = [
+        replace(step, done_s=step.done_s + 0.001 * (n % 2 == 0)) for n, step in enumerate(steps)
+    ]
+    gaps = gaps_of(steps, [beside.timed(step) for step in steps])
+    assert set(gaps) == {"decode"}
+    assert gaps["decode"].alone_s == pytest.approx(0.003)
+    assert gaps["decode"].beside_s == pytest.approx(0.004)
+    few = gaps_of(steps[1:], [beside.timed(step) for step in steps[1:]][:1] * 19)
+    assert few["decode"].alone_s == few["decode"].beside_s
+    assert not gaps_of(steps[:3], [beside.timed(step) for step in steps[:3]])
 
 
 def a_transfer(number: int, num_bytes: int, exposed_s: float, *, one_shot: bool) -> RanTransfer:
@@ -80,6 +114,14 @@ def test_transfers_that_share_the_link_do_not_count() -> None:
     assert together is not None
     assert together.num_transfers == 4
     assert link_of(alone[:2], num_layers=2) is None
+
+
+def test_tokens_do_not_outvote_the_messages_of_a_hand_off() -> None:
+    run = RecordedRun(router=RouterSettings(), policy="predicted")
+    run.mail = [Mail(DECODE, PREFILL, "Tokens", None, 5.0 + n, 5.0002 + n) for n in range(200)]
+    run.mail += [Mail(PREFILL, DECODE, "Trailer", None, 5.5 + n, 5.501 + n) for n in range(10)]
+    times = times_of(run, Asked(since_s=5.0, outcomes=(), stages=()))
+    assert times.message_s == pytest.approx(1e-3)
 
 
 def test_a_burst_does_not_change_how_long_a_message_takes() -> None:

@@ -114,6 +114,39 @@ def test_what_neighbours_cost_is_told_apart_from_the_step() -> None:
     assert fit.steps.step_s(shape) == pytest.approx(LINEAR.step_s(shape), rel=0.02)
 
 
+def test_what_messages_cost_is_told_apart_from_the_step() -> None:
+    source = random.Random(4)
+    steps = []
+    for step in timed(LINEAR.step_s, 0.01):
+        num = source.choice((0, 0, 0, 1, 4))
+        each_s = 8e-4 if step.shape.prompt_tokens else 3e-4
+        steps.append(TimedStep(step.shape, step.elapsed_s + num * each_s, num_heard=num))
+    fit = fit_steps(steps)
+    assert fit.lost[PROMPT].per_message_s == pytest.approx(8e-4, abs=1e-4)
+    assert fit.lost[DECODE].per_message_s == pytest.approx(3e-4, abs=5e-5)
+    shape = StepShape(0, 0, 4, 2_000)
+    assert fit.steps.step_s(shape) == pytest.approx(LINEAR.step_s(shape), rel=0.02)
+
+
+def test_few_mixed_steps_are_not_mistaken_for_their_neighbours() -> None:
+    """Nearly all of them ran beside a neighbour: what it cost is known from the prompts."""
+    source = random.Random(6)
+    steps, num_mixed = [], 0
+    for step in timed(LINEAR.step_s, 0.01):
+        mixed = bool(step.shape.prompt_tokens and step.shape.num_decoding)
+        num_mixed += mixed
+        if mixed and num_mixed > 24:
+            continue
+        share = source.choice((1, 1, 1, 0.9)) if mixed else source.choice((0, 1))
+        lost = 0.25 if step.shape.prompt_tokens else 0.1
+        elapsed_s = step.elapsed_s / (1 - lost * share)
+        steps.append(TimedStep(step.shape, elapsed_s, 0.0, elapsed_s * share))
+    fit = fit_steps(steps)
+    assert fit.lost[MIXED] == fit.lost[PROMPT]
+    shape = StepShape(200, 40_000, 4, 2_000)
+    assert fit.steps.step_s(shape) == pytest.approx(LINEAR.step_s(shape), rel=0.03)
+
+
 def test_steps_that_are_held_up_do_not_bend_the_fit_but_count_in_its_mean() -> None:
     source = random.Random(5)
     steps = [

@@ -14,7 +14,7 @@ from pdserve.core.step import StepShape
 from pdserve.cost.machine import ClusterTimes, LinkSpec, StepRange
 from pdserve.cost.measured import Bends, Kind
 from pdserve.cost.measured_fit import FitError
-from pdserve.cost.pace import LEVELS, Lost, Spread
+from pdserve.cost.pace import LEVELS, Gap, Lost, Spread
 from pdserve.cost.profile import (
     Host,
     LinkFit,
@@ -56,7 +56,8 @@ def a_machine(*roles: Role, base_s: float = 5e-3) -> Machine:
         measured=StepRange(prompt_tokens=2048, num_decoding=32, context_tokens=9000),
         errors={"decode": FitError(num_steps=300, median=0.02, p90=0.06)},
         spreads={"prompt": EVEN, "decode": EVEN},
-        lost={"decode": Lost(beside_prompt=0.2)},
+        lost={"decode": Lost(beside_prompt=0.2, per_message_s=7e-4)},
+        gaps={"prompt": Gap(alone_s=1e-3, beside_s=2e-3)},
     )
 
 
@@ -86,6 +87,17 @@ def test_a_field_that_has_a_default_may_be_missing() -> None:
     document = json.loads(to_text(a_profile()))
     del document["times"]["verify_s"], document["warnings"]
     assert from_text(json.dumps(document)) == a_profile()
+
+
+def test_a_profile_of_before_gaps_and_messages_were_told_apart_can_be_used() -> None:
+    document = json.loads(to_text(a_profile()))
+    (machine,) = document["machines"]
+    del machine["gaps"], machine["lost"]["decode"]["per_message_s"]
+    profile = from_text(json.dumps(document))
+    pace = machine_from_profile(profile).pace
+    assert pace is not None
+    assert not pace.gaps
+    assert pace.lost["decode"] == Lost(beside_prompt=0.2)
 
 
 Change = Callable[[dict[str, Any]], object]
