@@ -8,11 +8,9 @@ that nobody knows to the program instead of the command that got them. Here both
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, meant
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -20,16 +18,14 @@ class CommandParser(argparse.ArgumentParser):
     class)."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        mark = "" if message.endswith("?") else ";"
+        raise ConfigError(f"{message}{mark} see {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Knows all of them: a stranger is an error of the command that it was typed for."""
         parsed, strangers = super().parse_known_args(args, namespace)
         if strangers:
-            self.error(f"unknown: {' '.join(strangers)}{self._meant(strangers)}")
+            known = [flag for action in self._actions for flag in action.option_strings]
+            hint = meant(strangers[0].partition("=")[0], known)
+            self.error(f"unknown: {' '.join(strangers)}{hint}")
         return parsed, strangers
-
-    def _meant(self, strangers: Sequence[str]) -> str:
-        known = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(strangers[0].partition("=")[0], known, n=1)
-        return f" (did you mean {near[0]}?)" if near else ""

@@ -7,13 +7,12 @@ flag itself: what cannot be typed cannot be written either. A flag that is typed
 from __future__ import annotations
 
 import argparse
-import difflib
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, meant
 
 
 def read_table(file: Path, name: str, known: Collection[str]) -> dict[str, Any]:
@@ -36,9 +35,7 @@ def read_table(file: Path, name: str, known: Collection[str]) -> dict[str, Any]:
         )
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{file} has an unknown option {key!r}{hint}")
+            raise ConfigError(f"{file} has an unknown option {key!r}{meant(key, known)}")
     return table
 
 

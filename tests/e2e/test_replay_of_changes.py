@@ -12,8 +12,10 @@ from typing import Any
 
 import openai
 
+from pdserve.calibrate.parity import compare, described
 from pdserve.cli import main
 from pdserve.core.effects import Send
+from pdserve.serve.recorded import read_run
 from pdserve.serve.recorder import read
 from pdserve.serve.replay import replay
 from pdserve.transport.records import decode_record
@@ -92,6 +94,8 @@ def test_moves_role_changes_drains_and_restarts_are_replayed(
     assert server.wait() == 0, server.log
 
     outcomes = replay(folder)
+    parity = compare(read_run(folder))
+    assert "simulation: decode-1;" in described(parity)
     files = ("router", "prefill-0.1", "decode-0.1", "decode-1.1", "decode-1.2")
     differences = {outcome.file: outcome.difference for outcome in outcomes}
     assert differences == dict.fromkeys(f"{file}.rec" for file in files)

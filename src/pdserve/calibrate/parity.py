@@ -46,11 +46,13 @@ class Difference:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """Of all requests that the live router routed. ``same_steps``: the share of the simulated
-    steps that have the shape of the live one at that time."""
+    steps that have the shape of the live one at that time. ``anew``: workers that the live run
+    started again, and the simulation, which has no failures, did not."""
 
     num_routes: int
     differences: tuple[Difference, ...]
     same_steps: float
+    anew: tuple[WorkerId, ...] = ()
 
     @property
     def same(self) -> float:
@@ -75,6 +77,7 @@ def compare(run: RecordedRun, *, goes_on_as_live: bool = True) -> Parity:
         num_routes=choices.num_routes,
         differences=tuple(choices.differences()),
         same_steps=conditions.same_steps,
+        anew=tuple(sorted(worker for worker, births in run.births.items() if len(births) > 1)),
     )
 
 
@@ -82,6 +85,11 @@ def described(parity: Parity) -> str:
     """For people: how many are the same, and each that is not, with its cause."""
     num_same = parity.num_routes - len(parity.differences)
     lines = [f"{num_same} of {parity.num_routes} routes are the same in the simulator"]
+    if parity.anew:
+        lines.append(
+            f"started anew in the run, but up all the time in the simulation: "
+            f"{', '.join(parity.anew)}; routes may differ from then on"
+        )
     for each in parity.differences:
         simulated = "nowhere" if each.simulated is None else "+".join(each.simulated)
         lines.append(

@@ -4,6 +4,7 @@
 
     PdserveError
     ├── ConfigError            a flag, file or combination that cannot work; says what to change
+    │   └── UnknownNameError   a name that nobody knows; says what it may mean, and what there is
     ├── ModelError             a model folder or file that cannot be served; says why
     │   └── PullError          a model could not be fetched or converted
     ├── RequestError           the client's fault; ``param`` names the field          -> 400
@@ -25,6 +26,9 @@ Mapped to HTTP in one place, ``api.errors``.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class PdserveError(Exception):
     """Base of the tree."""
@@ -32,6 +36,20 @@ class PdserveError(Exception):
 
 class ConfigError(PdserveError):
     pass
+
+
+class UnknownNameError(ConfigError):
+    """``kind`` is what ``name`` should be one of, such as ``routing policy``."""
+
+    def __init__(self, kind: str, name: str, known: Collection[str]) -> None:
+        listed = f" There are {', '.join(sorted(known))}" if known else " There is none"
+        super().__init__(f"there is no {kind} {name!r}{meant(name, known) or '.'}{listed}")
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """``; did you mean predicted?``: the known name that is nearest, or nothing if none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class ModelError(PdserveError):

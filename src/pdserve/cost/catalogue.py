@@ -36,7 +36,7 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from pdserve.core.capacity import PoolRule
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, UnknownNameError
 from pdserve.cost.hardware import HARDWARE, Hardware
 from pdserve.cost.links import LINKS, Link
 from pdserve.cost.models import MODELS, KnownModel
@@ -62,9 +62,9 @@ CATALOGUE = Catalogue()
 
 
 def find(known: Mapping[str, Entry], name: str, kind: str) -> Entry:
-    """The entry of that name. Raises `ConfigError` that lists what is known."""
+    """The entry of that name. Raises `UnknownNameError`."""
     if name not in known:
-        raise ConfigError(f"there is no {kind} {name!r}; there are {', '.join(sorted(known))}")
+        raise UnknownNameError(kind, name, known)
     return known[name]
 
 

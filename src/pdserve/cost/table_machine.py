@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import UnknownNameError
 from pdserve.cost.machine import LinkSpec, MachineModel, Power
 from pdserve.cost.table import (
     PerfTable,
@@ -115,7 +115,7 @@ def machine_of_table(
 def _known(hardware: str, model: str) -> tuple[TableHardware, TableModel]:
     device, shape = HARDWARE.get(hardware), MODELS.get(model)
     if device is None:
-        raise ConfigError(f"no table has hardware {hardware!r}: there are {', '.join(HARDWARE)}")
+        raise UnknownNameError("measured hardware", hardware, HARDWARE)
     if shape is None:
-        raise ConfigError(f"no table has the model {model!r}: there are {', '.join(MODELS)}")
+        raise UnknownNameError("measured model", model, MODELS)
     return device, shape

@@ -7,12 +7,11 @@ of them numbers. A recording keeps what was written, so that a replay makes the 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, UnknownNameError
 from pdserve.policy.aggregated import Aggregated
 from pdserve.policy.batch import BatchPolicy, FcfsBatching
 from pdserve.policy.cluster import RoutePolicy
@@ -66,7 +65,7 @@ def _make(
 ) -> Any:
     name, _, rest = written.partition(":")
     if name not in known:
-        raise ConfigError(f"there is no {kind} {name!r}{_hint(name, known)}")
+        raise UnknownNameError(kind, name, known)
     made = known[name]
     numbers: dict[str, Any] = {item.name: type(item.default) for item in fields(made)}
     given: dict[str, object] = dict(settings)
@@ -76,7 +75,7 @@ def _make(
     values = {}
     for setting, value in given.items():
         if setting not in numbers:
-            raise ConfigError(f"{kind} {name} has no setting {setting!r}{_hint(setting, numbers)}")
+            raise UnknownNameError(f"setting of {kind} {name}", setting, numbers)
         values[setting] = _number(numbers[setting], value, f"{kind} {name}: {setting}")
     return made(**values)
 
@@ -90,11 +89,3 @@ def _number(number: type[float], value: object, what: str) -> float:
         whole = "a whole number" if number is int else "a number"
         raise ConfigError(f"{what} is {value!r}; it must be {whole} of 0 or more")
     return made
-
-
-def _hint(name: str, known: Mapping[str, object]) -> str:
-    if not known:
-        return "; it has none"
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean {near[0]}?" if near else "."
-    return f"{guess} There are {', '.join(sorted(known))}"

@@ -129,9 +129,11 @@ class Report:
         settings, failures = self.settings, self.requests.overall().failures
         found = []
         if failures[Refusal.TOO_LONG]:
+            longest = min(machine.max_model_tokens for machine in settings.machines)
             found.append(
-                f"{failures[Refusal.TOO_LONG]} requests are longer than the workers take: "
-                "--max-input N leaves longer prompts out"
+                f"refused as too long: {failures[Refusal.TOO_LONG]}; the model and the KV pool of "
+                f"a worker take {longest} tokens of prompt and answer: --max-input N leaves longer "
+                "prompts out"
             )
         if failures[Refusal.OVERLOADED]:
             found.append(

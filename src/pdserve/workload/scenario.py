@@ -40,7 +40,6 @@ workers (``bench.faults``) or simulated ones (``sim.faults``).
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import tomllib
@@ -50,7 +49,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, meant
 from pdserve.core.request import Role
 
 MAX_EVENTS = 10_000
@@ -215,9 +214,8 @@ class _Table:
         allowed = (*_OF_ALL, *_FIELDS[kind])
         for name in self._table:
             if name not in allowed:
-                near = difflib.get_close_matches(name, allowed, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_FIELDS[kind])}"
-                raise ConfigError(f"{self._place}: a {kind} has no {name}; {hint}")
+                hint = meant(name, allowed) or f"; it has {', '.join(_FIELDS[kind])}"
+                raise ConfigError(f"{self._place}: a {kind} has no {name}{hint}")
 
     def _number(
         self,

@@ -56,7 +56,8 @@ def azure_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
                 moment = moment.replace(tzinfo=UTC)
             start = start or moment
             at_s = (moment - start) / _MICROSECOND / 1e6
-            yield _row(number, at_s, (own_segment(index, int(inputs)),), int(outputs))
+            prompt, answer = map(_whole, (inputs, outputs), AZURE_COLUMNS[1:])
+            yield _row(number, at_s, (own_segment(index, prompt),), answer)
         except ValueError as error:
             raise BadLineError(number, f"not a row of an Azure trace: {error}") from error
 
@@ -109,7 +110,7 @@ def mooncake_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
             at_s = float(row["timestamp"]) / 1e3
             yield _row(number, at_s, tuple(segments), int(row["output_length"]))
         except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-            raise BadLineError(number, f"not a line of a Mooncake trace: {error!r}") from error
+            raise BadLineError(number, f"not a line of a Mooncake trace: {_why(error)}") from error
 
 
 def life_log_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
@@ -135,7 +136,7 @@ def life_log_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
                 case LifeName.FINISHED | LifeName.FAILED if event["request_id"] in by_id:
                     by_id.pop(event["request_id"]).end(event["detail"])
         except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
-            raise BadLineError(number, f"not a life event: {error!r}") from error
+            raise BadLineError(number, f"not a life event: {_why(error)}") from error
         while lives and (lives[0].is_over or len(lives) > _MOST_OPEN):
             yield lives.popleft().row()
     for life in lives:
@@ -182,6 +183,18 @@ def _life_event(line: str) -> dict[str, Any]:
 
 MOST_TOKENS = 10**9
 """Of a prompt or an answer; a number beyond it is a mistake."""
+
+
+def _why(error: Exception) -> str:
+    """A missing key has no words of its own."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _whole(text: str, column: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{column} is {text!r}, not a whole number") from None
 
 
 def _row(line: int, at_s: float, segments: tuple[Segment, ...], outputs: int) -> TraceRow:

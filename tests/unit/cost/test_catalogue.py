@@ -97,7 +97,7 @@ def test_a_worker_has_the_adapters_of_its_devices_or_the_link_it_is_given() -> N
     assert machine_of("a100-tp8", "bloom-176b").link.bytes_per_s == pytest.approx(8 * 25e9 * 0.87)
     slow = machine_of("a100-tp8", "bloom-176b", link="eth-25")
     assert slow.link.bytes_per_s == pytest.approx(2.5e9)
-    with pytest.raises(ConfigError, match="no link 'string'; there are eth-100"):
+    with pytest.raises(ConfigError, match=r"no link 'string'\. There are eth-100"):
         machine_of("a100", "llama-3-8b", link="string")
 
 

@@ -173,7 +173,7 @@ def test_what_is_not_there_is_refused_with_what_is():
     known = table(*made_up())
     with pytest.raises(ConfigError, match=r"nothing of llama2-70b on 8 x a100-80gb.*bloom-176b on"):
         machine_of_table(known, "a100", "llama-2-70b")
-    with pytest.raises(ConfigError, match=r"hardware 'b200'.*a100, h100, h100cap"):
+    with pytest.raises(ConfigError, match=r"measured hardware 'b200'.*a100, h100, h100cap"):
         machine_of_table(known, "b200", "bloom-176b")
     with pytest.raises(ConfigError, match=r"model 'gpt'.*bloom-176b, llama-2-70b"):
         machine_of_table(known, "a100", "gpt")

@@ -51,7 +51,7 @@ def test_settings_are_written_or_passed(made: object) -> None:
         ("ShortestQueue", "There are"),
         ("splitwise:threshold=1", "There are queue_threshold_tokens"),
         ("splitwise:queue_threshold_token=1", "did you mean queue_threshold_tokens?"),
-        ("random:seed=1", "it has none"),
+        ("random:seed=1", "there is no setting of routing policy random 'seed'. There is none"),
         ("splitwise:queue_threshold_tokens", "a whole number of 0 or more"),
         ("splitwise:queue_threshold_tokens=many", "is 'many'; it must be a whole number"),
         ("splitwise:queue_threshold_tokens=-1", "is '-1'"),

@@ -115,7 +115,7 @@ def test_a_users_mistake_is_one_line_and_status_2(
         ([], "the following arguments are required: COMMAND; see pdserve --help"),
         (["simm"], "invalid choice: 'simm'"),
         (["sim", "--clustr", "1xa100:mixed"],
-         "unknown: --clustr 1xa100:mixed (did you mean --cluster?); see pdserve sim --help"),
+         "unknown: --clustr 1xa100:mixed; did you mean --cluster? see pdserve sim --help"),
         (["bench", "--rate", "fast"], "argument --rate: invalid float value: 'fast'; see pdserve"),
         (["role", "prefill-0"], "required: role; see pdserve role --help"),
     ],

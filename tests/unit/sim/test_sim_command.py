@@ -167,7 +167,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         (["--cluster", "2xh100:prefill", "--model", "llama-3-8b", *LOAD], "add decode or mixed"),
         (["--cluster", "h100", "--model", "llama-3-8b", *LOAD], "COUNTxHARDWARE:ROLE"),
         (["--cluster", "1xh100:mixed", *LOAD], "say which model"),
-        (["--cluster", "1xh101:mixed", "--model", "llama-3-8b", *LOAD], "there is no hardware"),
+        (["--cluster", "1xh101:mixed", "--model", "llama-3-8b", *LOAD], "did you mean h100?"),
         (["--cluster", "1xh100:mixed@wet-string", "--model", "llama-3-8b", *LOAD], "no link"),
         (["--cluster", "1xl40s-tp1:mixed", "--model", "llama-3-70b", *LOAD], "does not fit"),
         ([*SPLIT], "--rate R"),

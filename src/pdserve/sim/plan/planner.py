@@ -97,19 +97,23 @@ def _able(
     race: Race, designs: Sequence[Design], floors: WorkBounds | None
 ) -> tuple[list[Design], dict[Design, str]]:
     able, left_out = [], {}
+    too_small: dict[Design, float] = {}
     for design in designs:
         reason = None if floors is None else floors.floor_breaks(design)
         budget = race.goal.budget
         least = sum(race.prices.weights(design, race.goal.measure))
         if reason is None and budget is not None and least > budget * (1 + 1e-9):
             reason = f"the smallest such cluster takes {least:g} of the budget of {budget:g}"
+            too_small[design] = least
         if reason is None:
             able.append(design)
         else:
             left_out[design] = reason
     if not able:
-        reasons = list(dict.fromkeys(left_out.values()))
-        raise ConfigError(f"no cluster can do this: {'; '.join(reasons)}")
+        reasons = [reason for design, reason in left_out.items() if design not in too_small]
+        if too_small:  # of those, the one that comes nearest
+            reasons.append(left_out[min(too_small, key=lambda design: too_small[design])])
+        raise ConfigError(f"no cluster can do this: {'; '.join(dict.fromkeys(reasons))}")
     return able, left_out
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, UnknownNameError
 from pdserve.core.request import Role
 from pdserve.core.step import StepShape
 from pdserve.cost.machine import MachineModel, StepTimer
@@ -167,7 +167,8 @@ def read_requests(workload: WorkloadOptions) -> list[TraceRequest]:
 def make_machines(
     options: PlanOptions, hardware: Sequence[str], trace: Sequence[TraceRequest]
 ) -> tuple[dict[tuple[str, Role], MachineModel], SimSettings, list[str]]:
-    """Of all hardware that can serve the model, in every role; and why others are left out."""
+    """Of all hardware that can serve the model, in every role; and why others are left out. Raises
+    `ConfigError` if none can, and for a name that nobody knows."""
     made: dict[tuple[str, Role], MachineModel] = {}
     template: SimSettings | None = None
     refused: list[str] = []
@@ -175,6 +176,8 @@ def make_machines(
         groups = tuple(_group(name, role) for role in Role)
         try:
             template = settings_of(_sim_options(options, ClusterSpec(groups)), trace[:SAMPLE])
+        except UnknownNameError:
+            raise
         except ConfigError as error:
             refused.append(f"{name} is left out: {error}")
             continue
@@ -315,7 +318,13 @@ def _many_note(trace: Sequence[TraceRequest]) -> str:
 def _group(name: str, role: Role) -> Group:
     """Raises `ConfigError` for what is no hardware's name."""
     hardware, at, link = name.partition("@")
-    return replace(parse_cluster(f"1x{hardware}:mixed{at}{link}").groups[0], role=role)
+    try:
+        return replace(parse_cluster(f"1x{hardware}:mixed{at}{link}").groups[0], role=role)
+    except ConfigError:
+        raise ConfigError(
+            f"--hardware {name!r}: write names and commas between, as h100,a100-tp4,h100@ib-200; "
+            "how many, and in which role, is what the plan finds"
+        ) from None
 
 
 def _sim_options(options: PlanOptions, cluster: ClusterSpec) -> SimOptions:
