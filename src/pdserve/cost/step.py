@@ -35,6 +35,15 @@ class StepModel:
             return self.prompt_s(shape.prompt_tokens, shape.prompt_pairs) + decode_s
         return self.decode_base_s + decode_s if shape.num_decoding else 0.0
 
+    def decodes_s(self, sequences: int, lengths: range) -> list[float]:
+        """`step_s` of steps that decode so many sequences, of these lengths together."""
+        base_s, all_s, each_s = (
+            self.decode_base_s,
+            self.per_sequence_s * sequences,
+            self.per_context_token_s,
+        )
+        return [base_s + (all_s + each_s * context) for context in lengths]
+
     def prompt_s(self, tokens: int, pairs: int) -> float:
         """Seconds of a step with these prompt tokens alone."""
         return self.prompt_base_s + self.per_prompt_token_s * tokens + self.per_pair_s * pairs

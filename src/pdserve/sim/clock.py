@@ -24,6 +24,7 @@ class Clock:
         self._heap: list[tuple[float, int, _Call, tuple[Any, ...]]] = []
         self._soon: deque[tuple[_Call, tuple[Any, ...]]] = deque()
         self._number = 0
+        self._runs = False
 
     def at(self, at_s: float, call: _Call, *arguments: Any) -> None:
         """Call it then, or now if that is past; never if that is never."""
@@ -36,14 +37,25 @@ class Clock:
     def after(self, seconds: float, call: _Call, *arguments: Any) -> None:
         self.at(self.now + seconds, call, *arguments)
 
-    def run(self, goes_on: Callable[[], bool], until_s: float = inf) -> None:
-        """Make calls in order while ``goes_on`` says so, none that is due after ``until_s``."""
-        heap, soon, pop = self._heap, self._soon, heapq.heappop
-        while goes_on():
-            if soon and not (heap and heap[0][0] <= self.now):
-                call, arguments = soon.popleft()
-            elif heap and heap[0][0] <= until_s:
-                self.now, _, call, arguments = pop(heap)
-            else:
-                return
-            call(*arguments)
+    def run(self, until_s: float = inf) -> None:
+        """Make calls in order until one says `stop`, none that is due after ``until_s``."""
+        self._runs = True
+        step = self.step
+        while self._runs and step(until_s):
+            pass
+
+    def step(self, until_s: float) -> bool:
+        """Make the next call; False if none is due until then."""
+        heap, soon = self._heap, self._soon
+        if soon and not (heap and heap[0][0] <= self.now):
+            call, arguments = soon.popleft()
+        elif heap and heap[0][0] <= until_s:
+            self.now, _, call, arguments = heapq.heappop(heap)
+        else:
+            return False
+        call(*arguments)
+        return True
+
+    def stop(self) -> None:
+        """`run` returns after the call that is being made."""
+        self._runs = False

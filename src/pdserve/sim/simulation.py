@@ -36,6 +36,7 @@ from pdserve.policy.registry import default_batching, make_batching, make_policy
 from pdserve.sim.clients import Client, Clients
 from pdserve.sim.clock import Clock
 from pdserve.sim.conditions import Conditions, Modelled
+from pdserve.sim.garbage import sought_seldom
 from pdserve.sim.gateway import VirtualGateway
 from pdserve.sim.launcher import VirtualLauncher
 from pdserve.sim.network import End, Network
@@ -97,6 +98,10 @@ class Simulation:
 
     def run(self) -> None:
         """From the first request to the end of the last one."""
+        with sought_seldom():
+            self._run()
+
+    def _run(self) -> None:
         self.gateway.hear(Started())
         for worker in self.slots:
             starts_s = self._conditions.starts_s(worker)
@@ -107,11 +112,13 @@ class Simulation:
         self._await_next()
         if self._told.sampled:
             self._sample()
-        self.clock.run(lambda: not self.is_over)
+        if not self.is_over:
+            self.clock.run()
         ended_s = self.clock.now
         for call in self.when_over:
             call()
-        self.clock.run(lambda: not self.is_settled, until_s=ended_s + SETTLE_S)
+        while not self.is_settled and self.clock.step(ended_s + SETTLE_S):
+            pass
         for tell in self._told.done:
             tell(ended_s)
 
@@ -119,6 +126,11 @@ class Simulation:
     def is_over(self) -> bool:
         """All requests have come and ended."""
         return self._exhausted and not self.clients.open
+
+    def _stop_if_over(self) -> None:
+        """A request has ended, or the last one has come."""
+        if self.is_over:
+            self.clock.stop()
 
     @property
     def is_settled(self) -> bool:
@@ -143,6 +155,7 @@ class Simulation:
         asked = self.clients.next_asked()
         if asked is None:
             self._exhausted = True
+            self._stop_if_over()
         else:
             self.clock.at(asked.at_s, self._arrive, asked)
 
@@ -163,6 +176,7 @@ class Simulation:
             self.gateway.hear(ClientGone(request_id))
             for tell in self._told.ended:
                 tell(self.clock.now, client.ended(cancelled=True))
+            self._stop_if_over()
 
     def deliver_tokens(self, effect: Deliver) -> None:
         client = self.clients.open.get(effect.request_id)
@@ -171,12 +185,14 @@ class Simulation:
             del self.clients.open[effect.request_id]
             for tell in self._told.ended:
                 tell(at_s, client.ended())
+            self._stop_if_over()
 
     def fail(self, effect: Fail) -> None:
         client = self.clients.open.pop(effect.request_id, None)
         if client is not None:
             for tell in self._told.ended:
                 tell(self.clock.now, client.ended(effect))
+            self._stop_if_over()
 
     # --- the world of a worker ----------------------------------------------------------------
 

@@ -185,6 +185,7 @@ class Transfers:
         assert ticket is not None
         attempt = transfer.opened.attempt
         del self._open[attempt]
+        transfer.flow = None  # which refers to the transfer: both are garbage now
         chunks: tuple[ChunkDigest, ...] = ()
         if ticket.block_ids:
             layers = (b"",) * self._machine.num_layers
