@@ -144,6 +144,21 @@ def test_a_message_is_worked_on_at_the_pace_that_neighbours_leave() -> None:
     assert pair.ends["prefill-0"] == pytest.approx(0.2 + 0.006)
 
 
+def test_tokens_that_a_neighbour_draws_take_time_from_the_step_beside_it() -> None:
+    pair = Pair(a_machine({"prompt": Lost(per_token_s=0.001), "decode": Lost()}))
+    pair.prefill.begin(PROMPT, 0.0)
+    pair.decode.begin(StepShape(0, 0, 7, 700), 0.0)
+    pair.clock.now = 0.01
+    pair.decode.end()
+    assert pair.ends == {"prefill-0": pytest.approx(0.107)}
+    pair.ends.clear()
+    pair.clock.now = 0.107
+    pair.prefill.end()
+    pair.decode.begin(DECODE, 0.107)
+    pair.decode.end()
+    assert not pair.ends
+
+
 def test_the_gap_before_a_step_is_that_of_its_kind_beside_what_computes() -> None:
     pair = Pair(a_machine(gaps={"prompt": Gap(alone_s=0.001, beside_s=0.004)}))
     begun_s, end_s = pair.prefill.begin(PROMPT, 1.0)

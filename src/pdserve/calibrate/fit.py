@@ -2,12 +2,12 @@
 
 Steps are grouped by the kind of worker that ran them (weights, engine, device, numerics class: what
 `cost.store.StepKey` says takes the same time), whatever their roles. Each step knows for how long
-neighbours on the host computed beside it, and how many messages came meanwhile. The link is what
-transfers show that had it for themselves. Messages and the edge take their median: in a burst they
-wait for the processes at their ends, which is no delay of theirs; of messages only those count that
-come once a request, since the many that bring a token each would outvote them. Of the gap between
-two steps the mean counts, since every token pays it, without the twentieth on either side; it is
-told apart by kind of step, and by whether a neighbour computed.
+neighbours on the host computed beside it and how many tokens they drew, and how many messages came
+meanwhile. The link is what transfers show that had it for themselves. Messages and the edge take
+their median: in a burst they wait for the processes at their ends, which is no delay of theirs; of
+messages only those count that come once a request, since the many that bring a token each would
+outvote them. Of the gap between two steps the mean counts, since every token pays it, without the
+twentieth on either side; it is told apart by kind of step, and by whether a neighbour computed.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _warnings(machines: Iterable[Machine]) -> Iterable[str]:
 
 class Neighbours:
     """What was beside a step: for how long other workers computed, from when one of their steps was
-    asked for, since its worker does not rest in between, until it was done; and how many messages
-    its own worker got."""
+    asked for, since its worker does not rest in between, until it was done; how many tokens they
+    drew for answers that go on; and how many messages its own worker got."""
 
     def __init__(self, steps: Sequence[RanStep], mail: Sequence[Mail] = ()) -> None:
         """All steps and messages of all workers."""
@@ -183,6 +183,7 @@ class Neighbours:
     def timed(self, step: RanStep) -> TimedStep:
         """The step with what was beside it."""
         beside = {True: 0.0, False: 0.0}
+        num_drawn = 0
         for worker, others in self._steps.items():
             if worker == step.worker:
                 continue
@@ -191,9 +192,12 @@ class Neighbours:
                     break
                 together_s = min(other.done_s, step.done_s) - max(other.asked_s, step.begun_s)
                 beside[kind_of(other.shape) == DECODE] += max(0.0, together_s)
+                if other.done_s < step.done_s:
+                    num_drawn += other.shape.num_decoding
         heard_s = self._heard_s.get(step.worker, [])
         num_heard = bisect_left(heard_s, step.done_s) - bisect_left(heard_s, step.begun_s)
-        return TimedStep(step.shape, step.elapsed_s, beside[False], beside[True], num_heard)
+        times_s = (step.elapsed_s, beside[False], beside[True])
+        return TimedStep(step.shape, *times_s, num_heard, num_drawn)
 
 
 # --- links, messages, the edge -----------------------------------------------------------------

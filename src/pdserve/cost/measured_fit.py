@@ -7,9 +7,10 @@ simplest one whose error on steps that it has not seen is nearly the least. That
 median and 90th percentile: it is what the profile says about itself. Folds are blocks of time, so
 that a fold's steps are not the neighbours of those that were fitted.
 
-What made a step longer that is no part of its shape is fitted with it: neighbours on the host, and
-messages that its process had to work on meanwhile. A mixed step, of which there are few, loses as
-much to these as a step of prompts, which it mostly is; it is fitted without that.
+What made a step longer that is no part of its shape is fitted with it: neighbours on the host, the
+tokens that they drew, and messages that its process had to work on meanwhile. A mixed step, of
+which there are few, loses as much to these as a step of prompts, which it mostly is; it is fitted
+without that.
 
 The fit says what steps usually take; what makes some longer is kept as the spread of measured over
 predicted times, with its own mean taken into the fit: means of many steps come out right.
@@ -43,8 +44,9 @@ MOST_MEMORY = 0.98
 LARGEST_RATIO = 20.0
 MOST_LOST = 0.8
 """Of a step's pace; more is noise."""
-MOST_MESSAGE_S = 5e-3
-NUM_HINDRANCES = 3
+MOST_EVENT_S = 5e-3
+"""That a message or a token takes from a step; more is noise."""
+NUM_HINDRANCES = 4
 LEAST_REST = 0.2
 """Of a step's time, when what hindered it is taken off."""
 
@@ -53,18 +55,20 @@ LEAST_REST = 0.2
 class TimedStep:
     """A step that a live worker ran. ``beside_prompt_s`` and ``beside_decode_s``: for how long of
     it neighbours on the same machine computed prompts, or only decoded. ``num_heard``: how many
-    messages its process got while it ran."""
+    messages its process got while it ran; ``num_drawn``: how many tokens neighbours drew."""
 
     shape: StepShape
     elapsed_s: float
     beside_prompt_s: float = 0.0
     beside_decode_s: float = 0.0
     num_heard: int = 0
+    num_drawn: int = 0
 
     @property
     def hindrances(self) -> list[float]:
         """What made it longer that is no part of its shape: the features of a fit."""
-        return [self.beside_prompt_s, self.beside_decode_s, float(self.num_heard)]
+        counts = (float(self.num_heard), float(self.num_drawn))
+        return [self.beside_prompt_s, self.beside_decode_s, *counts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +178,12 @@ def _fit_kind(
     error = FitError(
         num_steps=len(samples), median=_quantile(ordered, 0.5), p90=_quantile(ordered, 0.9)
     )
-    beside_prompt, beside_decode, per_message_s = found[size:]
+    beside_prompt, beside_decode, per_message_s, per_token_s = found[size:]
     lost = Lost(
         beside_prompt=min(beside_prompt, MOST_LOST),
         beside_decode=min(beside_decode, MOST_LOST),
-        per_message_s=min(per_message_s, MOST_MESSAGE_S),
+        per_message_s=min(per_message_s, MOST_EVENT_S),
+        per_token_s=min(per_token_s, MOST_EVENT_S),
     )
     spread = _spread([ratio / level for ratio in ratios])
     return _KindFit(made(found[:size], bends), lost, error, spread)
@@ -186,11 +191,8 @@ def _fit_kind(
 
 def _unhindered(sample: TimedStep, lost: Lost) -> TimedStep:
     """The step as it would have been alone."""
-    lost_s = (
-        lost.beside_prompt * sample.beside_prompt_s
-        + lost.beside_decode * sample.beside_decode_s
-        + lost.per_message_s * sample.num_heard
-    )
+    each = (lost.beside_prompt, lost.beside_decode, lost.per_message_s, lost.per_token_s)
+    lost_s = _product(each, sample.hindrances)
     return TimedStep(sample.shape, max(sample.elapsed_s - lost_s, LEAST_REST * sample.elapsed_s))
 
 

@@ -2,7 +2,8 @@
 
 Three things make a step of the same shape take longer at one time than at another. What the machine
 does beside it: workers on one host share its memory and on a small one its cores, so a step loses a
-share of its pace while a neighbour computes. What its own process does beside it: messages that
+share of its pace while a neighbour computes, and some time to the gateway and the clients on this
+host for each token that the neighbour draws. What its own process does beside it: messages that
 come while it runs (jobs, hand-offs) are worked on by the same process and cores. And what nobody
 knows the cause of, which is kept as a distribution. Between two steps lies a gap, which depends on
 the same things.
@@ -60,11 +61,14 @@ class Spread:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
     """The share of its pace that a step loses while a neighbour computes a prompt, and while one
-    only decodes; and the seconds by which a message makes it longer that comes while it runs."""
+    only decodes; and the seconds by which it gets longer while it runs: for each message that its
+    process gets, and for each token that a neighbour draws, since who delivers that needs the same
+    cores."""
 
     beside_prompt: float = 0.0
     beside_decode: float = 0.0
     per_message_s: float = 0.0
+    per_token_s: float = 0.0
 
     def beside(self, kind: str) -> float:
         """Beside a step of this kind."""

@@ -3,9 +3,10 @@
 Only machines with a `cost.pace.Pace` (calibrated ones) have it. Workers of such machines are dealt
 out to hosts as those were that were measured, and a step loses a share of its pace while a
 neighbour on its host computes: when one begins, changes its kind of step or rests, what is left of
-the others' steps is worked out again. A message that comes meanwhile makes the running step longer.
-What nobody knows the cause of is drawn, seeded by the worker's name; a slow spell lasts for as many
-steps as it did when it was measured.
+the others' steps is worked out again. A message that comes meanwhile makes the running step longer,
+and so does each token that a neighbour draws, which the gateway works on. What nobody knows the
+cause of is drawn, seeded by the worker's name; a slow spell lasts for as many steps as it did when
+it was measured.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Tempo:
         self._gap_s = gap_s
         self._random = Random(f"{seed}/{worker}/pace")
         self._moods: dict[str, float] = {}
+        self._draws = 0
         self._kind = ""  # of the step that runs, or ran a moment ago; empty: it rests
         self._runs = False
         self._rate = 1.0
@@ -85,6 +87,7 @@ class Tempo:
         self._left_s = self._step_s(shape) * self._strays(kind)
         self._since_s = begun_s
         self._runs = True
+        self._draws = shape.num_decoding
         changed, self._kind = kind != self._kind, kind
         self._rate = self._rate_beside_others()
         if changed:
@@ -93,15 +96,16 @@ class Tempo:
 
     def heard(self) -> None:
         """The process has a message to work on."""
-        lost = self._pace.lost.get(self._kind, _NOTHING)
-        if self._runs and lost.per_message_s:
-            self._work_off()
-            self._left_s += lost.per_message_s
-            self.moved(self._since_s + self._left_s / self._rate)
+        if self._runs:
+            self._lengthen(self._pace.lost.get(self._kind, _NOTHING).per_message_s)
 
     def end(self) -> None:
         """The step is over, and the next one may follow at once."""
         self._runs = False
+        for other in self._host:
+            if other is not self and other._runs:
+                lost = other._pace.lost.get(other._kind, _NOTHING)
+                other._lengthen(self._draws * lost.per_token_s)
 
     def rest(self) -> None:
         """No step followed."""
@@ -123,6 +127,12 @@ class Tempo:
         self._work_off()
         self._rate = rate
         self.moved(self._since_s + self._left_s / rate)
+
+    def _lengthen(self, more_s: float) -> None:
+        if more_s:
+            self._work_off()
+            self._left_s += more_s
+            self.moved(self._since_s + self._left_s / self._rate)
 
     def _work_off(self) -> None:
         """What has been computed by now is not left any more."""

@@ -42,6 +42,8 @@ def test_a_step_knows_for_how_long_neighbours_computed_beside_it() -> None:
     first = beside.timed(decodes[0])
     assert first.beside_prompt_s == pytest.approx(0.05)
     assert first.beside_decode_s == 0.0
+    assert timed.num_drawn == 5 * 2
+    assert first.num_drawn == 0
     assert timed.elapsed_s == pytest.approx(0.999)
 
 

@@ -114,16 +114,19 @@ def test_what_neighbours_cost_is_told_apart_from_the_step() -> None:
     assert fit.steps.step_s(shape) == pytest.approx(LINEAR.step_s(shape), rel=0.02)
 
 
-def test_what_messages_cost_is_told_apart_from_the_step() -> None:
+def test_what_messages_and_neighbours_tokens_cost_is_told_apart_from_the_step() -> None:
     source = random.Random(4)
     steps = []
     for step in timed(LINEAR.step_s, 0.01):
-        num = source.choice((0, 0, 0, 1, 4))
-        each_s = 8e-4 if step.shape.prompt_tokens else 3e-4
-        steps.append(TimedStep(step.shape, step.elapsed_s + num * each_s, num_heard=num))
+        heard, drawn = source.choice((0, 0, 0, 1, 4)), source.choice((0, 0, 1, 8))
+        each_s = (8e-4, 3e-4) if step.shape.prompt_tokens else (3e-4, 1e-4)
+        elapsed_s = step.elapsed_s + heard * each_s[0] + drawn * each_s[1]
+        steps.append(TimedStep(step.shape, elapsed_s, num_heard=heard, num_drawn=drawn))
     fit = fit_steps(steps)
     assert fit.lost[PROMPT].per_message_s == pytest.approx(8e-4, abs=1e-4)
+    assert fit.lost[PROMPT].per_token_s == pytest.approx(3e-4, abs=5e-5)
     assert fit.lost[DECODE].per_message_s == pytest.approx(3e-4, abs=5e-5)
+    assert fit.lost[DECODE].per_token_s == pytest.approx(1e-4, abs=2e-5)
     shape = StepShape(0, 0, 4, 2_000)
     assert fit.steps.step_s(shape) == pytest.approx(LINEAR.step_s(shape), rel=0.02)
 
