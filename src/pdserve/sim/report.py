@@ -137,7 +137,7 @@ class Report:
             )
         if failures[Refusal.OVERLOADED]:
             found.append(
-                f"{failures[Refusal.OVERLOADED]} requests were refused: nobody began them within "
+                f"refused as overloaded: {failures[Refusal.OVERLOADED]}; nobody began them within "
                 f"{settings.queue_timeout_s:g} s (--queue-timeout), more than "
                 f"{settings.max_queued_requests} waited (--max-queued-requests), or admission "
                 f"{settings.admission} turned them away"

@@ -35,6 +35,10 @@ Key = tuple[Design, int, Factors, Factors]
 Told = Callable[[Trial, Evaluation], None]
 
 
+_BEGINS = '{"key": '
+"""Every line of a journal."""
+
+
 class Journal:
     """Evaluations in a file, one a line, each under the digest of all that it depends on. A line
     that broke off is passed over, so a search that was killed goes on where it was."""
@@ -51,6 +55,8 @@ class Journal:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--resume: cannot use {path}: {error}") from error
+        if text and not text.startswith(_BEGINS):
+            raise ConfigError(f"--resume: {path} is no file that a plan has written: name another")
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 document = json.loads(line)
@@ -163,15 +169,21 @@ class Book:
         num = sum(self._evaluate.num_judged(window) for window in range(num_windows))
         left = list(allowed_misses(self._promise, num))
         trials = [Trial(candidate, conditions, window) for window in range(num_windows)]
-        # What is known first, then from the heaviest window on: what fails does so early.
+        # What is known first, whole evaluations before those that broke off (which may only have
+        # so few misses because of these), then what has to be asked.
         trials = [*trials[1:], *trials[:1]]
-        trials.sort(key=lambda trial: self._journal.find(trial) is None)
+        trials.sort(key=self._is_known)
         for trial in trials:
             found = self._enough(trial, left)
             left = [may - missed for may, missed in zip(left, found.misses, strict=True)]
             if min(left) < 0:
                 return False
         return True
+
+    def _is_known(self, trial: Trial) -> int:
+        """0: wholly, 1: until the promise was lost, 2: not at all."""
+        found = self._journal.find(trial)
+        return 2 if found is None else 0 if found.complete else 1
 
     def _enough(self, trial: Trial, left: Sequence[int]) -> Evaluation:
         """An evaluation that is complete, or has more misses than are left."""

@@ -1,9 +1,9 @@
 """What would change the answer: the value of one thing at which another design wins.
 
 Each `Knob` turns one thing (the rate or the budget, a bound of the SLO, the price of a hardware)
-while the rest stays. Its two ends are tried; where the winner at an end is of another sort, the
-turning point between is bisected. Everything is searched anew at each place, by the windows of one
-level: nothing is extrapolated.
+while the rest stays. Towards each of its two ends a place on the way and the end are tried; where
+the winner is of another sort, the turning point before is bisected. Everything is searched anew at
+each place, by the windows of one level: nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pdserve.sim.plan.race import Found, Goal, Race
 from pdserve.sim.plan.trial import Design, factors
 
+UNIT_OF_COST = "$/h"
 CLOSE = 1.12
 """A turning point is known to this factor."""
 PRICE_CLOSE = 1.02
@@ -52,7 +53,10 @@ class Turn:
 
 
 def knobs_of(
-    race: Race, designs: Sequence[Design], bounds: Sequence[tuple[str, float, str]]
+    race: Race,
+    designs: Sequence[Design],
+    bounds: Sequence[tuple[str, float, str]],
+    unit_of_cost: str = UNIT_OF_COST,
 ) -> list[Knob]:
     """``bounds``: of each latency that the promise bounds, its name, its value and its unit."""
     goal = race.goal
@@ -60,7 +64,7 @@ def knobs_of(
         knobs = [Knob("rate", "requests/s", goal.rate, _turn_goal, (1 / 16, 2.0))]
     else:
         assert goal.budget is not None
-        unit = "W" if goal.measure == "power" else "per hour"
+        unit = "W" if goal.measure == "power" else unit_of_cost
         knobs = [Knob("budget", unit, goal.budget, _turn_goal, (1 / 8, 2.0))]
     for metric, value, unit in bounds:
         knobs.append(Knob(f"{metric} bound", unit, value, _turn_bound(metric), (1 / 4, 4.0)))
@@ -71,7 +75,7 @@ def knobs_of(
             knobs.append(
                 Knob(
                     f"price of {name}",
-                    "per hour",
+                    unit_of_cost,
                     price,
                     _turn_price(name),
                     (1 / 4, 4.0),
@@ -110,11 +114,15 @@ def turns_of(
 
 
 def _turn(knob: Knob, winner: Callable[[float], Found | None], now: object, end: float) -> Turn:
-    then = winner(end)
     tried = knob.value * end
-    if _sort(knob, then) == now:
+    stays = 1.0
+    for turned in (math.sqrt(end), end):
+        then = winner(turned)
+        if _sort(knob, then) != now:
+            break
+        stays = turned
+    else:
         return Turn(knob.name, knob.unit, knob.value, tried, None, then, knob.by_hardware)
-    stays, turned = 1.0, end
     while max(stays / turned, turned / stays) > knob.close:
         middle = math.sqrt(stays * turned)
         found = winner(middle)

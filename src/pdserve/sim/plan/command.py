@@ -39,7 +39,12 @@ def run(typed: argparse.Namespace, fetch: Fetch) -> int:
         problem = problem_of(options)
     for note in problem.notes:
         print(f"note: {note}", file=sys.stderr)
-    plan, book, wall_s = solve(problem, options)
+    try:
+        plan, book, wall_s = solve(problem, options)
+    except KeyboardInterrupt:
+        if parsed.resume is not None:
+            print(f"interrupted: {parsed.resume} has what is known so far", file=sys.stderr)
+        raise
     whole = document(plan, problem.goal, problem.unit) | {
         "slo": str(problem.promise),
         "notes": list(problem.notes),
@@ -91,6 +96,7 @@ def solve(problem: Problem, options: PlanOptions) -> tuple[Plan, Book, float]:
             turns=parsed.changes,
             present=problem.present,
             seed=parsed.seed,
+            unit_of_cost=problem.unit,
         )
         floors = bounds.of(len(book.levels) - 1, (), ())
         plan = make_plan(race, problem.designs, floors, questions, bar.doing)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pdserve.core.errors import ConfigError
 from pdserve.sim.plan.bounds import WorkBounds
-from pdserve.sim.plan.change import Turn, knobs_of, turns_of
+from pdserve.sim.plan.change import UNIT_OF_COST, Turn, knobs_of, turns_of
 from pdserve.sim.plan.contest import Ranking, contest
 from pdserve.sim.plan.front import pareto
 from pdserve.sim.plan.race import Found, Goal, Measure, Race
@@ -50,6 +50,7 @@ class Questions:
     turns: bool = True
     present: Candidate | None = None
     seed: int = 0
+    unit_of_cost: str = UNIT_OF_COST
 
 
 def make_plan(
@@ -166,8 +167,10 @@ def _turns(
     for standing in ranking.standings:  # the winner's comes first
         if standing.best is not None:
             likely.setdefault(standing.design.hardware, standing.design)
-    turns = []
-    for knob in knobs_of(race, designs, questions.bounds) if len(likely) > 1 else ():
+    turns: list[Turn] = []
+    if len(likely) < 2:
+        return turns
+    for knob in knobs_of(race, designs, questions.bounds, questions.unit_of_cost):
         turns += turns_of(race, knob, list(likely.values()), level, told)
     return turns
 

@@ -19,12 +19,12 @@ from pdserve.sim.command import settings_of
 from pdserve.sim.machines import SPLITWISESIM
 from pdserve.sim.plan.arguments import PlanOptions
 from pdserve.sim.plan.bounds import WorkBounds
+from pdserve.sim.plan.change import UNIT_OF_COST
 from pdserve.sim.plan.promise import NINE_LIMITS, Bounds, Promise, Slowdowns
 from pdserve.sim.plan.race import Goal, Measure, Prices
 from pdserve.sim.plan.sureness import ASSUMED_ERROR
 from pdserve.sim.plan.trial import Candidate, Design
 from pdserve.sim.plan.windows import MIN_REQUESTS, Windows, cut
-from pdserve.sim.plan.words import UNIT_OF_COST
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import ClusterSpec, Group, parse_cluster
 from pdserve.workload.arguments import workload_options
@@ -214,7 +214,7 @@ def fitting_requests(
             "and the memory of these machines allow: take another model, or more memory"
         )
     num = len(trace) - len(fitting)
-    note = f"{num} of {len(trace)} requests are left out: they are longer than {longest} tokens"
+    note = f"left out: {num} of {len(trace)} requests, longer than {longest} tokens"
     return fitting, note if num else ""
 
 

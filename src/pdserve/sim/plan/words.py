@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pdserve.sim.plan.change import Turn
+from pdserve.sim.plan.change import UNIT_OF_COST, Turn
 from pdserve.sim.plan.planner import Plan
 from pdserve.sim.plan.race import Found, Goal, Measure
 from pdserve.sim.plan.sureness import Comparison
 
-UNIT_OF_COST = "$/h"
 UNKNOWN_W = 1e-3
 """Less than this is no power: it was not known."""
 EQUAL = 5e-4
@@ -118,6 +117,8 @@ def _interval(comparison: Comparison, goal: Goal) -> str:
     kind = "split" if comparison.other.design.is_split else "aggregated"
     low, _, high = comparison.gain
     does = "saves" if goal.is_least else "gains"
+    if max(abs(low), abs(high)) < EQUAL:
+        return f"against {kind} it {does} nothing"
     return f"against {kind} it {does} {_percent(low)} to {_percent(high)} in nine of ten"
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pdserve.core.errors import ConfigError
 from pdserve.core.request import Role
 from pdserve.sim.plan.book import Book, Journal
-from pdserve.sim.plan.change import knobs_of, turns_of
+from pdserve.sim.plan.change import Knob, knobs_of, turns_of
 from pdserve.sim.plan.contest import contest
 from pdserve.sim.plan.fake import FormulaEvaluate
 from pdserve.sim.plan.front import pareto
@@ -157,6 +157,14 @@ def test_a_search_goes_on_from_its_journal(tmp_path):
     assert answers[1][1] == 0
 
 
+def test_what_is_no_journal_is_not_written_to(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    with pytest.raises(ConfigError, match=r"trace\.csv is no file that a plan has written"):
+        Journal(path, "problem")
+    assert path.read_text() == "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
 def test_a_journal_of_another_problem_says_nothing(tmp_path):
     path = tmp_path / "journal.jsonl"
     candidate = Candidate(DESIGNS[0], (1, 1))
@@ -224,6 +232,18 @@ def test_the_price_at_which_the_hardware_flips_is_where_both_cost_the_same():
         winner = contest(there, DESIGNS).winner
         now = contest(race, DESIGNS).winner
         assert (winner.design.hardware != now.design.hardware) == wins
+
+
+def test_a_design_that_wins_on_the_way_only_is_found():
+    race, _ = make_race(Goal(Measure.COST, rate=60.0))
+
+    def turn(race, factor):
+        return replace(race, prices=race.prices.times("b", 4.0 if 1.5 < factor < 3 else 1.0))
+
+    knob = Knob("price of b", "$/h", 2.0, turn, (1 / 4, 4.0), by_hardware=True)
+    down, up = turns_of(race, knob, DESIGNS, 0)
+    assert down.at is None
+    assert up.at == pytest.approx(2.0 * 1.5, rel=0.07)
 
 
 def test_a_plan_says_it_in_a_sentence():
