@@ -241,7 +241,6 @@ def answer(study: Study, loads: Sequence[str], guess: int) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("fleet", __doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--loads", nargs="+", choices=tuple(LOADS), default=list(LOADS))
     parser.add_argument("--speed", type=float, default=10.0, metavar="X")
     parser.add_argument("--window", type=float, nargs=2, default=(600.0, 1500.0), metavar="S")

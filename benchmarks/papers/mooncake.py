@@ -241,7 +241,6 @@ def answer(study: Study, speeds: Sequence[float]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser: argparse.ArgumentParser = parser_of("mooncake", __doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("-n", "--num-requests", type=int, help="of the trace (default: all)")
     parser.add_argument("--num-overload", type=int, help="of them under overload (default: all)")
     parser.add_argument("--speeds", type=float, nargs="*", default=[2.0, 3.0], metavar="X",

@@ -266,10 +266,27 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("papers") / name, metavar="DIR")
+    add_data(parser)
+    out = Path("papers") / name
+    parser.add_argument(
+        "--out", type=Path, default=out, metavar="DIR", help=f"for what it writes (default: {out})"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a small part of it, in a minute or so"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the runs that were made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Where the user's copies of what others have published are."""
+
+    def folder(text: str) -> Path:
+        if not Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {text}")
+        return Path(text)
+
+    parser.add_argument(
+        "--data", type=folder, required=True, metavar="DIR", help="of published traces and tables"
+    )

@@ -327,7 +327,6 @@ def divisions(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("splitwise", __doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--loads", nargs="+", choices=tuple(LOADS), default=list(LOADS))
     parser.add_argument("--designs", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from paper_runs import add_data
 
 from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import RequestId
@@ -122,7 +123,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the published data")
+    add_data(parser)
     parser.add_argument("--part", choices=("replay", "poisson"), help="only this part")
     parser.add_argument("--only", default="", help="only runs whose name has this")
     parser.add_argument("--bound", type=float, default=0.01, help="largest difference (0.01)")

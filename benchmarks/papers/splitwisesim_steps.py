@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paper_runs import add_data
 from paper_tables import Cell, table
 from splitwisesim import METRICS, PERCENTS, poisson, read_csv, simulate
 
@@ -105,7 +106,7 @@ class Runs:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the published data")
+    add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help="where runs are kept (JSON)")
     parser.add_argument("--scale", type=int, default=5, help="what clusters are divided by (5)")
     parser.add_argument("--grid", type=int, default=1, help="of rates, requests/s (1)")

@@ -249,7 +249,6 @@ def answer(study: Study) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("taichi", __doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--rates", type=float, nargs="+", metavar="R")
     parser.add_argument("--duration", type=float, help="of each load in s (default: 120)")
     chosen = parser.parse_args(arguments)
