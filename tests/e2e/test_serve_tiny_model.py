@@ -63,7 +63,7 @@ def test_a_pool_of_int8_moves_fewer_bytes_and_split_answers_like_local(
     start_server: Callable[..., Any], tiny_model_path: Path
 ) -> None:
     prompt = "a tortoise that had nowhere to be " * 30
-    answers, sent_bytes = [], []
+    answers, scored, sent_bytes = [], [], []
     for counts in (("--prefill", "1", "--decode", "1"), ("--mixed", "1")):
         server = start_server(
             "--model", str(tiny_model_path), *FLAGS, *counts, "--kv-dtype", "int8"
@@ -74,16 +74,28 @@ def test_a_pool_of_int8_moves_fewer_bytes_and_split_answers_like_local(
                     model=tiny_model_path.name, prompt=prompt, max_tokens=30, seed=4, logprobs=1
                 )
             )
+            for extra in ({}, {"prompt_logprobs": 1}):
+                answer = client.completions.create(
+                    model=tiny_model_path.name, prompt=prompt, max_tokens=2, extra_body=extra
+                )
+                scored.append(answer)
         loads = [worker["load"] for worker in server.workers().values()]
         sent_bytes.append(sum(load["transfer_bytes"] for load in loads))
         server.close()
     split, local = (answer.choices[0] for answer in answers)
     assert split.text == local.text
     assert split.logprobs == local.logprobs
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in (*answers, *scored)]
+    num_full = (answers[0].usage.prompt_tokens - 1) // 16 * 16
+    assert cached == [0, 0, num_full, 0, num_full, 0]
+    scores = [answer.choices[0].model_extra["prompt_logprobs"] for answer in scored[1::2]]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == answers[0].usage.prompt_tokens
     num_blocks = -(-answers[0].usage.prompt_tokens // 16)
     assert sent_bytes[1] == 0
     # 2 layers, keys and values, 2 heads of 16 bytes and a scale, 16 tokens.
-    assert 0 < sent_bytes[0] <= (num_blocks + 1) * 2 * 2 * 2 * 16 * (16 + 4)
+    # The second and third request send only what the first has not left there.
+    assert 0 < sent_bytes[0] <= (num_blocks + 3) * 2 * 2 * 2 * 16 * (16 + 4)
 
 
 @pytest.mark.parametrize("counts", [("--mixed", "1"), ("--prefill", "1"), ("--decode", "1")])

@@ -188,10 +188,18 @@ class FakeGateway(Gateway):
                 token_id=token_id,
                 finish=finish,
                 logprobs=self._logprobs(token_id, params.logprobs),
+                prompt_logprobs=self._prompt_logprobs(request) if choice == index == 0 else None,
             )
             if finish is not None:
                 return
             index += 1
+
+    def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprobs, ...] | None:
+        scores = [
+            self._logprobs(token_id, request.params.prompt_logprobs)
+            for token_id in request.prompt_token_ids[1:]
+        ]
+        return tuple(score for score in scores if score is not None) or None
 
     def _logprobs(self, token_id: int, num_top: int | None) -> TokenLogprobs | None:
         """The chosen token is the likeliest, its neighbours in the vocabulary follow."""

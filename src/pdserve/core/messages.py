@@ -36,7 +36,11 @@ from pdserve.core.values import value
 @value(kw_only=True)
 class TokenDelta:
     """Output token ``index`` of one choice. ``finish`` ends the choice with this token. ``skipped``
-    tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`)."""
+    tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`).
+
+    The first token of a request's first choice says of the prompt how many tokens were in a prefix
+    cache (``cached_tokens``), and, if they are wanted, the log-probabilities of its tokens from the
+    second one on (``prompt_logprobs``)."""
 
     request_id: RequestId
     epoch: Epoch
@@ -46,6 +50,8 @@ class TokenDelta:
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     skipped: int = 0
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 # --- router -> worker -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from math import inf
 
@@ -63,9 +64,11 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
     always set: the edge draws one for a request without. Token i of choice c uses random number
     f(seed, c, i), so that a resume needs no generator state. ``logprobs`` is the number of most
-    likely tokens to report beside the chosen one (None: report nothing). ``stop_token_ids`` holds
-    what the client gave, ``eos_token_ids`` what the model has; ``ignore_eos`` disables the latter.
-    Neither can end a choice before ``min_tokens``, and none of them can then be sampled.
+    likely tokens to report beside the chosen one (None: report nothing); ``prompt_logprobs`` is the
+    same for the prompt's tokens, which are then computed and not read from a prefix cache.
+    ``stop_token_ids`` holds what the client gave, ``eos_token_ids`` what the model has;
+    ``ignore_eos`` disables the latter. Neither can end a choice before ``min_tokens``, and none of
+    them can then be sampled.
     """
 
     max_tokens: int
@@ -83,11 +86,16 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a choice."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
+
+    def without_scores(self) -> SamplingParams:
+        """For a worker that only decodes: it takes of the prompt what it has."""
+        return self if self.prompt_logprobs is None else replace(self, prompt_logprobs=None)
 
     @property
     def needs_history(self) -> bool:

@@ -31,6 +31,15 @@ class SampleSpec:
     num_prompt_tokens: int = 0
 
 
+@value()
+class PromptScore:
+    """Tell the log-probability of each of ``targets`` after the row's tokens up to the one before
+    it: target i follows token i of the row. ``num_top`` likely ones are told beside each."""
+
+    targets: TokenIds
+    num_top: int
+
+
 @value(kw_only=True)
 class StepRow:
     """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start`` + 1, ...
@@ -47,6 +56,8 @@ class StepRow:
     sample: SampleSpec | None
     pushes: bool = False
     """True if a transfer is open for this row: the layer sink pushes its blocks."""
+    score: PromptScore | None = None
+    """For a chunk of a prompt whose log-probabilities are wanted."""
 
     @property
     def end(self) -> int:
@@ -149,9 +160,11 @@ class SampledToken:
 @value(kw_only=True)
 class StepResult:
     """``tokens[i]`` belongs to ``plan.rows[i]``: one entry per choice of its sample spec, in order;
-    empty for a row that samples nothing. If the step failed, ``error`` says why.
+    empty for a row that samples nothing. ``scores[i]`` is what the score of row i asks for; empty
+    for rows without, and altogether if none has one. If the step failed, ``error`` says why.
     """
 
     step_id: StepId
     tokens: tuple[tuple[SampledToken, ...], ...]
+    scores: tuple[tuple[TokenLogprobs, ...], ...] = ()
     error: str | None = None

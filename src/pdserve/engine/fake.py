@@ -93,7 +93,9 @@ class FakeRunner(ModelRunner):
             if sink is not None:
                 sink.layer_done(plan.step_id, layer)
         return StepResult(
-            step_id=plan.step_id, tokens=tuple(self._draw(pool, row) for row in plan.rows)
+            step_id=plan.step_id,
+            tokens=tuple(self._draw(pool, row) for row in plan.rows),
+            scores=tuple(scores_of(row, self.info.vocab_size) for row in plan.rows),
         )
 
     def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
@@ -171,11 +173,23 @@ def token_of(drawn: int, sample: SampleSpec, vocab_size: int) -> SampledToken:
     return SampledToken(token, _logprobs(token, params, vocab_size))
 
 
+def scores_of(row: StepRow, vocab_size: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of the prompt that the row is to tell."""
+    if row.score is None:
+        return ()
+    num_top = row.score.num_top
+    return tuple(_logprobs_of(token, num_top, vocab_size) for token in row.score.targets)
+
+
 def _logprobs(token: int, params: SamplingParams, vocab_size: int) -> TokenLogprobs | None:
-    """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
     if params.logprobs is None:
         return None
-    num_top = min(params.logprobs, vocab_size)
+    return _logprobs_of(token, params.logprobs, vocab_size)
+
+
+def _logprobs_of(token: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """Of a made-up distribution, in which the next ids follow the chosen one in rank."""
+    num_top = min(num_top, vocab_size)
     top = tuple(((token + i) % vocab_size, -0.5 - i) for i in range(num_top))
     return TokenLogprobs(logprob=-0.5, rank=1, top=top)
 

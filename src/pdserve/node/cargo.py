@@ -74,7 +74,7 @@ class BlockCargo(Cargo):
             choices=self.sequence.choices,
             token_ids=job.token_ids,
             num_prompt_tokens=job.num_prompt_tokens,
-            params=job.params,
+            params=job.params.without_scores(),
             cache_salt=job.cache_salt,
             trace_context=job.trace_context,
             block_hashes=tuple(self.sequence.hashes),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pdserve.core.request import Role
 from pdserve.core.step import StepPlan, StepRow, StepShape
-from pdserve.node.sequence import Sequence, sample_spec
+from pdserve.node.sequence import Sequence, prompt_score, sample_spec
 
 
 @dataclass(slots=True)
@@ -83,4 +83,5 @@ def _row(sequence: Sequence, num_tokens: int) -> StepRow:
         block_ids=tuple(sequence.block_ids),
         sample=sample_spec(sequence) if end == sequence.num_tokens else None,
         pushes=sequence.hands_off,
+        score=prompt_score(sequence, start, end),
     )

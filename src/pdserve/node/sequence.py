@@ -11,12 +11,18 @@ blocks; the sequence runs no more steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdserve.core.ids import AttemptId, BlockHash, BlockId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, SamplingParams
-from pdserve.core.step import SILENT_TOKEN, SampledToken, SampleSpec
+from pdserve.core.step import (
+    SILENT_TOKEN,
+    PromptScore,
+    SampledToken,
+    SampleSpec,
+    TokenLogprobs,
+)
 from pdserve.core.token_ids import NamedTokens, TokenIds
 from pdserve.kv.hashing import block_hashes, extend_hash
 
@@ -38,7 +44,8 @@ class Sequence:
     its setbacks (`node.turns`); it is admitted with blocks for ``reserved_tokens`` if these are
     more than it has. ``num_told``: index of the first output token of which the router has not
     been told. ``counted_tokens``: its share in the sum of its queue (`node.queues`). ``number`` and
-    ``answer_tokens`` are its job's.
+    ``answer_tokens`` are its job's. ``scores``: log-probabilities of the prompt's tokens from the
+    second on, as far as it is computed, if it `is_scored`.
     """
 
     attempt: AttemptId
@@ -70,6 +77,7 @@ class Sequence:
     reserved_tokens: int = 0
     started: bool = False
     decode_started: bool = False
+    scores: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_tokens = len(self.given) + len(self.drawn)
@@ -83,6 +91,11 @@ class Sequence:
     def next_index(self) -> int:
         """Index of the next output token."""
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_scored(self) -> bool:
+        """True if log-probabilities of its prompt are wanted, and were not told before."""
+        return self.params.prompt_logprobs is not None and self.num_tokens == self.num_prompt_tokens
 
     @property
     def pending_tokens(self) -> int:
@@ -139,6 +152,15 @@ def sample_spec(sequence: Sequence) -> SampleSpec:
     )
 
 
+def prompt_score(sequence: Sequence, start: int, end: int) -> PromptScore | None:
+    """What a row with tokens ``start`` to ``end`` of a prompt is to tell of the next ones."""
+    if not sequence.is_scored:
+        return None
+    num_top = sequence.params.prompt_logprobs
+    assert num_top is not None
+    return PromptScore(sequence.given[start + 1 : end + 1], num_top)
+
+
 def token_deltas(
     sequence: Sequence,
     choices: tuple[int, ...],
@@ -164,6 +186,17 @@ def token_deltas(
             if choice in sequence.choices
         ]
     )
+
+
+def with_prompt(
+    sequence: Sequence, deltas: tuple[TokenDelta, ...], cached_tokens: int
+) -> tuple[TokenDelta, ...]:
+    """First tokens, the first of which says what is to be told of the prompt."""
+    scores = tuple(sequence.scores) if sequence.is_scored else None
+    if not cached_tokens and scores is None:
+        return deltas
+    first = replace(deltas[0], cached_tokens=cached_tokens, prompt_logprobs=scores)
+    return (first, *deltas[1:])
 
 
 def untold(sequence: Sequence) -> TokenDelta | None:

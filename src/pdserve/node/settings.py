@@ -93,6 +93,9 @@ class WorkerSettings:
         num_blocks = self.layout.num_blocks_for(num_tokens)
         if num_blocks > self.num_blocks:
             return f"{num_blocks} KV blocks are needed and there are {self.num_blocks}"
+        is_scored = job.params.prompt_logprobs is not None and job.next_index == 0
+        if is_scored and self.foreign is not None:
+            return "its engine does not tell log-probabilities of prompts"
         return None
 
 

@@ -17,7 +17,7 @@ from pdserve.core.step import SILENT_TOKEN, SampledToken, StepResult
 from pdserve.node.planned import StepOutcome
 from pdserve.node.queues import Queues
 from pdserve.node.ride import Ride
-from pdserve.node.sequence import Sequence, token_deltas
+from pdserve.node.sequence import Sequence, token_deltas, with_prompt
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.tables import BlockTables
 from pdserve.node.turns import set_back
@@ -48,6 +48,8 @@ class StepEnds:
             row = rows[index]
             decodes = index < ride.num_decodes
             self._computed(sequence, row.end, decodes=decodes)
+            if row.score is not None:
+                sequence.scores.extend(result.scores[index])
             if row.sample is not None and not sequence.detached:
                 choices, sampled = row.sample.choices, result.tokens[index]
                 self._take(sequence, choices, sampled, outcome, decodes=decodes)
@@ -136,6 +138,9 @@ class StepEnds:
     ) -> None:
         """A row drew tokens: finish, go on, fork, or wait for the hand-off."""
         deltas = token_deltas(sequence, choices, sampled, self._settings.longest_tokens)
+        if not decodes and deltas and sequence.next_index == 0:
+            cached_tokens = sequence.num_cached_blocks * self._block_size
+            deltas = with_prompt(sequence, deltas, cached_tokens)
         outcome.deltas.extend(() if sequence.hands_off else deltas)
         queues = self._queues
         if decodes:

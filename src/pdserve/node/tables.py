@@ -55,6 +55,7 @@ class BlockTables:
         sequence.block_ids = cached + fresh
         sequence.num_cached_blocks = sequence.num_published = len(cached)
         sequence.num_computed = len(cached) * self._block_size
+        sequence.scores.clear()
         self.queries_tokens += num_tokens
         self.hits_tokens += sequence.num_computed
         return True
@@ -162,11 +163,14 @@ class BlockTables:
         return self._layout.num_blocks_for(max(sequence.num_tokens, sequence.reserved_tokens))
 
     def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
-        """Blocks that need not be computed again; the last token always is, for its logits."""
+        """Blocks that need not be computed again; the last token always is, for its logits, and
+        so are all of a prompt whose log-probabilities are wanted."""
         if not self.pool.prefix_cache:
             return []
         num_tokens = sequence.num_tokens
         sequence.extend_hashes_to(num_tokens // self._block_size, self._block_size)
+        if sequence.is_scored:
+            return []
         return self.pool.match(sequence.hashes, (num_tokens - 1) // self._block_size)
 
 

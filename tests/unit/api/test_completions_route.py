@@ -33,6 +33,7 @@ async def test_text_prompt_is_tokenised_and_answered(client_of, card, say, token
         "prompt_tokens": len(request.prompt_token_ids),
         "completion_tokens": num_answer,
         "total_tokens": len(request.prompt_token_ids) + num_answer,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert int(response.headers["content-length"]) == len(response.content)
 

@@ -28,6 +28,7 @@ from pdserve.api.openai.requests import (
 from pdserve.api.openai.responses import ChatCompletion
 from pdserve.api.openai.schema import ChatBody, ChatFields
 from pdserve.core.errors import RequestError
+from pdserve.core.step import TokenLogprobs
 
 
 def chat_router(edge: Edge) -> APIRouter:
@@ -93,6 +94,7 @@ class ChatShape:
         self._order = order
         self._role = role
         self._writer = writer
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def opening(self) -> Sequence[dict[str, Any]]:
         """The role of each choice, in a chunk of its own."""
@@ -116,12 +118,18 @@ class ChatShape:
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         message = {"role": self._role, "content": piece.text, "refusal": None}
+        if piece.prompt_logprobs is not None:
+            self._prompt_logprobs = piece.prompt_logprobs
         return self._choice(piece, "message", message)
 
     def document_extras(self) -> dict[str, Any]:
-        if not self._order.options.with_token_ids:
-            return {}
-        return {"prompt_token_ids": self._order.requests[0].prompt_token_ids}
+        extras: dict[str, Any] = {}
+        ids = self._order.requests[0].prompt_token_ids
+        if self._order.options.with_token_ids:
+            extras["prompt_token_ids"] = ids
+        if self._order.options.with_prompt_logprobs and not self._order.stream:
+            extras["prompt_logprobs"] = self._writer.prompt(ids, self._prompt_logprobs)
+        return extras
 
     def _choice(self, piece: Piece, key: str, content: dict[str, Any]) -> dict[str, Any]:
         options = self._order.options

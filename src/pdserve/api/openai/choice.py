@@ -41,6 +41,8 @@ class Piece:
     logged: list[LoggedToken]
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """On the first piece of a choice, if they were asked for."""
 
     @classmethod
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
@@ -52,6 +54,7 @@ class Piece:
             [token for piece in pieces for token in piece.logged],
             pieces[-1].finish_reason,
             pieces[-1].stop_reason,
+            pieces[0].prompt_logprobs,
         )
 
 
@@ -64,7 +67,11 @@ class ChoiceText:
         self._index = index
         self._options = options
         self._params = params
-        self._is_verbose = options.with_token_ids or options.num_top_logprobs is not None
+        self._is_verbose = (
+            options.with_token_ids
+            or options.num_top_logprobs is not None
+            or params.prompt_logprobs is not None
+        )
         self._detokenizer = Detokenizer(
             tokenizer,
             skip_special_tokens=options.skip_special_tokens,
@@ -77,6 +84,9 @@ class ChoiceText:
 
     def push(self, delta: TokenDelta) -> Piece | None:
         """What the client is to be told of this token; None if nothing (yet)."""
+        if self._options.drops_answer:
+            self.has_ended = True
+            return Piece(self._index, "", [], [], FinishReason.LENGTH.value)
         offset = self._num_chars
         text = self._decode(delta)
         self._num_chars += len(text)

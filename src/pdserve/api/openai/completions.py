@@ -58,8 +58,10 @@ async def _order(
     params = []
     for ids in token_ids:
         default = settings.default_max_tokens
-        max_tokens = answer_tokens(len(ids), body.max_tokens, default, card, "prompt")
-        params.append(sampling_params(body, card, max_tokens, body.logprobs))
+        wanted = body.max_tokens or (1 if body.max_tokens == 0 else None)  # no answer: one dropped
+        max_tokens = answer_tokens(len(ids), wanted, default, card, "prompt")
+        echoed = body.logprobs if body.echo else None
+        params.append(sampling_params(body, card, max_tokens, body.logprobs, echoed))
     name, response_id, ids_of_requests = edge.directory.assign(
         "cmpl", client_request_id(request, body), len(prompts) if is_list else None
     )
@@ -130,19 +132,38 @@ class CompletionShape:
 
     def _choice(self, piece: Piece, *, is_first: bool) -> dict[str, Any]:
         options = self._order.options
-        prompt = piece.choice // self._order.num_choices
-        echo = self._echoes[prompt] if is_first and self._echoes is not None else ""
+        echo = self._echo_of(piece) if is_first else ""
+        prompt_token_ids = self._order.requests[self._prompt_of(piece)].prompt_token_ids
         choice: dict[str, Any] = {
             "index": piece.choice,
             "text": echo + piece.text,
-            "logprobs": (
-                None if options.num_top_logprobs is None else self._writer.completion(piece.logged)
-            ),
+            "logprobs": self._logprobs(piece, prompt_token_ids, is_first=is_first),
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
         if options.with_token_ids:
             choice["token_ids"] = piece.token_ids
             if is_first:
-                choice["prompt_token_ids"] = self._order.requests[prompt].prompt_token_ids
+                choice["prompt_token_ids"] = prompt_token_ids
+        if options.with_prompt_logprobs:
+            choice["prompt_logprobs"] = self._writer.prompt(prompt_token_ids, piece.prompt_logprobs)
         return choice
+
+    def _prompt_of(self, piece: Piece) -> int:
+        return piece.choice // self._order.num_choices
+
+    def _echo_of(self, piece: Piece) -> str:
+        return "" if self._echoes is None else self._echoes[self._prompt_of(piece)]
+
+    def _logprobs(
+        self, piece: Piece, prompt_token_ids: Sequence[int], *, is_first: bool
+    ) -> dict[str, Any] | None:
+        num_top = self._order.options.num_top_logprobs
+        if num_top is None:
+            return None
+        echo = self._echo_of(piece)
+        answer = self._writer.completion(piece.logged, num_chars_before=len(echo))
+        if self._echoes is None or not is_first:
+            return answer
+        prompt = self._writer.echoed(prompt_token_ids, piece.prompt_logprobs, num_top, len(echo))
+        return {key: prompt[key] + answer[key] for key in prompt}

@@ -34,7 +34,9 @@ class OutputOptions:
     """How the tokens of a choice become what the client sees; the same for all choices.
 
     ``num_top_logprobs`` is the number of most likely tokens beside the chosen one, None for no
-    log-probabilities at all. ``continues_text``: the answer goes on in the middle of a text.
+    log-probabilities at all. ``with_prompt_logprobs``: the prompt's are reported in a field of
+    their own. ``drops_answer``: only the prompt is of interest. ``continues_text``: the answer goes
+    on in the middle of a text.
     """
 
     stops: tuple[str, ...] = ()
@@ -43,6 +45,8 @@ class OutputOptions:
     continues_text: bool = False
     with_token_ids: bool = False
     num_top_logprobs: int | None = None
+    with_prompt_logprobs: bool = False
+    drops_answer: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
 
@@ -92,6 +96,12 @@ def output_options(
         raise RequestError(
             f"{param} is {num_top_logprobs}; at most {settings.max_logprobs} are served", param
         )
+    of_prompt = body.prompt_logprobs
+    if of_prompt is not None and of_prompt > settings.max_logprobs:
+        raise RequestError(
+            f"prompt_logprobs is {of_prompt}; at most {settings.max_logprobs} are served",
+            "prompt_logprobs",
+        )
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if len(stops) > settings.max_stops:
         raise RequestError(f"stop: at most {settings.max_stops} stop strings are served", "stop")
@@ -108,6 +118,8 @@ def output_options(
         continues_text=continues_text,
         with_token_ids=body.return_token_ids,
         num_top_logprobs=num_top_logprobs,
+        with_prompt_logprobs=of_prompt is not None,
+        drops_answer=body.max_tokens == 0,
         include_usage=usage is not None and usage.include_usage,
         continuous_usage=(
             usage is not None and usage.include_usage and usage.continuous_usage_stats
@@ -143,9 +155,15 @@ def answer_tokens(
 
 
 def sampling_params(
-    body: GenerationBody, card: ModelCard, max_tokens: int, logprobs: int | None
+    body: GenerationBody,
+    card: ModelCard,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Parameters of one prompt. A seed is drawn if the client gave none."""
+    """Parameters of one prompt. A seed is drawn if the client gave none; ``prompt_logprobs``: so
+    many are wanted for another reason than the body's field."""
+    of_prompt = [n for n in (body.prompt_logprobs, prompt_logprobs) if n is not None]
     check_vocabulary(body.stop_token_ids, card, "stop_token_ids")
     check_vocabulary(tuple(body.logit_bias), card, "logit_bias")
     if body.min_tokens > max_tokens:
@@ -170,6 +188,7 @@ def sampling_params(
         eos_token_ids=card.eos_token_ids,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
+        prompt_logprobs=max(of_prompt, default=None),
     )
 
 

@@ -71,6 +71,12 @@ class GenerationBody(Body):
     logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
         default_factory=dict, description="Token id to what is added to its logit."
     )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        description="Report the log-probability of each token of the prompt and the most likely N "
+        "in its place. Such a prompt is computed in full, whatever is cached. Not with stream.",
+    )
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
     n: int = Field(1, ge=1, le=INT64_MAX, description="Choices per prompt.")
     stop: str | list[str] = Field(default_factory=list)
@@ -95,15 +101,30 @@ class GenerationBody(Body):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> GenerationBody:
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs is not served with stream: send stream false", "prompt_logprobs"
+            )
+        return self
+
 
 class CompletionBody(GenerationBody):
     """Body of ``POST /v1/completions``."""
 
     prompt: Prompt
+    max_tokens: int | None = Field(
+        None, ge=0, le=INT64_MAX, description="0 with echo: only the prompt comes back."
+    )
     logprobs: int | None = Field(
         None, ge=0, description="Report each token's log-probability and the most likely N."
     )
-    echo: bool = Field(False, description="Put the prompt's text before the answer.")
+    echo: bool = Field(
+        False,
+        description="Put the prompt's text before the answer, and with logprobs its tokens' before "
+        "those of the answer.",
+    )
     add_special_tokens: bool = Field(
         True, description="Let the tokenizer add tokens such as a beginning-of-text."
     )
@@ -117,10 +138,8 @@ class CompletionBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionBody:
-        if self.echo and self.logprobs is not None:
-            raise RequestError(
-                "echo cannot be combined with logprobs: those of the prompt are not served", "echo"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0, which leaves nothing without echo", "max_tokens")
         return self
 
 

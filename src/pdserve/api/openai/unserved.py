@@ -40,7 +40,6 @@ _BOTH: dict[str, tuple[_Harmless, str]] = {
     "guided_choice": (_is_empty, _CONSTRAINTS),
     "guided_grammar": (_is_empty, _CONSTRAINTS),
     "use_beam_search": (_is_empty, "the server samples; ask for n choices instead"),
-    "prompt_logprobs": (lambda value: value is None, "logprobs of the prompt are not served"),
     "allowed_token_ids": (_is_empty, _VOCABULARY),
     "bad_words": (_is_empty, _VOCABULARY),
     "logprob_token_ids": (_is_empty, "logprobs of chosen tokens are not served"),

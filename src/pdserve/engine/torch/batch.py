@@ -97,8 +97,8 @@ def build_batch(
         _check(pair, bounds.num_blocks, "block")
     return StepBatch(
         num_tokens=len(token_ids),
-        token_ids=_padded(token_ids, numerics, device),
-        sampled=_padded(sampled, numerics, device),
+        token_ids=padded_indexes(token_ids, numerics, device),
+        sampled=padded_indexes(sampled, numerics, device),
         num_sampled=len(sampled),
         rows=tuple(rows),
         block_size=bounds.block_size,
@@ -110,6 +110,7 @@ def _check(ids: tuple[int, ...] | list[int], size: int, what: str) -> None:
         raise IndexError(f"the plan names {what} ids outside 0..{size - 1}")
 
 
-def _padded(values: list[int], numerics: Numerics, device: torch.device) -> torch.Tensor:
+def padded_indexes(values: list[int], numerics: Numerics, device: torch.device) -> torch.Tensor:
+    """``[padded]`` int64, filled up with zeros to the granule of the numerics."""
     missing = numerics.padded(len(values)) - len(values)
     return torch.tensor(values + [0] * missing, dtype=torch.int64, device=device)

@@ -17,13 +17,14 @@ from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
 from pdserve.engine.native.library import choose_level
 from pdserve.engine.torch.attention_registry import choose_attention
-from pdserve.engine.torch.batch import Bounds, build_batch
+from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch, padded_indexes
 from pdserve.engine.torch.granule import choose_numerics
 from pdserve.engine.torch.linear_registry import choose_linear
 from pdserve.engine.torch.llama import Llama
 from pdserve.engine.torch.llama_weights import pack_weights
 from pdserve.engine.torch.numerics import DTYPES, check_choice, numerics_class
 from pdserve.engine.torch.pool import DevicePool, HostPool, KvPool
+from pdserve.engine.torch.prompt_scores import scores_of
 from pdserve.engine.torch.sampler import sample
 from pdserve.weights.config import ModelConfig
 
@@ -89,12 +90,14 @@ class TorchRunner(ModelRunner):
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
         specs = [row.sample for row in plan.rows if row.sample is not None]
         with torch.inference_mode():
-            logits = self._forward(plan, sink)
+            hidden, batch = self._hidden(plan, sink)
             find_best = self._loaded().rows.first_best
-            sampled = iter(sample(logits, specs, find_best) if specs else ())
+            sampled = iter(sample(self._logits(hidden, batch), specs, find_best) if specs else ())
+            scores = scores_of(plan, lambda places: self._logits_at(hidden, places))
         return StepResult(
             step_id=plan.step_id,
             tokens=tuple(() if row.sample is None else next(sampled) for row in plan.rows),
+            scores=scores,
         )
 
     def logits(self, plan: StepPlan, sink: LayerSink | None = None) -> torch.Tensor:
@@ -103,7 +106,7 @@ class TorchRunner(ModelRunner):
         Rows are in the plan's order, in memory of their own. `execute` is this and the sampler.
         """
         with torch.inference_mode():
-            return self._forward(plan, sink).clone()
+            return self._logits(*self._hidden(plan, sink)).clone()
 
     def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
         self._attached().publish(layer, block_ids)
@@ -115,8 +118,8 @@ class TorchRunner(ModelRunner):
         self._pool = None
         self._model = None
 
-    def _forward(self, plan: StepPlan, sink: LayerSink | None) -> torch.Tensor:
-        """As `logits`, but good only until the next step."""
+    def _hidden(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, StepBatch]:
+        """All layers of a step: what `Llama.forward` gives, and the step as tensors."""
         self._use_threads()
         pool, model = self._attached(), self._loaded()
         bounds = Bounds(
@@ -134,12 +137,20 @@ class TorchRunner(ModelRunner):
         batch = build_batch(plan, bounds, self._numerics, self._device)
         pool.copy(plan.copies)
         waited_for = sink is not None or self._device.type != "cpu"
-        hidden = None
-        if batch.num_tokens:
-            hidden = model.forward(batch, pool, layer_done if waited_for else None)
-        if hidden is None or batch.num_sampled == 0:
+        if not batch.num_tokens:
+            return torch.empty(0, self.info.vocab_size, device=self._device), batch
+        return model.forward(batch, pool, layer_done if waited_for else None), batch
+
+    def _logits(self, hidden: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """As `logits`, but good only until the next call of this or step."""
+        if not batch.num_sampled:
             return torch.empty(0, self.info.vocab_size, device=self._device)
-        return model.logits(hidden, batch.sampled)[: batch.num_sampled]
+        return self._loaded().logits(hidden, batch.sampled)[: batch.num_sampled]
+
+    def _logits_at(self, hidden: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """The same of the step's tokens of these indexes."""
+        padded = padded_indexes(places, self._numerics, self._device)
+        return self._loaded().logits(hidden, padded)[: len(places)]
 
     def _attached(self) -> KvPool:
         assert self._pool is not None, "attach_pool comes first, and nothing after close"

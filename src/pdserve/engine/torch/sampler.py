@@ -193,7 +193,7 @@ def _with_logprobs(
     if num_top is None:
         return tuple(SampledToken(token) for token in tokens)
     logprobs = logits[row].log_softmax(dim=-1)
-    top = _most_likely(logprobs, min(num_top, logprobs.shape[0]))
+    top = most_likely(logprobs, min(num_top, logprobs.shape[0]))
     sampled = []
     for token in tokens:
         own = logprobs[token]
@@ -202,8 +202,8 @@ def _with_logprobs(
     return tuple(sampled)
 
 
-def _most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(token, log-probability) of the ``count`` best, ties by token id."""
+def most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """(token, log-probability) of the ``count`` best of ``logprobs [vocab]``, ties by token id."""
     if count == 0:
         return ()
     least = logprobs.topk(count).values[-1]
