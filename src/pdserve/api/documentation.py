@@ -17,7 +17,8 @@ _TEMPLATE = "#/components/schemas/{model}"
 _ERRORS = {
     400: "A field is wrong, not served, or more than the model can take.",
     401: "The API key is missing or wrong.",
-    404: "The model is not served here.",
+    404: "There is no such model, worker or request here.",
+    409: "The server, or the worker, is not in a state that allows it.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "No room now; try again after the seconds in Retry-After.",
@@ -39,31 +40,34 @@ class ErrorDocument(BaseModel):
     error: ErrorDetail
 
 
-def json_route(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
-    """Keyword arguments of a route that reads ``body`` and answers ``response``."""
-    schema = {"$ref": _TEMPLATE.format(model=body.__name__)}
-    return {
-        "openapi_extra": {
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
-        },
-        "responses": {
-            200: {"model": response},
-            **{
-                status: {"model": ErrorDocument, "description": text}
-                for status, text in _ERRORS.items()
-                if status not in (429, 500, 503)
-            },
-        },
+def may_answer(*statuses: int) -> dict[str, Any]:
+    """Keyword arguments of a route that may answer with these errors."""
+    described = {
+        status: {"model": ErrorDocument, "description": _ERRORS[status]} for status in statuses
     }
+    return {"responses": described}
+
+
+def json_route(
+    body: type[BaseModel], response: type[BaseModel] | None, *statuses: int
+) -> dict[str, Any]:
+    """Keyword arguments of a route that reads ``body`` and answers ``response`` (None: as its
+    function is annotated), or, beside the errors that a body can have, with these."""
+    schema = {"$ref": _TEMPLATE.format(model=body.__name__)}
+    arguments = may_answer(400, 401, 404, 413, 415, *statuses)
+    arguments["openapi_extra"] = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
+    }
+    if response is not None:
+        arguments["responses"][200] = {"model": response}
+    return arguments
 
 
 def generating_route(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
     """As `json_route`, for a route that also streams and may be refused for lack of room."""
-    arguments = json_route(body, response)
+    arguments = json_route(body, response, 429, 500, 503)
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
     arguments["responses"][200]["content"] = stream
-    for status in (429, 500, 503):
-        arguments["responses"][status] = {"model": ErrorDocument, "description": _ERRORS[status]}
     arguments["openapi_extra"]["parameters"] = [
         _header("X-Request-Id", "The client's name for the request.", {"type": "string"}),
         _header(

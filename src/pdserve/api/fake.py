@@ -20,7 +20,7 @@ from pdserve.core.events import LifeEvent, LifeName, Scalar, detail
 from pdserve.core.ids import GATEWAY, Epoch, RequestId
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, Request
-from pdserve.core.step import TokenLogprobs
+from pdserve.core.step import PromptNews, TokenLogprobs
 
 Script = Callable[[Request, int], Iterable[int]]
 """(request, choice) -> token ids. One that ends without an ending token breaks the answer off."""
@@ -188,18 +188,20 @@ class FakeGateway(Gateway):
                 token_id=token_id,
                 finish=finish,
                 logprobs=self._logprobs(token_id, params.logprobs),
-                prompt_logprobs=self._prompt_logprobs(request) if choice == index == 0 else None,
+                prompt=self._prompt_news(request) if choice == index == 0 else None,
             )
             if finish is not None:
                 return
             index += 1
 
-    def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprobs, ...] | None:
+    def _prompt_news(self, request: Request) -> PromptNews | None:
         scores = [
             self._logprobs(token_id, request.params.prompt_logprobs)
             for token_id in request.prompt_token_ids[1:]
         ]
-        return tuple(score for score in scores if score is not None) or None
+        if request.params.prompt_logprobs is None:
+            return None
+        return PromptNews(logprobs=tuple(score for score in scores if score is not None))
 
     def _logprobs(self, token_id: int, num_top: int | None) -> TokenLogprobs | None:
         """The chosen token is the likeliest, its neighbours in the vocabulary follow."""

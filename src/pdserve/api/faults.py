@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from pdserve.api.body import read_body
+from pdserve.api.documentation import json_route, may_answer
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import FaultHooks
 from pdserve.core.errors import ConflictError
@@ -49,7 +50,7 @@ def faults_router(edge: Edge) -> APIRouter:
             )
         return found
 
-    @router.post("/links")
+    @router.post("/links", **json_route(LinksBody, None, 409))
     async def links(request: Request) -> dict[str, Any]:
         """Cut or slow down links between workers. 409 unless the server was started with
         --allow-faults."""
@@ -58,14 +59,14 @@ def faults_router(edge: Edge) -> APIRouter:
         hooks().disturb(pairs, body.factor, body.for_s)
         return {"faults": hooks().shown()}
 
-    @router.post("/holds")
+    @router.post("/holds", **json_route(HoldBody, None, 409))
     async def holds(request: Request) -> dict[str, Any]:
         """Once the worker's process ends, start no other for so long. 409 as above."""
         body = await read_body(request, HoldBody, max_bytes)
         hooks().hold(WorkerId(body.worker), body.for_s)
         return {"worker": body.worker, "for_s": body.for_s}
 
-    @router.delete("")
+    @router.delete("", **may_answer(401, 409))
     async def heal() -> dict[str, Any]:
         """End every fault now. 409 as above."""
         hooks().heal()

@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import pdserve
+from pdserve.api.documentation import may_answer
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import Gateway
 from pdserve.core.errors import NotFoundError, UnavailableError
@@ -22,9 +23,9 @@ def operations_router(edge: Edge) -> APIRouter:
     router = APIRouter(tags=["Operations"])
     gateway = edge.gateway
 
-    @router.get("/health")
-    @router.get("/ping")
-    @router.post("/ping")
+    @router.get("/health", **may_answer(503))
+    @router.get("/ping", **may_answer(503))
+    @router.post("/ping", **may_answer(503))
     async def health() -> dict[str, str]:
         """200 if a new request would find workers, else 503. ``/ping`` is the same."""
         if not gateway.is_ready():
@@ -36,14 +37,14 @@ def operations_router(edge: Edge) -> APIRouter:
         """Version of the server."""
         return {"version": pdserve.__version__}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(gateway.metrics_text(), headers={"Content-Type": _METRICS_TYPE})
 
     _add_cluster(router, gateway)
 
-    @router.get("/v1/requests/{request_id}/timeline")
+    @router.get("/v1/requests/{request_id}/timeline", **may_answer(401, 404))
     async def timeline(request_id: str) -> Response:
         """Phases of a recent request: times, workers, and the router's reasons.
 

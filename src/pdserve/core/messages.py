@@ -28,7 +28,7 @@ from pdserve.core.events import LifeEvent
 from pdserve.core.ids import AttemptId, BlockHash, BlockId, Epoch, RequestId, WorkerId
 from pdserve.core.layout import KvLayout
 from pdserve.core.request import FinishReason, Job, Role, SamplingParams
-from pdserve.core.step import StepSample, TokenLogprobs, TransferSample
+from pdserve.core.step import PromptNews, StepSample, TokenLogprobs, TransferSample
 from pdserve.core.token_ids import TokenIds
 from pdserve.core.values import value
 
@@ -36,11 +36,8 @@ from pdserve.core.values import value
 @value(kw_only=True)
 class TokenDelta:
     """Output token ``index`` of one choice. ``finish`` ends the choice with this token. ``skipped``
-    tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`).
-
-    The first token of a request's first choice says of the prompt how many tokens were in a prefix
-    cache (``cached_tokens``), and, if they are wanted, the log-probabilities of its tokens from the
-    second one on (``prompt_logprobs``)."""
+    tokens right before it were drawn and not told, all of them `SILENT_TOKEN` (see `StepsDone`). A
+    request's first token tells news of its ``prompt``, if there are any."""
 
     request_id: RequestId
     epoch: Epoch
@@ -50,8 +47,7 @@ class TokenDelta:
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     skipped: int = 0
-    cached_tokens: int = 0
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt: PromptNews | None = None
 
 
 # --- router -> worker -------------------------------------------------------------------------

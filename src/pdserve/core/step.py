@@ -151,6 +151,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@value(kw_only=True)
+class PromptNews:
+    """What is told of a prompt: how many of its tokens a prefix cache held, and the
+    log-probabilities of its tokens from the second one on, if they are wanted."""
+
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
 @value()
 class SampledToken:
     token_id: int

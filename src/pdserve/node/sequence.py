@@ -18,6 +18,7 @@ from pdserve.core.messages import TokenDelta
 from pdserve.core.request import FinishReason, SamplingParams
 from pdserve.core.step import (
     SILENT_TOKEN,
+    PromptNews,
     PromptScore,
     SampledToken,
     SampleSpec,
@@ -195,7 +196,7 @@ def with_prompt(
     scores = tuple(sequence.scores) if sequence.is_scored else None
     if not cached_tokens and scores is None:
         return deltas
-    first = replace(deltas[0], cached_tokens=cached_tokens, prompt_logprobs=scores)
+    first = replace(deltas[0], prompt=PromptNews(cached_tokens=cached_tokens, logprobs=scores))
     return (first, *deltas[1:])
 
 

@@ -12,6 +12,7 @@ from pdserve.api.fake import FakeGateway
 from pdserve.api.openai.responses import ChatCompletion, Completion
 from pdserve.core.messages import TokenDelta
 from pdserve.core.request import Request
+from pdserve.core.step import PromptNews
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +94,7 @@ class CachingGateway(FakeGateway):
     def _choice(self, request: Request, choice: int) -> Iterator[TokenDelta]:
         for delta in super()._choice(request, choice):
             first = choice == delta.index == 0
-            yield replace(delta, cached_tokens=4) if first else delta
+            yield replace(delta, prompt=PromptNews(cached_tokens=4)) if first else delta
 
 
 async def test_cached_tokens_count_once_per_prompt(client_of, card, say, events_of):

@@ -45,10 +45,11 @@ class Generation:
 
         Tokens of a choice that has ended are dropped: they were on their way when it was stopped.
         """
-        if delta.index == 0:
-            self._cached_tokens[prompt] += delta.cached_tokens
-            if delta.prompt_logprobs is not None:
-                self._prompt_logprobs[prompt] = delta.prompt_logprobs
+        news = delta.prompt
+        if news is not None:
+            self._cached_tokens[prompt] = news.cached_tokens
+            if news.logprobs is not None:
+                self._prompt_logprobs[prompt] = news.logprobs
         choice = self._choices[prompt * self._num_choices + delta.choice]
         if choice.has_ended:
             return None

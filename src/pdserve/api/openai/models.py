@@ -7,6 +7,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from pdserve.api.documentation import may_answer
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import ModelCard
 from pdserve.api.openai.requests import check_model
@@ -35,7 +36,7 @@ def models_router(edge: Edge) -> APIRouter:
         """The served model."""
         return ModelList(data=[_model(edge.gateway.card)])
 
-    @router.get("/v1/models/{model:path}")
+    @router.get("/v1/models/{model:path}", **may_answer(401, 404))
     async def retrieve_model(model: str) -> Model:
         """The served model, if this is its name."""
         check_model(model, edge.gateway.card)
