@@ -11,13 +11,11 @@ The hand-off of one attempt, from prefill worker P to decode worker D::
     P -> D  Trailer    token 0 of each choice, digests of the bytes
     D -> P  Accepted   verified: D owns the attempt (or HandoffRejected); the router hears it too
 
-A foreign engine's hand-off is the same, but for the bytes: D owns the memory that they go to, so
-they travel as messages (`OpaquePayload`, each answered by `PayloadTaken`) after the ticket, which
-names no blocks.
+A foreign engine's hand-off is the same, but D owns the memory that the bytes go to: they travel as
+messages (`OpaquePayload`, each answered by `PayloadTaken`) after the ticket, which names no blocks.
 
 Either side may end it early. P says `HandoffAbort`, and only once it will write no more. D says
-`Revoke` when the lease runs out, quarantines the blocks, and waits for `RevokeAck` or for word that
-P is dead.
+`Revoke` when the lease runs out, quarantines the blocks, and waits for `RevokeAck` or P's death.
 """
 
 from __future__ import annotations
