@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pdserve.core.errors import ConfigError, meant
+from pdserve.core.errors import ConfigError, meant, why
 
 
 def read_table(file: Path, name: str, known: Collection[str]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read_table(file: Path, name: str, known: Collection[str]) -> dict[str, Any]:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+        raise ConfigError(f"cannot read {file}: {why(error)}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     table = document.get(name, {})

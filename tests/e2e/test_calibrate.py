@@ -93,3 +93,7 @@ def test_a_server_that_cannot_start_is_told(
     assert "did not start" in capsys.readouterr().err
     assert main(["calibrate", "--out", str(tmp_path / "no" / "p.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main(["calibrate", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+    assert main(["calibrate", "--seconds", "nan"]) == 2
+    assert "--seconds is nan: give a number above 0" in capsys.readouterr().err

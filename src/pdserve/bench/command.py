@@ -21,7 +21,7 @@ from pdserve.bench.report import document, print_report, summary_of
 from pdserve.bench.run import Result, run_load
 from pdserve.bench.scenario import FaultOptions, run_scenario
 from pdserve.bench.target import Target
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.page import page
 from pdserve.workload.outcome import Ending, Outcome
 from pdserve.workload.scenario_score import lines_of
@@ -74,7 +74,7 @@ def _write(place: str, text: str) -> None:
     try:
         Path(place).write_text(text + "\n")
     except OSError as error:
-        raise ConfigError(f"--json: cannot write {place}: {error}") from error
+        raise ConfigError(f"--json: cannot write {place}: {why(error)}") from error
 
 
 def _plot(folder: Path, result: Result, output: OutputOptions) -> None:

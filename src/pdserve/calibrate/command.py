@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -30,7 +31,7 @@ from pdserve.calibrate.design import Design, Limits
 from pdserve.calibrate.fit import errors_of, profile_of
 from pdserve.calibrate.live import Asked, ask, serving
 from pdserve.config import OPTIONS, flag_of, resolve
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.cost.profile import Host, Profile, to_text
 from pdserve.page import page
 from pdserve.serve.deployment import Deployment, deploy
@@ -49,14 +50,16 @@ def run(parsed: argparse.Namespace) -> int:
     }
     deployment = deploy(resolve(typed, os.environ, parsed.config).config)
     seconds = parsed.seconds or (QUICK_SECONDS if parsed.quick else SECONDS)
-    if seconds <= 0:
-        raise ConfigError("--seconds must be above 0")
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"--seconds is {seconds:g}: give a number above 0")
     flags = tuple(word for name, value in typed.items() for word in (flag_of(name), str(value)))
     if parsed.config is not None:
         flags = ("--config", str(parsed.config), *flags)
     out = Path(parsed.out)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; name a file")
     folder = parsed.recording or Path(tempfile.mkdtemp(prefix="pdserve-calibrate-"))
     try:
         with _Bar(shown=not parsed.json) as bar:
@@ -77,7 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out: cannot write {out}: {error}") from error
+        raise ConfigError(f"--out: cannot write {out}: {why(error)}") from error
     if parsed.json:
         print(json.dumps(json.loads(text)))
     else:

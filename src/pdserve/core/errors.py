@@ -52,6 +52,11 @@ def meant(name: str, known: Collection[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def why(error: Exception) -> str:
+    """Of a file that cannot be used, without its name and number: whoever tells it says those."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class ModelError(PdserveError):
     pass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, str]) -> list[Path]:
@@ -18,5 +18,5 @@ def write_pictures(folder: Path, pictures: Mapping[str, str]) -> list[Path]:
             path.write_text(picture)
             written.append(path)
     except OSError as error:
-        raise ConfigError(f"--plot: cannot write to {folder}: {error}") from error
+        raise ConfigError(f"--plot: cannot write to {folder}: {why(error)}") from error
     return written

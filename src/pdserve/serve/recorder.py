@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from pdserve.core.effects import Effect, Input
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.core.ids import GATEWAY
 from pdserve.node.settings import RouterSettings, WorkerSettings
 from pdserve.transport.records import decode_record, encode_record
@@ -179,4 +179,4 @@ def _whole_records(path: Path) -> Iterator[bytes]:
                     return
                 yield record
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {why(error)}") from error

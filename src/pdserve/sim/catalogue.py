@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.cost.catalogue import CATALOGUE, Catalogue, parse_catalogue
 from pdserve.cost.models import model_of_config
 
@@ -20,7 +20,7 @@ def read_catalogue(file: Path | None, model: str = "") -> Catalogue:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--catalogue: cannot read {file}: {error}") from error
+            raise ConfigError(f"--catalogue: cannot read {file}: {why(error)}") from error
         known = parse_catalogue(text, str(file), known)
     path = Path(model).expanduser() / "config.json"
     if model and model not in known.models and path.is_file():
@@ -33,7 +33,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model: cannot read {path}: {error}") from error
+        raise ConfigError(f"--model: cannot read {path}: {why(error)}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"--model: {path} holds no JSON object")
     return config

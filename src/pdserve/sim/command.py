@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.cost.machine import MachineModel
 from pdserve.cost.roofline import check_slo, slo_floor
 from pdserve.page import page
@@ -179,7 +179,7 @@ def write_json(place: str, document: dict[str, Any]) -> None:
     try:
         Path(place).write_text(text + "\n")
     except OSError as error:
-        raise ConfigError(f"--json: cannot write {place}: {error}") from error
+        raise ConfigError(f"--json: cannot write {place}: {why(error)}") from error
 
 
 def _simulate(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.core.events import LifeEvent
 from pdserve.obs.logs import life_line
 from pdserve.sim.observe import Ended, Observer
@@ -32,7 +32,7 @@ class _File(Observer):
         try:
             self._file: TextIO = path.open("w", newline="", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"{flag}: cannot write {path}: {error}") from error
+            raise ConfigError(f"{flag}: cannot write {path}: {why(error)}") from error
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.cost.catalogue import CATALOGUE, Catalogue, find
 from pdserve.cost.machine import ClusterTimes, LinkSpec, MachineModel
 from pdserve.cost.profile import Profile, from_text, machine_from_profile
@@ -130,4 +130,4 @@ def _text_of(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag}: cannot read {path}: {error}") from error
+        raise ConfigError(f"{flag}: cannot read {path}: {why(error)}") from error

@@ -49,7 +49,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pdserve.core.errors import ConfigError, meant
+from pdserve.core.errors import ConfigError, meant, why
 from pdserve.core.request import Role
 
 MAX_EVENTS = 10_000
@@ -133,7 +133,7 @@ def read_scenario(path: Path) -> Scenario:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--scenario: cannot read {path}: {error}") from error
+        raise ConfigError(f"--scenario: cannot read {path}: {why(error)}") from error
     return parse_scenario(text, path.name)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.workload.request import TraceRequest
 from pdserve.workload.trace_rows import ROWS, BadLineError, TraceRow, kind_of
 
@@ -97,7 +97,7 @@ def _rows(
     except BadLineError as error:
         raise ConfigError(f"{path}, line {error.number}: {error.reason}") from error
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ConfigError(f"cannot read the trace {path}: {error}") from error
+        raise ConfigError(f"cannot read the trace {path}: {why(error)}") from error
 
 
 def _opened(path: Path) -> TextIO:

@@ -188,7 +188,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
             "--profile table or splitwisesim",
         ),
         ([*whole, "--profile", str(profile)], "cannot be used"),
-        ([*whole, "--profile", str(folder / "none.json")], "cannot read"),
+        ([*whole, "--profile", str(folder / "none.json")], "none.json: No such file"),
         ([*whole, "--config", str(config)], "unknown option 'clusters'; did you mean cluster?"),
         ([*whole, "--json", str(folder / "no" / "out.json")], "there is no folder for"),
         ([*whole, "--json", str(folder)], "is a folder; name a file"),

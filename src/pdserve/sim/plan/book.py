@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, why
 from pdserve.sim.plan.promise import Promise, allowed_misses
 from pdserve.sim.plan.trial import (
     Candidate,
@@ -54,7 +54,7 @@ class Journal:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--resume: cannot use {path}: {error}") from error
+            raise ConfigError(f"--resume: cannot use {path}: {why(error)}") from error
         if text and not text.startswith(_BEGINS):
             raise ConfigError(f"--resume: {path} is no file that a plan has written: name another")
         for line in text.splitlines():
