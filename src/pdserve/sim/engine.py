@@ -63,9 +63,11 @@ class VirtualEngine:
         *,
         stretches: bool = True,
         pacer: Pacer | None = None,
+        moved: Callable[[float], None] = lambda end_s: None,
     ) -> None:
         """Without ``stretches`` the machine is told of each step when it ends; so it is of steps
-        that have a ``pacer``, which take what that says."""
+        that have a ``pacer``, which take what that says. ``moved`` is told when that gives the
+        running step another end."""
         self._clock = clock
         self._audience = audience
         self._worker = node.settings.worker
@@ -76,6 +78,7 @@ class VirtualEngine:
         self._pacer = pacer
         if pacer is not None:
             pacer.moved = self._moved
+        self._tell_moved = moved
         self._node = node
         self._feed = feed
         self._plan: StepPlan | None = None
@@ -156,6 +159,7 @@ class VirtualEngine:
             self._ends = [end_s]
             if not self._paused:
                 self._expect(1)
+            self._tell_moved(end_s)
 
     def _far(self) -> int:
         """Steps until something other than time may pass."""

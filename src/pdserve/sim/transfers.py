@@ -4,7 +4,8 @@ A transfer is opened before its prefill starts and bound when the ticket is ther
 with the steps. Layer by layer: a chunk of the prompt can be sent from when its first layer is
 computed, which is a layer's share of the step after it began, and its last layer when the step is
 over; what the link has not carried by then is what the request sees. In one shot nothing is sent
-before the last step is over. What was cached is there at once.
+before the last step is over. What was cached is there at once. Where the end of a running step may
+move (`sim.tempo`), layers that it has not computed yet move along.
 """
 
 from __future__ import annotations
@@ -46,6 +47,20 @@ class _Transfer:
     stopped: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step whose end may move, with what it computes of each transfer: (transfer, up to which
+    token, whether that is all). It has ``done`` such a share of its work by ``since_s``."""
+
+    begun_s: float
+    since_s: float
+    ended_s: float
+    computes: list[tuple[_Transfer, int, bool]]
+    done: float = 0.0
+    is_begun: bool = False
+    version: int = 0
+
+
 class Transfers:
     """All transfers that a worker sends. ``hear`` takes what its machine is to hear."""
 
@@ -59,9 +74,11 @@ class Transfers:
         hear: Callable[[Input], None],
         sent: Sent,
         exposed: Callable[[AttemptId], float | None] | None = None,
+        *,
+        ends_move: bool = False,
     ) -> None:
         """``exposed``: seconds from when a transfer is computed and bound until it is sent, where
-        that is not for the link to say."""
+        that is not for the link to say. ``ends_move``: `moved` will say so."""
         self._clock = clock
         self._network = network
         self._end = end
@@ -71,6 +88,8 @@ class Transfers:
         self._sent = sent
         self._exposed = exposed or (lambda attempt: None)
         self._open: dict[AttemptId, _Transfer] = {}
+        self._ends_move = ends_move
+        self._step: _Step | None = None
 
     @property
     def num_open(self) -> int:
@@ -93,11 +112,26 @@ class Transfers:
         transfer = self._open.get(attempt)
         if transfer is None:
             return
+        if self._ends_move:
+            self._computes_while_it_may_move(transfer, end_token, begun_s, ended_s, last)
+            return
         if not transfer.opened.one_shot:
             first_layer_s = (ended_s - begun_s) / self._machine.num_layers
             self._clock.at(begun_s + first_layer_s, self._ready, transfer, end_token)
         if last:
             self._clock.at(ended_s, self._computed, transfer, end_token)
+
+    def moved(self, ended_s: float) -> None:
+        """The running step ends then, not when it was said: its pace is another from now on."""
+        step, now = self._step, self._clock.now
+        if step is None or step.ended_s <= now:
+            return  # what runs computes nothing that is to be sent
+        since_s = max(now, step.since_s)
+        if since_s > step.since_s:
+            share = (since_s - step.since_s) / (step.ended_s - step.since_s)
+            step.done += (1.0 - step.done) * share
+        step.since_s, step.ended_s = since_s, ended_s
+        self._expect(step)
 
     def bind(self, effect: BindTransfer) -> None:
         transfer = self._open.get(effect.ticket.attempt)
@@ -129,6 +163,38 @@ class Transfers:
         transfer.stopped = True
         if transfer.flow is not None:
             self._network.stop(transfer.flow)
+
+    def _computes_while_it_may_move(
+        self, transfer: _Transfer, end_token: int, begun_s: float, ended_s: float, last: bool
+    ) -> None:
+        step = self._step
+        if step is None or step.begun_s != begun_s:
+            step = self._step = _Step(begun_s, begun_s, ended_s, [])
+            self._expect(step)
+        step.computes.append((transfer, end_token, last))
+
+    def _expect(self, step: _Step) -> None:
+        """Be called when its first layer is computed, if that is not so yet, and its last."""
+        step.version += 1
+        if not step.is_begun:
+            left = 1.0 / self._machine.num_layers - step.done
+            share = left / (1.0 - step.done) if left > 0.0 else 0.0
+            first_layer_s = share * (step.ended_s - step.since_s)
+            self._clock.at(step.since_s + first_layer_s, self._first_layer, step, step.version)
+        self._clock.at(step.ended_s, self._last_layer, step, step.version)
+
+    def _first_layer(self, step: _Step, version: int) -> None:
+        if step.version == version:
+            step.is_begun = True
+            for transfer, end_token, _ in step.computes:
+                if not transfer.opened.one_shot:
+                    self._ready(transfer, end_token)
+
+    def _last_layer(self, step: _Step, version: int) -> None:
+        if step.version == version:
+            for transfer, end_token, is_last in step.computes:
+                if is_last:
+                    self._computed(transfer, end_token)
 
     def _ready(self, transfer: _Transfer, end_token: int) -> None:
         if transfer.stopped:

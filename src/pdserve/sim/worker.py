@@ -100,6 +100,7 @@ class VirtualWorker:
             self.hear,
             self._sent,
             world.exposed,
+            ends_move=pacer is not None,
         )
         self._timers = VirtualTimers(world.clock, self.hear)
         self._now = 0.0
@@ -113,6 +114,7 @@ class VirtualWorker:
             world.times.step_gap_s,
             stretches=stretches,
             pacer=pacer,
+            moved=self._transfers.moved,
         )
         self._perform = self._performers()
 
