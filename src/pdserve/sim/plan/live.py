@@ -88,7 +88,7 @@ def live_problem(options: PlanOptions, recorded: Recorded) -> Problem:
     designs = designs_of(hardware, options.split_policies, options.mixed_policies)
     rate = goal.rate or likely_rate(fitting, machines, promise, designs, prices, goal, parsed)
     windows = cut_for(fitting, rate, parsed)
-    notes = [note, short_note(fitting, windows, rate), *_notes(workers, present)]
+    notes = [note, short_note(fitting, windows, rate, goal), *_notes(workers, present)]
     return Problem(
         windows=windows,
         machines=machines,

@@ -33,7 +33,9 @@ from pdserve.workload.options import WorkloadOptions
 from pdserve.workload.request import TraceRequest
 
 MAX_REQUESTS = 200_000
-"""More are not held in memory."""
+"""More of a trace are not held in memory."""
+MAX_WINDOWED = 1_000_000
+"""Of all windows; more would be simulated for hours."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of a function, as its ``repr`` has it."""
 SAMPLE = 2000
@@ -122,7 +124,12 @@ def problem_of(options: PlanOptions) -> Problem:
         errors=errors_of(machines, parsed.error),
         notes=tuple(
             text
-            for text in (*left_out, _many_note(trace), note, short_note(fitting, windows, rate))
+            for text in (
+                *left_out,
+                _many_note(trace),
+                note,
+                short_note(fitting, windows, rate, goal),
+            )
             if text
         ),
     )
@@ -289,23 +296,30 @@ def likely_rate(
 
 
 def cut_for(trace: Sequence[TraceRequest], rate: float, parsed: argparse.Namespace) -> Windows:
-    """Windows of as many seconds as asked for."""
+    """Windows of as many seconds as asked for. Raises `ConfigError` if they are huge."""
     num_each = max(MIN_REQUESTS, round(rate * parsed.window_s))
+    if num_each * parsed.windows > MAX_WINDOWED:
+        raise ConfigError(
+            f"{parsed.windows} windows of {parsed.window_s:g} s at {rate:.4g} requests/s are "
+            f"{num_each * parsed.windows} requests: ask for shorter ones (--window-s), or for a "
+            "part of the rate, since clusters of hundreds of workers grow in proportion"
+        )
     poisson = parsed.seed if parsed.arrivals == "poisson" or trace[-1].at_s <= 0 else None
     if parsed.trace is None and not parsed.live:
         poisson = parsed.seed
     return cut(trace, parsed.windows, num_each, poisson=poisson)
 
 
-def short_note(trace: Sequence[TraceRequest], windows: Windows, rate: float) -> str:
+def short_note(trace: Sequence[TraceRequest], windows: Windows, rate: float, goal: Goal) -> str:
     """For a trace that is too short for what it shall say."""
     num_each = len(windows.requests[0])
     laps = num_each * len(windows) / len(trace)
     if laps <= 1:
         return ""
+    guessed = " (a first guess at the most)" if goal.rate is None else ""
     return (
-        f"at {rate:.3g} requests/s the trace lasts only {len(trace) / rate:.3g} s: each of the "
-        f"{len(windows)} windows repeats its part of it {laps:.2g} times"
+        f"at {rate:.3g} requests/s{guessed} the trace lasts only {len(trace) / rate:.3g} s: each "
+        f"of the {len(windows)} windows repeats its part of it {laps:.2g} times"
     )
 
 

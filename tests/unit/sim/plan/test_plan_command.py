@@ -91,6 +91,7 @@ def test_the_nine_slowdowns_are_an_slo(capsys):
         (["--hardware", "h100", "--rate", "-1"], "above 0"),
         (["--rate", "5"], "--hardware a100,h100"),
         (["--hardware", "h100,h20", "--rate", "5"], "no hardware 'h20'; did you mean h200?"),
+        (["--hardware", "h100", "--rate", "9e5"], "ask for shorter ones (--window-s)"),
         (["--hardware", "2xh100:mixed", "--rate", "5"], "write names and commas between"),
         (["--hardware", "h100", "--budget-cost", "0.01"],
          "do this: the smallest such cluster takes 4.76 of the budget of 0.01\n"),
