@@ -300,7 +300,7 @@ def cut_for(trace: Sequence[TraceRequest], rate: float, parsed: argparse.Namespa
     num_each = max(MIN_REQUESTS, round(rate * parsed.window_s))
     if num_each * parsed.windows > MAX_WINDOWED:
         raise ConfigError(
-            f"{parsed.windows} windows of {parsed.window_s:g} s at {rate:.4g} requests/s are "
+            f"{parsed.windows} windows of {parsed.window_s:g} s at {rate:g} requests/s are "
             f"{num_each * parsed.windows} requests: ask for shorter ones (--window-s), or for a "
             "part of the rate, since clusters of hundreds of workers grow in proportion"
         )
