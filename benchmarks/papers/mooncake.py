@@ -8,8 +8,8 @@ node's own pool: a cached prefix costs nothing to read.
 
 Rejection: the same cluster, the trace at a multiple of its speed, a promise of TTFT 30 s and TPOT
 100 ms (the technical report's bounds for its replay). Its trace of 23,608 requests is not in our
-hands; the conversation trace has 12,031, longer ones. And once more with a single decode node:
-what prediction adds to early rejection is a matter of decode load.
+hands; the conversation trace has 12,031, longer ones. And twice more with a single decode node, for
+8 and for 16 that prefill: what prediction adds to early rejection is a matter of decode load.
 
     python benchmarks/papers/mooncake.py --data DIR
 """
@@ -38,8 +38,8 @@ from pdserve.workload.traces import iter_trace
 
 TRACE = "mooncake_conversation.jsonl"
 CLUSTER = "8xa100-tp8:prefill,8xa100-tp8:decode"
-SCARCE = "8xa100-tp8:prefill,1xa100-tp8:decode"
-"""Where decoding is the limit."""
+SCARCE = ("8xa100-tp8:prefill,1xa100-tp8:decode", "16xa100-tp8:prefill,1xa100-tp8:decode")
+"""Where decoding is scarce: a limit beside prefilling, and the only one."""
 MODEL = "llama-3.1-70b"
 """Llama-3-70B's shape, which is Llama-2-70B's as well, without its limit of 8,192 tokens: 57 % of
 the trace's prompts would not fit, and the authors' model was a dummy of that shape."""
@@ -68,7 +68,7 @@ PAPER_REQUESTS = 23_608
 
 class Study:
     """``num_requests`` of the trace, ``num_overload`` of it under overload; None: all. ``scarce``:
-    the cluster of the second question about rejection."""
+    the clusters of the second question about rejection."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Study:
         trace: Path,
         *,
         cluster: str = CLUSTER,
-        scarce: str = SCARCE,
+        scarce: Sequence[str] = SCARCE,
         num_requests: int | None = None,
         num_overload: int | None = None,
         seed: int = 0,
@@ -85,7 +85,7 @@ class Study:
         self.trace, self.seed = trace, seed
         self.num_requests, self.num_overload = num_requests, num_overload
         self.cluster: ClusterSpec = parse_cluster(cluster)
-        self.scarce: ClusterSpec = parse_cluster(scarce)
+        self.scarce = tuple(map(parse_cluster, scarce))
 
     def load(self, speed: float = 1.0, most: int | None = None) -> Iterator[TraceRequest]:
         smeared = shaping.smear(iter_trace(self.trace), self.seed)
@@ -117,8 +117,11 @@ class Study:
         def work() -> dict[str, Any]:
             clients = Clients()
             simulate(settings, self.load(speed, most), [clients])
-            kept = sum(each.meets(TTFT_S, TPOT_S) for each in clients.seen)
-            return figures(clients.seen) | {"kept": kept}
+            kept = [each for each in clients.seen if each.meets(TTFT_S, TPOT_S)]
+            return figures(clients.seen) | {
+                "kept": len(kept),
+                "kept_prompt_tokens": sum(each.prompt_tokens for each in kept),
+            }
 
         return self.lab.result(asked, work)
 
@@ -141,7 +144,7 @@ Rejected = dict[tuple[str, float], dict[str, dict[str, Any]]]
 
 def rejection(study: Study, speeds: Sequence[float]) -> Rejected:
     found: Rejected = {}
-    for cluster, speed in itertools.product((study.cluster, study.scarce), speeds):
+    for cluster, speed in itertools.product((study.cluster, *study.scarce), speeds):
         found[str(cluster), speed] = {
             name: study.run(
                 promised(study.settings("predicted", admission, cluster), TTFT_S, TPOT_S),
@@ -192,12 +195,12 @@ def report(
                     name, paper_share if paper_is_like_it else None,
                     f"{100 * missed / found['num']:.1f} %",
                     missed, found["refused"], missed - found["refused"],
-                    1e3 * found["tpot_s"]["p99"],
+                    1e3 * found["tpot_s"]["p99"], found["kept_prompt_tokens"] / 1e6,
                 ]
             )  # fmt: skip
         head = [
             "", "paper: rejected", "ours: not served as promised", "requests", "of them refused",
-            "of them late", "P99 of TPOT, ms",
+            "of them late", "P99 of TPOT, ms", "prompt tokens served as promised, M",
         ]  # fmt: skip
         title = f"### Overload, the trace {speed:g} times as fast, {cluster}"
         parts.append(f"{title}\n\n{table(head, rows)}")

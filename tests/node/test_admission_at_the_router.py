@@ -11,8 +11,6 @@ from virtual_cluster.orders import of
 from pdserve.core.effects import Fail, Refusal
 from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.request import Role, ServiceClass
-from pdserve.node.answer_lengths import PRIOR_TOKENS, AnswerLengths
-from pdserve.node.lives import Choice
 from pdserve.node.settings import RouterSettings
 
 PROMPT = tuple(range(2, 12))
@@ -159,42 +157,3 @@ def test_a_small_request_of_another_tenant_passes_a_large_one_that_finds_no_room
     assert routed == {"r", "small"}
     cluster.run_for(5)
     assert all(answer.is_complete for answer in cluster.client.answers.values())
-
-
-# --- how long answers are -------------------------------------------------------------------------
-
-
-def test_answers_are_expected_to_be_like_those_of_their_kind() -> None:
-    cluster = started("none")
-    answers = cluster.router.dispatch.answers
-    fresh = make_ask("x", PROMPT, max_tokens=1000, service=GENEROUS, tenant="t").request
-    assert answers.expect(fresh) == PRIOR_TOKENS
-    for number in range(3):
-        ask = make_ask(f"r{number}", PROMPT, max_tokens=10, service=GENEROUS, tenant="other")
-        cluster.submit(ask)
-    cluster.submit(make_ask("d", PROMPT, max_tokens=30))
-    cluster.run_for(3)
-    assert answers.expect(fresh) == 10  # of its class
-    unknown = make_ask("y", PROMPT, max_tokens=1000, service=DREAM).request
-    assert 10 < answers.expect(unknown) < 30  # of all
-    short = make_ask("z", PROMPT, max_tokens=4, service=GENEROUS, tenant="t").request
-    assert answers.expect(short) == 4
-
-
-def test_an_answer_that_outlasts_what_was_expected_goes_on_for_half_of_it() -> None:
-    lengths = AnswerLengths()
-    request = make_ask("x", PROMPT, max_tokens=200).request
-    assert lengths.expect_more(request, Choice(0)) == PRIOR_TOKENS
-    assert lengths.expect_more(request, Choice(0, taken=[1] * 28)) == PRIOR_TOKENS - 28
-    assert lengths.expect_more(request, Choice(0, taken=[1] * 130)) == PRIOR_TOKENS / 2
-    assert lengths.expect_more(request, Choice(0, taken=[1] * 199)) == 1
-    little = make_ask("y", PROMPT, max_tokens=1).request
-    assert lengths.expect_more(little, Choice(0)) == 1
-
-
-def test_what_was_broken_off_teaches_nothing() -> None:
-    cluster = busy("none")
-    cluster.leave(cluster.client.answers["r"].ask.request_id)
-    cluster.run_for(1)
-    request = make_ask("x", PROMPT, max_tokens=1000).request
-    assert cluster.router.dispatch.answers.expect(request) == PRIOR_TOKENS

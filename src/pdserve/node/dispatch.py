@@ -185,7 +185,7 @@ class Dispatch:
         decode.promise(job.attempt, ask.num_blocks)
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.decision = Decision.of(route) if epoch == 1 and out.logs else None
-        self.flights.begin(route.decode, job.attempt, ready_s)
+        self.flights.begin(job, ready_s, out.now)
         self.assigned.begin(job, prefill, decode)
         life.last_prefill = route.prefill
         life.numerics = prefill.view().numerics

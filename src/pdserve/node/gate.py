@@ -79,6 +79,7 @@ class Gate:
         view = LoadView(
             cluster=self._books.view(now, request.max_tokens_total),
             flights=self._dispatch.flights.at(now),
+            newcomers=self._dispatch.flights.newcomers_at(now),
             waiting_tokens=self._dispatch.waiting.prompt_tokens_ahead(request.service),
         )
         [choices] = life.unrouted()

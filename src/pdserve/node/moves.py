@@ -78,12 +78,10 @@ class Moves:
         """The receiver has it. False if nothing was to move there."""
         if attempt.moving_to != worker:
             return False
-        attempt_id, left = attempt.job.attempt, attempt.owner
-        self._leaving.pop(left, None)
-        self._dispatch.flights.end(attempt.job.decode_worker, attempt_id)
+        self._leaving.pop(attempt.owner, None)
+        self._dispatch.flights.move(worker, attempt.job)
         attempt.job = replace(attempt.job, decode_worker=worker)
         attempt.moving_to = None
-        self._dispatch.flights.begin(worker, attempt_id, 0.0)
         return True
 
     def failed(self, message: MoveFailed, book: WorkerBook, out: Outbox) -> None:

@@ -8,7 +8,8 @@ trying again.
 The decode load that counts is not today's. It takes a prefill until the request decodes, and with
 today's load (`EarlyRejection`) everybody is let in who comes in that time: too many, then nobody,
 then too many again; both loads swing. `PredictedRejection` counts who will decode at the moment
-when the prefill ends: those that will have finished are gone, those in prefill have arrived.
+when the prefill ends: those that will have finished are gone, those in prefill have arrived, and so
+have as many as come at the pace of late whose prefill is a shorter one.
 
 A bound that an idle cluster could not keep either is no matter of load, so it refuses nobody: such
 a request is let in when nothing stands in its way. What has no bounds, and what cannot be predicted
@@ -18,6 +19,7 @@ because no worker has a step model, is always let in.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
@@ -25,6 +27,7 @@ from typing import Protocol
 from pdserve.core.request import Role, RoutePreference
 from pdserve.cost.step import StepModel
 from pdserve.policy.cluster import RouteAsk, WorkerView
+from pdserve.policy.course import NOBODY
 from pdserve.policy.forecast import (
     DecodeForecast,
     LoadView,
@@ -36,6 +39,9 @@ from pdserve.policy.forecast import (
 NUM_LOOKED_AT = 3
 """Workers of each side that are forecast: those with the least to do now, by a cheaper measure, and
 the one with the longest cached prefix. It keeps the cost of a judgement flat."""
+TPOT_MARGIN = 0.9
+"""Share of the promised TPOT that a step may take. What is promised is the mean of many steps, and
+a server that lets in up to the bound hovers at it: half of the answers would be just too slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +109,16 @@ def _judge(view: LoadView, ask: RouteAsk, *, only_now: bool = False) -> Admissio
     prefills, decodes = _sides(view.cluster.workers, ask)
     if not prefills or not decodes:
         return Admission(True, "nothing is known of how fast the workers are")
-    outlooks = _outlooks(view, ask, prefills, decodes, only_now=only_now)
-    for outlook in outlooks:
+    outlooks = []
+    for outlook in _outlooks(view, ask, prefills, decodes, only_now=only_now):
         if not outlook.late and not outlook.slow:
             return Admission(True, f"expected: {_figures(outlook)}")
+        outlooks.append(outlook)
     best = min(outlooks, key=lambda outlook: outlook.excess_s)
     if best.late:
         broken = f"{_ms(service.ttft_s)} to the first token"
     else:
-        broken = f"{_ms(service.tpot_s)} per token"
+        broken = f"{_ms(service.tpot_s)} per token, a tenth of which is kept back"
     detail = f"class {service.name} promises {broken}; expected now: {_figures(best)}"
     return Admission(False, detail, best.excess_s)
 
@@ -123,24 +130,25 @@ def _outlooks(
     decodes: list[tuple[WorkerView, StepModel]],
     *,
     only_now: bool,
-) -> list[_Outlook]:
+) -> Iterator[_Outlook]:
     """By way of each decode worker, with the prefill worker that is ready first."""
     waiting = view.waiting_tokens / len(view.cluster.workers)
     queue_s, own_s = min((_prefill_times(*prefill, ask, waiting) for prefill in prefills), key=sum)
     link = view.cluster.link
     exposed_s = link.exposed_s(ask.num_tokens * view.cluster.token_bytes, own_s)
     ttft_bound_s = max(ask.service.ttft_s, min(_idle_s(*prefill, ask) for prefill in prefills))
-    outlooks = []
     for worker, steps in decodes:
         flights = view.flights.get(worker.worker, ())
+        newcomers = NOBODY
         if only_now:
             flights = [flight for flight in flights if flight.starts_in_s <= 0.0]
-        forecast = DecodeForecast(worker, steps, flights)
+        elif flights:
+            newcomers = view.newcomers.get(worker.worker, NOBODY)
+        forecast = DecodeForecast(worker, steps, flights, newcomers)
         room_s = forecast.room_in_s(ask.num_blocks + waiting / worker.block_size)
         ttft_s = max(queue_s, room_s) + own_s
         at_s = 0.0 if only_now else ttft_s + exposed_s
-        outlooks.append(_outlook(forecast, steps, ask, (ttft_s, ttft_bound_s), at_s))
-    return outlooks
+        yield _outlook(forecast, steps, ask, (ttft_s, ttft_bound_s), at_s)
 
 
 def _outlook(
@@ -155,8 +163,8 @@ def _outlook(
     num_tokens, num_choices = ask.num_tokens, ask.num_choices
     tpot_s = forecast.tpot_s(at_s, num_tokens, num_choices)
     tpot_s += forecast.prompts_s(at_s, num_tokens, ask.output_tokens)
-    idle_s = steps.decode_s(num_choices, num_tokens * num_choices)
-    tpot_bound_s = max(ask.service.tpot_s, idle_s)
+    idle_s = DecodeForecast(forecast.worker, steps, ()).tpot_s(0.0, num_tokens, num_choices)
+    tpot_bound_s = max(TPOT_MARGIN * ask.service.tpot_s, idle_s)
     late, slow = ttft_s > ttft_bound_s, tpot_s > tpot_bound_s
     excess_s = ttft_s - ttft_bound_s if late else 0.0
     if slow:

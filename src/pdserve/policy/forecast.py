@@ -1,44 +1,35 @@
 """What a worker will have to do in a while: how long its prompts take, and who decodes there then.
 
-Rates are taken as they are now: sequences that decode get a token in each step, and a step takes
-what it takes with everybody who is there or on the way. That is the system-level prediction of
-Mooncake (technical report, sec. 7.4), with an expected length for each answer in the place of one
-time for all.
+That is the system-level prediction of Mooncake (technical report, sec. 7.4), with an expected
+length for each answer in the place of one time for all, and with those who come after the request
+and are ready before it. How things go on from now is worked out in `policy.course`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from math import ceil, inf
 
 from pdserve.core.ids import WorkerId
 from pdserve.core.values import value
 from pdserve.cost.step import StepModel
 from pdserve.policy.cluster import ClusterView, WorkerView
+from pdserve.policy.course import NOBODY, Course, Flight, Newcomers
 
 ALONE_CHUNK_TOKENS = 2048
 """Prompt tokens in a step that decodes nothing (Splitwise, sec. IV-B)."""
 
 
 @value(kw_only=True)
-class Flight:
-    """A sequence that decodes on a worker, or will: ``starts_in_s`` is 0 once it does.
-
-    ``context_tokens``: its length so far. ``tokens_left``: output tokens that are expected yet.
-    """
-
-    context_tokens: int
-    tokens_left: float
-    starts_in_s: float = 0.0
-
-
-@value(kw_only=True)
 class LoadView:
-    """The cluster, and what the router knows beyond it. ``flights`` by decode worker;
-    ``waiting_tokens``: of prompts that wait in the router and are served before a new one."""
+    """The cluster, and what the router knows beyond it. ``flights`` and ``newcomers`` by decode
+    worker; ``waiting_tokens``: of prompts that wait in the router and are served before a new
+    one."""
 
     cluster: ClusterView
     flights: Mapping[WorkerId, Sequence[Flight]]
+    newcomers: Mapping[WorkerId, Newcomers] = field(default_factory=dict)
     waiting_tokens: float = 0.0
 
 
@@ -92,24 +83,28 @@ def _in_steps_s(steps: StepModel, tokens: int, pairs: int, num_steps: int) -> fl
 
 
 class DecodeForecast:
-    """One worker's decoding, from now on. ``steps`` has its step times."""
+    """One worker's decoding, from now on. ``steps`` has its step times; ``newcomers``: who is
+    expected there beyond the ``flights``."""
 
-    def __init__(self, worker: WorkerView, steps: StepModel, flights: Sequence[Flight]) -> None:
+    def __init__(
+        self,
+        worker: WorkerView,
+        steps: StepModel,
+        flights: Sequence[Flight],
+        newcomers: Newcomers = NOBODY,
+    ) -> None:
         self.worker = worker
         self._steps = steps
         self._flights = flights
-        context = sum([flight.context_tokens for flight in flights])
-        self._pace_s = max(steps.decode_s(len(flights), context), 1e-9)
+        self._known = self._all = Course(steps, flights)
+        if newcomers.flights:
+            self._all = Course(steps, flights, newcomers)
 
     def tpot_s(self, at_s: float, num_tokens: int, num_choices: int = 1) -> float:
         """Seconds of a step at that time with so many more sequences of this length in it."""
-        pace_s, number, context = self._pace_s, num_choices, float(num_choices * num_tokens)
-        for flight in self._flights:
-            num_steps = (at_s - flight.starts_in_s) / pace_s
-            if 0.0 <= num_steps < flight.tokens_left:
-                number += 1
-                context += flight.context_tokens + num_steps
-        return self._steps.decode_s(number, round(context))
+        steps = self._steps
+        each_s = steps.per_sequence_s + steps.per_context_token_s * num_tokens
+        return self._all.pace_s(at_s) + num_choices * each_s
 
     def prompts_s(self, at_s: float, like_tokens: int, output_tokens: float) -> float:
         """What the prompts that wait there yet at that time add to each of so many steps."""
@@ -125,7 +120,7 @@ class DecodeForecast:
         free = float(self.worker.free_blocks)
         if free >= num_blocks:
             return 0.0
-        for end_s, context_tokens in self._ends():
+        for end_s, context_tokens in self._known.ends():
             free += context_tokens / self.worker.block_size
             if free >= num_blocks:
                 return end_s
@@ -134,24 +129,13 @@ class DecodeForecast:
     def calm_in_s(self, tpot_s: float, num_tokens: int, num_choices: int, after_s: float) -> float:
         """From when on a step with so many more sequences takes no longer than that, if nobody
         else comes."""
-        later = [end for end in self._ends() if end[0] > after_s]
-        context = sum([context_tokens for _, context_tokens in later])
-        for index, (end_s, context_tokens) in enumerate(later):
+        number = len(self._flights) + num_choices
+        context = float(num_choices * num_tokens)
+        context += sum([flight.context_tokens + flight.tokens_left for flight in self._flights])
+        end_s = after_s
+        for end_s, context_tokens in self._known.ends():
+            number -= 1
             context -= context_tokens
-            number = len(later) - index - 1 + num_choices
-            if self._steps.decode_s(number, round(context) + num_choices * num_tokens) <= tpot_s:
+            if end_s > after_s and self._steps.decode_s(number, round(context)) <= tpot_s:
                 return end_s
-        return later[-1][0] if later else after_s
-
-    def _ends(self) -> list[tuple[float, float]]:
-        """(when, tokens by then) of each sequence's end, soonest first."""
-        pace_s = self._pace_s
-        return sorted(
-            [
-                (
-                    flight.starts_in_s + flight.tokens_left * pace_s,
-                    flight.context_tokens + flight.tokens_left,
-                )
-                for flight in self._flights
-            ]
-        )
+        return max(end_s, after_s)

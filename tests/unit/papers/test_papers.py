@@ -238,7 +238,7 @@ def test_mooncake(study, data, tmp_path):
         lab,
         data / "mooncake_conversation.jsonl",
         cluster="2xa100-tp8:prefill,1xa100-tp8:decode",
-        scarce="1xa100-tp8:prefill,1xa100-tp8:decode",
+        scarce=["1xa100-tp8:prefill,1xa100-tp8:decode"],
         num_requests=40,
         num_overload=20,
     )
@@ -252,7 +252,7 @@ def test_mooncake(study, data, tmp_path):
     kinds = document["rejection"][f"{small.cluster} x 4"]
     assert kinds.keys() == mooncake.REJECTION.keys()
     assert kinds["no rejection"]["refused"] == 0
-    assert document["rejection"].keys() == {f"{c} x 4" for c in (small.cluster, small.scarce)}
+    assert document["rejection"].keys() == {f"{c} x 4" for c in (small.cluster, *small.scarce)}
     text = (tmp_path / "out" / "mooncake.md").read_text()
     assert "| random | `random` | 19.6 |" in text
     assert is_svg(tmp_path / "out" / "mooncake-routing.svg")
