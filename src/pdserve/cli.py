@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pdserve import __version__
 from pdserve.command_parser import CommandParser
-from pdserve.config import OPTIONS, Resolved, flag_of, resolve
+from pdserve.config import OPTIONS, Resolved, resolve
 from pdserve.core.errors import PdserveError
+from pdserve.options import flag_of
 
 if TYPE_CHECKING:
     from pdserve.serve.deployment import Deployment
@@ -180,7 +181,7 @@ def _add_serve(commands: _Commands) -> None:
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with a [serve] table")
     for name, option in OPTIONS.items():
-        default = "" if option.default is None else f" (default: {option.default})"
+        default = "" if option.default in (None, ()) else f" (default: {option.default})"
         is_switch = option.metadata.get("switch", False)
         serve.add_argument(
             flag_of(name),

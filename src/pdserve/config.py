@@ -1,10 +1,10 @@
 """What the user asked for: one frozen `ServeConfig`, resolved once, before anything starts.
 
-Each option is a field of `ServeConfig`, and the field is all there is to an option: its name gives
-the flag (``--kv-blocks``), the environment variable (``PDSERVE_KV_BLOCKS``) and the key in the
-``[serve]`` table of the TOML file (``kv_blocks``); its metadata gives the help text. A flag wins
-over the environment, the environment over the file, the file over the default, and `Resolved`
-remembers which one it was, so that start-up can print it.
+Each option is a field of `ServeConfig`, or of its part `EdgeConfig`, and the field is all there is
+to an option: its name gives the flag (``--kv-blocks``), the environment variable
+(``PDSERVE_KV_BLOCKS``) and the key in the ``[serve]`` table of the TOML file (``kv_blocks``); its
+metadata gives the help text. A flag wins over the environment, the environment over the file, the
+file over the default, and `Resolved` remembers which one it was, so that start-up can print it.
 
 What one look at the options can refuse is refused here. What needs the model (a pool that is too
 small for ``--max-model-len``) or an import (an engine that is not there) is refused by
@@ -13,8 +13,7 @@ small for ``--max-model-len``) or an import (an engine that is not there) is ref
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,14 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.layout import DTYPE_BYTES, INT8, KV_DTYPES
 from pdserve.core.request import Role
 from pdserve.cost.step_times import StepTimes, check_speeds, parse_speeds, parse_step_times
+from pdserve.edge_config import EdgeConfig
 from pdserve.node.settings import RoleControl
+from pdserve.options import flag_of, parse_size
+from pdserve.options import option as _option
+from pdserve.options import parse_seconds as _seconds
+from pdserve.options import parse_switch as _switch
+from pdserve.options import parse_text as _text
+from pdserve.options import parse_whole as _whole
 from pdserve.policy.admission import ADMISSION_POLICIES
 from pdserve.policy.registry import (
     BATCH_POLICIES,
@@ -45,60 +51,6 @@ KV_TILE_TOKENS = 64
 INT8_BLOCK_TOKENS = 16
 """A block of int8 is a multiple of this many tokens."""
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def parse_size(value: object) -> int:
-    """Bytes of ``1073741824``, ``"512MiB"`` or ``"2GB"``. Raises `ValueError`."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("a size such as 512MiB or 2GB")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text that is not empty")
-    return value
-
-
-def _whole(value: object) -> int:
-    try:
-        if isinstance(value, str):
-            return int(value)
-    except ValueError:
-        pass
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError("a whole number")
-
-
-def _seconds(value: object) -> float:
-    try:
-        if isinstance(value, str):
-            return float(value)
-    except ValueError:
-        pass
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    raise ValueError("a number of seconds")
-
-
-def _switch(value: object) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    found = value if isinstance(value, bool) else words.get(str(value).lower())
-    if found is None:
-        raise ValueError("true or false")
-    return found
-
-
-def _option(default: Any, parse: Callable[[object], Any], text: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": text})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -111,6 +63,7 @@ class ServeConfig:
     host: str = _option("127.0.0.1", _text, "address to listen on")
     port: int = _option(8000, _whole, "port to listen on; 0 takes a free one")
     api_key: str | None = _option(None, _text, "key that clients must send as bearer token")
+    edge: EdgeConfig = field(default=EdgeConfig(), metadata={"part": EdgeConfig})
     prefill: int = _option(
         1, _whole, "prefill workers (if any of the three counts is given, the others are 0)"
     )
@@ -294,6 +247,10 @@ class ServeConfig:
         """How native workers batch."""
         return self.batching or default_batching(self.policy)
 
+    def value_of(self, name: str) -> Any:
+        """Of an option, wherever its field is."""
+        return getattr(self if name in _OWN else self.edge, name)
+
     def weight_dtype_of(self, role: Role) -> str:
         """Of the weights in a worker's products, by its home role."""
         special = self.decode_weight_dtype if role is Role.DECODE else None
@@ -320,18 +277,26 @@ class Resolved:
         """(option, value, source) of every field, secrets masked, for people to read."""
         shown: list[tuple[str, str, str]] = []
         for name in OPTIONS:
-            value = getattr(self.config, name)
+            value = self.config.value_of(name)
             text = "***" if name == "api_key" and value else "-" if value is None else str(value)
             shown.append((name, text, self.sources[name]))
         return shown
 
 
-OPTIONS: Mapping[str, Field[Any]] = {item.name: item for item in fields(ServeConfig)}
+_OWN = frozenset(item.name for item in fields(ServeConfig))
 
 
-def flag_of(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
+def _options() -> Mapping[str, Field[Any]]:
+    """Of all parts, in the order of their fields."""
+    found: dict[str, Field[Any]] = {}
+    for item in fields(ServeConfig):
+        part = item.metadata.get("part")
+        found.update({each.name: each for each in (fields(part) if part else (item,))})
+    return found
+
+
+OPTIONS = _options()
+EDGE_OPTIONS = tuple(item.name for item in fields(EdgeConfig))
 
 
 def resolve(
@@ -369,4 +334,5 @@ def resolve(
     if any(name in values for name in counts):
         for name in counts:
             values.setdefault(name, 0)
-    return Resolved(config=ServeConfig(**values), sources=sources)
+    edge = EdgeConfig(**{name: values.pop(name) for name in EDGE_OPTIONS if name in values})
+    return Resolved(config=ServeConfig(edge=edge, **values), sources=sources)

@@ -1,74 +1,100 @@
-"""Who sends a request, and which class of service it gets.
+"""Who sends a request, what he may do, and which class of service it gets.
 
-The caller is known by its API key: the tenant is a short digest of it, so that the key itself goes
-no further than the edge. (Not by OpenAI's ``user`` field: whoever writes it could be as many as he
-likes.) A key that is bound to a class has no choice; everybody else names the class in a header, or
-gets ``default``.
+The caller is known by its API key. The tenant is the key's name in the key file, or a short digest
+of the key, so that the key itself goes no further than the edge. (Not by OpenAI's ``user`` field:
+whoever writes it could be as many as he likes.) A key that is bound to a class has no choice;
+everybody else names the class in a header, or gets ``default``.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
+from starlette.types import Scope
 
-from pdserve.core.errors import AuthError, RequestError
+from pdserve.api.allowances import Allowance
+from pdserve.api.key_file import Rights
+from pdserve.core.errors import NotFoundError, RequestError
+from pdserve.core.events import LifeEvent
 from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
 
 CLASS_HEADER = "X-Pdserve-Class"
-CALLER = "pdserve.caller"
-"""Scope key: the `Caller`, if keys are asked for."""
+VISIT = "pdserve.visit"
+"""Scope key: the `Visit`, if keys are asked for."""
 
-OPERATED = "/cluster"
-"""Paths under which workers are moved about: not with a key that is bound to a class."""
-
-_TENANT_CHARS = 12
+TENANT_DETAIL = "tenant"
+"""In the detail of a request's first event: whose it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """``class_name``: of the class to which the key is bound."""
+    """``tenant``: the name by which it is known in logs and metrics, and to the scheduler.
+    ``class_name``: of the class to which the key is bound. ``digest``: of the key."""
 
     tenant: str = ""
     class_name: str | None = None
+    rights: Rights = Rights.OPERATE
+    digest: bytes = field(default=b"", repr=False)
+    allowance: Allowance | None = None
 
 
 _ANYBODY = Caller()
 
 
-class KeyRing:
-    """The keys that this server takes: its own, and those of classes."""
+@dataclass(slots=True)
+class Visit:
+    """One HTTP request of a caller, until its response has ended. ``num_tokens`` are reserved."""
 
-    def __init__(self, api_key: str | None, class_of_key: Mapping[str, str]) -> None:
-        self._callers: dict[bytes, Caller] = {}
-        for key, class_name in class_of_key.items():
-            self._add(key.encode(), class_name)
-        if api_key is not None:
-            self._add(api_key.encode(), None)
+    caller: Caller
+    num_tokens: int = 0
 
-    def __bool__(self) -> bool:
-        """False if no key is asked for."""
-        return bool(self._callers)
+    def reserve(self, num_tokens: int) -> None:
+        """Raises as `Allowance.reserve`."""
+        if self.caller.allowance is not None:
+            self.caller.allowance.reserve(num_tokens)
+            self.num_tokens += num_tokens
 
-    def caller(self, key: bytes) -> Caller:
-        """Whose key it is. Raises `AuthError`."""
-        # By its digest: how long the look-up takes tells nothing about a key.
-        caller = self._callers.get(hashlib.sha256(key).digest())
-        if caller is None:
-            raise AuthError("the API key is not one that this server was started with")
-        return caller
+    def end(self) -> None:
+        if self.caller.allowance is not None:
+            self.caller.allowance.release(self.num_tokens)
+            self.num_tokens = 0
 
-    def _add(self, key: bytes, class_name: str | None) -> None:
-        digest = hashlib.sha256(key).digest()
-        self._callers[digest] = Caller(digest.hex()[:_TENANT_CHARS], class_name)
+
+def caller_in(scope: Scope) -> Caller:
+    """Who sent the request; nobody in particular, who may do all, if no keys are asked for."""
+    visit: Visit | None = scope.get(VISIT)
+    return _ANYBODY if visit is None else visit.caller
 
 
 def caller_of(request: HttpRequest) -> Caller:
-    """Who sent the request; nobody in particular if no keys are asked for."""
-    caller: Caller = request.scope.get(CALLER, _ANYBODY)
-    return caller
+    """The same of a request."""
+    return caller_in(request.scope)
+
+
+def reserve_tokens(request: HttpRequest, num_tokens: int) -> None:
+    """Count these tokens as in flight for the caller until the response has ended.
+
+    Raises `RateLimitError`, or `RequestError` if there are too many for this key ever.
+    """
+    visit: Visit | None = request.scope.get(VISIT)
+    if visit is not None:
+        visit.reserve(num_tokens)
+
+
+def salt_of(request: HttpRequest, wanted: str, *, per_key: bool) -> str:
+    """The salt of the request's cached prefixes: what the client ``wanted``, and ``per_key`` the
+    tenant before it, so that no client's salt can be that of another one's key."""
+    tenant = caller_of(request).tenant if per_key else ""
+    return f"{len(tenant)}:{tenant}:{wanted}" if tenant else wanted
+
+
+def check_owner(request: HttpRequest, events: tuple[LifeEvent, ...]) -> None:
+    """Raises `NotFoundError`, as for a request that never was, if it is not the caller's to see."""
+    caller = caller_of(request)
+    if caller.rights < Rights.WATCH and dict(events[0].detail).get(TENANT_DETAIL) != caller.tenant:
+        raise NotFoundError("no recent request of this API key has this id", "request_id")
 
 
 def service_of(request: HttpRequest, classes: Mapping[str, ServiceClass]) -> ServiceClass:

@@ -24,10 +24,13 @@ from pdserve.core.errors import (
     AuthError,
     ConflictError,
     ContextLengthError,
+    DeadlineError,
+    ForbiddenError,
     GenerationError,
     NotFoundError,
     OverloadedError,
     PdserveError,
+    RateLimitError,
     RequestError,
     UnavailableError,
 )
@@ -38,6 +41,7 @@ _INVALID = "invalid_request_error"
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
     415: "unsupported_media_type",
 }
@@ -82,12 +86,21 @@ def failure_of(error: BaseException) -> HttpFailure:
     if isinstance(error, HTTPException):
         return _http_failure(error)
     if isinstance(error, OverloadedError):
+        limit = error.limit if isinstance(error, RateLimitError) else None
         return HttpFailure(
             status=429,
             message=str(error),
-            type="overloaded_error",
-            code="overloaded",
+            type=limit or "overloaded_error",  # OpenAI's type is the limit that was met
+            code="rate_limit_exceeded" if limit else "overloaded",
             headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))},
+        )
+    if isinstance(error, DeadlineError):
+        return HttpFailure(
+            status=504,
+            message=str(error),
+            type="timeout_error",
+            code="deadline_exceeded",
+            headers={"X-Should-Retry": "false"},  # OpenAI's clients would, up to three times
         )
     if isinstance(error, UnavailableError):
         return HttpFailure(
@@ -115,6 +128,10 @@ def _client_failure(error: RequestError) -> HttpFailure:
             param=param,
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
+        )
+    if isinstance(error, ForbiddenError):
+        return HttpFailure(
+            status=403, message=message, type="permission_error", param=param, code="forbidden"
         )
     if isinstance(error, NotFoundError):
         code = "model_not_found" if param == "model" else "not_found"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pdserve.config import OPTIONS, flag_of
+from pdserve.config import EDGE_OPTIONS, OPTIONS
+from pdserve.options import flag_of
 
 SECONDS = 240.0
 QUICK_SECONDS = 30.0
 OWN_FLAGS = {
     *("host", "port", "api_key", "record", "log_format", "queue_timeout", "drain_timeout"),
     *("roles", "admission", "classes", "served_model_name", "allow_faults"),
+    *EDGE_OPTIONS,
 }
 """Flags of ``serve`` that a calibration sets itself, or that change nothing that it measures."""
 

@@ -30,9 +30,10 @@ from pdserve.calibrate.arguments import OWN_FLAGS, QUICK_SECONDS, SECONDS
 from pdserve.calibrate.design import Design, Limits
 from pdserve.calibrate.fit import errors_of, profile_of
 from pdserve.calibrate.live import Asked, ask, serving
-from pdserve.config import OPTIONS, flag_of, resolve
+from pdserve.config import OPTIONS, resolve
 from pdserve.core.errors import ConfigError, why
 from pdserve.cost.profile import Host, Profile, to_text
+from pdserve.options import flag_of
 from pdserve.page import page
 from pdserve.serve.deployment import Deployment, deploy
 from pdserve.serve.recorded import read_run

@@ -10,9 +10,12 @@
     ├── RequestError           the client's fault; ``param`` names the field          -> 400
     │   ├── ContextLengthError prompt and answer do not fit the model                 -> 400
     │   ├── AuthError          missing or wrong API key                               -> 401
+    │   ├── ForbiddenError     this API key may not do that                           -> 403
     │   ├── NotFoundError      unknown model, request id or worker                    -> 404
     │   └── ConflictError      what is asked for does not go with how things stand    -> 409
     ├── OverloadedError        no room now; ``retry_after_s``                         -> 429
+    │   └── RateLimitError     not so much at a time for this API key; ``limit``      -> 429
+    ├── DeadlineError          the answer has taken longer than it may   -> 504 or an error event
     ├── UnavailableError       nobody left to serve, or draining                      -> 503
     ├── GenerationError        the answer broke off after it began      -> 500 or an error event
     ├── OutOfBlocksError       the block pool cannot give that many (caught by the batch machine)
@@ -79,6 +82,10 @@ class AuthError(RequestError):
     pass
 
 
+class ForbiddenError(RequestError):
+    pass
+
+
 class NotFoundError(RequestError):
     pass
 
@@ -91,6 +98,18 @@ class OverloadedError(PdserveError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """``limit``: which one was met, ``requests`` or ``tokens``."""
+
+    def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
+        super().__init__(message, retry_after_s)
+        self.limit = limit
+
+
+class DeadlineError(PdserveError):
+    pass
 
 
 class UnavailableError(PdserveError):

@@ -17,8 +17,9 @@ from rich.console import Console
 
 import pdserve
 from pdserve.cli import main
-from pdserve.config import OPTIONS, flag_of
+from pdserve.config import OPTIONS
 from pdserve.core.errors import ConfigError, UnavailableError
+from pdserve.options import flag_of
 from pdserve.page import page
 from pdserve.serve import explain as explain_module
 from pdserve.serve.client import Client

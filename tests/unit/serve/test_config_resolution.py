@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.config import OPTIONS, ServeConfig, flag_of, parse_size, resolve
+from pdserve.config import OPTIONS, ServeConfig, resolve
 from pdserve.core.errors import ConfigError
+from pdserve.options import flag_of, parse_size
 
 
 def write(tmp_path: Path, text: str) -> Path:
