@@ -14,6 +14,13 @@ import math
 
 from pdserve.core.errors import RateLimitError, RequestError
 
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{name}"
+    for name in (
+        *("limit-requests", "remaining-requests", "reset-requests"),
+        *("limit-tokens", "remaining-tokens"),
+    )
+)
 _MINUTE_S = 60.0
 _TOKENS_RETRY_S = 1.0
 """When tokens in flight will end is not known; a client may as well ask again soon."""
@@ -73,8 +80,8 @@ class Allowance:
                     "max_tokens",
                 )
             raise RateLimitError(
-                f"API key {self._name!r} may have {limit} tokens in flight: {self._num_tokens} are, "
-                f"and this request may come to {num_tokens}; wait until others have ended",
+                f"API key {self._name!r} may have {limit} tokens in flight: {self._num_tokens} "
+                f"are, and this request may come to {num_tokens}; wait until others have ended",
                 _TOKENS_RETRY_S,
                 "tokens",
             )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import pdserve
 from pdserve.api import documentation, errors
-from pdserve.api.callers import KeyRing
+from pdserve.api.allowances import RATE_LIMIT_HEADERS
 from pdserve.api.edge import Edge
 from pdserve.api.faults import HoldBody, LinksBody, faults_router
 from pdserve.api.gateway import Gateway
-from pdserve.api.middleware import BearerMiddleware, EdgeMiddleware
+from pdserve.api.key_check import KeyCheck
+from pdserve.api.keys import KeyStore, key_store
+from pdserve.api.middleware import REQUEST_ID_HEADER, EdgeMiddleware
 from pdserve.api.openai.chat import chat_router
 from pdserve.api.openai.completions import completions_router
 from pdserve.api.openai.models import models_router
@@ -18,8 +21,10 @@ from pdserve.api.openai.schema import ChatBody, CompletionBody
 from pdserve.api.operations import operations_router
 from pdserve.api.request_ids import RequestDirectory
 from pdserve.api.settings import ApiSettings
+from pdserve.api.time_limits import TimeLimits
 from pdserve.api.tokenization import DetokenizeBody, TokenizeBody, tokenization_router
-from pdserve.api.workers import DrainBody, RoleBody, workers_router
+from pdserve.api.workers import DrainBody, EmptyBody, RoleBody, workers_router
+from pdserve.obs.key_metrics import KeyMetrics
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -29,14 +34,23 @@ def create_app(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
     settings: ApiSettings,
+    keys: KeyStore | None = None,
 ) -> FastAPI:
-    """The ASGI application in front of ``gateway``. Owns nothing that needs closing."""
+    """The ASGI application in front of ``gateway``. Owns nothing that needs closing.
+
+    ``keys`` are those of the settings, if they have been read already. Raises `ConfigError` if they
+    cannot be.
+    """
+    keys = keys or key_store(settings)
+    key_metrics = KeyMetrics()
     edge = Edge(
         gateway=gateway,
         tokenizer=tokenizer,
         chat_template=chat_template,
         settings=settings,
         directory=RequestDirectory(settings.num_remembered_ids),
+        keys=keys,
+        key_metrics=key_metrics,
     )
     app = FastAPI(
         title="pdserve",
@@ -57,12 +71,27 @@ def create_app(
         app,
         (
             *(CompletionBody, ChatBody, TokenizeBody, DetokenizeBody),
-            *(RoleBody, DrainBody, LinksBody, HoldBody),
+            *(RoleBody, DrainBody, EmptyBody, LinksBody, HoldBody),
         ),
     )
     errors.install(app)
-    keys = KeyRing(settings.api_key, settings.class_of_key)
-    if keys:
-        app.add_middleware(BearerMiddleware, keys=keys)
-    app.add_middleware(EdgeMiddleware)  # the last one added is the outermost
+    _surround(app, settings, keys, key_metrics)
     return app
+
+
+def _surround(app: FastAPI, settings: ApiSettings, keys: KeyStore, key_metrics: KeyMetrics) -> None:
+    """From the inside out: the last one added is the outermost."""
+    if keys:
+        app.add_middleware(KeyCheck, keys=keys, metrics=key_metrics)
+    app.add_middleware(
+        TimeLimits, read_s=settings.read_timeout_s, request_s=settings.request_timeout_s
+    )
+    app.add_middleware(EdgeMiddleware)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER, "Retry-After", *RATE_LIMIT_HEADERS),
+        )

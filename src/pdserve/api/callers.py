@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from pdserve.api.allowances import Allowance
 from pdserve.api.key_file import Rights
-from pdserve.core.errors import NotFoundError, RequestError
+from pdserve.core.errors import NotFoundError, RateLimitError, RequestError
 from pdserve.core.events import LifeEvent
 from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
 
@@ -45,15 +45,21 @@ _ANYBODY = Caller()
 
 @dataclass(slots=True)
 class Visit:
-    """One HTTP request of a caller, until its response has ended. ``num_tokens`` are reserved."""
+    """One HTTP request of a caller, until its response has ended. ``num_tokens`` are reserved;
+    ``refused``: by which limit it was."""
 
     caller: Caller
     num_tokens: int = 0
+    refused: str | None = None
 
     def reserve(self, num_tokens: int) -> None:
         """Raises as `Allowance.reserve`."""
         if self.caller.allowance is not None:
-            self.caller.allowance.reserve(num_tokens)
+            try:
+                self.caller.allowance.reserve(num_tokens)
+            except RateLimitError as error:
+                self.refused = error.limit
+                raise
             self.num_tokens += num_tokens
 
     def end(self) -> None:

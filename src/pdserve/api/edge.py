@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.api.gateway import Gateway
+from pdserve.api.keys import KeyStore
 from pdserve.api.request_ids import RequestDirectory
 from pdserve.api.settings import ApiSettings
+from pdserve.obs.key_metrics import KeyMetrics
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -25,6 +27,8 @@ class Edge:
     chat_template: ChatTemplate
     settings: ApiSettings
     directory: RequestDirectory
+    keys: KeyStore | None = None
+    key_metrics: KeyMetrics | None = None
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text. Much text is encoded in a thread: nobody else's tokens wait."""

@@ -72,7 +72,9 @@ class FakeGateway(Gateway):
         """Tokens of all choices in turn, as the script has them."""
         request_id = request.request_id
         self.submitted.append(request)
-        self._log(request_id, LifeName.SUBMITTED, prompt_tokens=len(request.prompt_token_ids))
+        whose = {"tenant": request.tenant} if request.tenant else {}
+        num_prompt_tokens = len(request.prompt_token_ids)
+        self._log(request_id, LifeName.SUBMITTED, prompt_tokens=num_prompt_tokens, **whose)
         running = set(range(request.num_choices))
         outcome = self.aborted
         try:

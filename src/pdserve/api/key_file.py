@@ -39,6 +39,8 @@ FIELDS = ("key", "requests_per_minute", "concurrent_tokens", "class", "rights")
 
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_Table = tuple[str, str, Mapping[str, Any]]
+"""(place in the file, name, fields)"""
 
 
 class Rights(IntEnum):
@@ -96,7 +98,7 @@ def parse_key_file(file: Path, content: bytes, classes: Collection[str]) -> tupl
     return tuple(entries.values())
 
 
-def _toml_tables(file: Path, text: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+def _toml_tables(file: Path, text: str) -> list[_Table]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -104,7 +106,7 @@ def _toml_tables(file: Path, text: str) -> list[tuple[str, str, Mapping[str, Any
     keys = document.get("keys", {})
     if set(document) - {"keys"} or not isinstance(keys, dict):
         raise ConfigError(f"{file} must hold tables [keys.NAME], and nothing else")
-    found = []
+    found: list[_Table] = []
     for name, table in keys.items():
         place = f"{file}, [keys.{name}]"
         if not isinstance(table, dict):
@@ -113,8 +115,8 @@ def _toml_tables(file: Path, text: str) -> list[tuple[str, str, Mapping[str, Any
     return found
 
 
-def _line_tables(file: Path, text: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    found = []
+def _line_tables(file: Path, text: str) -> list[_Table]:
+    found: list[_Table] = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()
         if not words:
@@ -142,7 +144,7 @@ def _entry(name: str, table: Mapping[str, Any], classes: Collection[str]) -> Key
     if strangers:
         raise ConfigError(f"unknown: {', '.join(strangers)}; it may have {', '.join(FIELDS)}")
     given = table.get("key")
-    keys = given if isinstance(given, list) else [given]
+    keys: list[Any] = given if isinstance(given, list) else [given]
     if not keys or not all(isinstance(key, str) for key in keys):
         raise ConfigError("key must be a text, or a list of texts")
     class_name = table.get("class")

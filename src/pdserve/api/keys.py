@@ -20,6 +20,7 @@ from pathlib import Path
 from pdserve.api.allowances import Allowance
 from pdserve.api.callers import Caller
 from pdserve.api.key_file import KeyEntry, Rights, digest_of, parse_key_file
+from pdserve.api.settings import ApiSettings
 from pdserve.core.errors import AuthError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class KeyStore:
         self._look_s = -LOOK_EVERY_S
         self._look()
 
-    def names(self) -> Mapping[str, Allowance]:
-        """The allowances by name, of the file's keys."""
-        return self._allowances
+    def tokens_in_flight(self) -> list[tuple[str, int]]:
+        """(name, tokens) of the file's keys."""
+        return [(name, each.tokens_in_flight) for name, each in self._allowances.items()]
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -105,7 +106,9 @@ class KeyStore:
             stamp, mode, content = _read(self._file)
             if content != self._content:
                 self._take(stamp, mode, content)
-                logger.info("API keys read again from %s: %d names", self._file, len(self.names()))
+                logger.info(
+                    "API keys read again from %s: %d names", self._file, len(self._allowances)
+                )
             self._stamp, self._said = stamp, ""
         except (ConfigError, OSError) as error:
             if str(error) != self._said:
@@ -131,6 +134,13 @@ class KeyStore:
                 "keys as sha256: digests",
                 self._file,
             )
+
+
+def key_store(settings: ApiSettings) -> KeyStore:
+    """The keys of these settings. Raises `ConfigError` if their file cannot be used."""
+    return KeyStore(
+        settings.api_key, settings.class_of_key, settings.api_keys_file, tuple(settings.classes)
+    )
 
 
 def _callers_of(entry: KeyEntry, allowance: Allowance) -> dict[bytes, Caller]:

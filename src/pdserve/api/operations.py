@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 import pdserve
+from pdserve.api.callers import caller_of, check_owner
 from pdserve.api.documentation import may_answer
 from pdserve.api.edge import Edge
 from pdserve.api.gateway import Gateway
+from pdserve.api.key_file import Rights
 from pdserve.core.errors import NotFoundError, UnavailableError
 from pdserve.core.ids import RequestId
 from pdserve.obs.timeline import describe
@@ -38,21 +40,28 @@ def operations_router(edge: Edge) -> APIRouter:
         return {"version": pdserve.__version__}
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Metrics in Prometheus' text format."""
-        return Response(gateway.metrics_text(), headers={"Content-Type": _METRICS_TYPE})
+    async def metrics(request: Request) -> Response:
+        """Metrics in Prometheus' text format. Those of API keys need a key that may watch."""
+        text = gateway.metrics_text()
+        if edge.keys and edge.key_metrics and caller_of(request).rights >= Rights.WATCH:
+            text += edge.key_metrics.exposition(edge.keys.tokens_in_flight())
+        return Response(text, headers={"Content-Type": _METRICS_TYPE})
 
     _add_cluster(router, gateway)
 
     @router.get("/v1/requests/{request_id}/timeline", **may_answer(401, 404))
-    async def timeline(request_id: str) -> Response:
+    async def timeline(request_id: str, request: Request) -> Response:
         """Phases of a recent request: times, workers, and the router's reasons.
 
-        The id is the response's, or the one that the client gave. For a list of prompts the answer
+        The id is the response's, or the one that the client gave. With API keys, a key sees its own
+        requests; one that may watch sees all. For a list of prompts the answer
         has one timeline per prompt, in ``requests``; ``<id>-<i>`` is one of them.
         """
         ids = edge.directory.find(request_id) or (RequestId(request_id),)
-        timelines = [describe(events) for events in map(gateway.timeline, ids) if events]
+        found = [events for events in map(gateway.timeline, ids) if events]
+        for events in found:
+            check_owner(request, events)
+        timelines = [describe(events) for events in found]
         if not timelines:
             raise NotFoundError(
                 f"no recent request has the id {request_id!r}; only the latest are remembered",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pdserve.core.request import DEFAULT_SERVICE, ServiceClass
 
@@ -17,10 +18,17 @@ class ApiSettings:
     completion without ``max_tokens`` gets (a chat gets the rest of the context).
     ``num_remembered_ids`` bounds the names by which timelines can be asked for. ``classes`` are the
     classes of service by name, ``default`` among them; ``class_of_key`` names the class to which a
-    key is bound.
+    key is bound. ``salt_per_key``: no key's requests find cached prefixes of another's.
+    ``read_timeout_s`` bounds the time that a body takes to come, ``request_timeout_s`` the time of
+    a whole answer. Web pages of ``cors_origins`` may call the API.
     """
 
     api_key: str | None = field(default=None, repr=False)
+    api_keys_file: Path | None = None
+    salt_per_key: bool = True
+    read_timeout_s: float = 30.0
+    request_timeout_s: float | None = None
+    cors_origins: tuple[str, ...] = ()
     classes: Mapping[str, ServiceClass] = field(
         default_factory=lambda: {DEFAULT_SERVICE.name: DEFAULT_SERVICE}
     )

@@ -24,6 +24,12 @@ class RoleBody(BaseModel):
     epoch: int | None = None
 
 
+class EmptyBody(BaseModel):
+    """An empty object. What a web page of another origin can send without asking is not JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class DrainBody(BaseModel):
     """``restart``: replace the worker's process once it holds nothing."""
 
@@ -55,8 +61,9 @@ def workers_router(edge: Edge) -> APIRouter:
         return {"worker": worker, "detail": await gateway.command(asked)}
 
     @router.post("/undrain", **may_answer(401, 404, 409))
-    async def undrain(worker: str) -> dict[str, Any]:
+    async def undrain(worker: str, request: Request) -> dict[str, Any]:
         """Let a drained worker take work again."""
+        await read_body(request, EmptyBody, max_bytes)
         asked = UndrainOne(command=0, worker=WorkerId(worker))
         return {"worker": worker, "detail": await gateway.command(asked)}
 

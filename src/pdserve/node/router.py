@@ -141,6 +141,7 @@ class RouterNode:
             route=str(request.route),
             service=request.service.name,
             **({"admission": verdict.detail} if verdict.detail else {}),
+            **({"tenant": request.tenant} if request.tenant else {}),
         )
         if verdict.refused is not None:
             self._fail(life, verdict.refused, verdict.detail, out, verdict.retry_after_s)

@@ -10,8 +10,8 @@ import uvicorn
 
 from pdserve.api.app import create_app
 from pdserve.api.gateway import Gateway
-from pdserve.api.settings import ApiSettings
-from pdserve.service_classes import ONE_CLASS, ServiceClasses
+from pdserve.serve.connections import MAX_HEADER_BYTES, guarded
+from pdserve.serve.edge_files import EdgeFiles
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.tokenizer import Tokenizer
 
@@ -27,12 +27,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(
-    gateway: Gateway,
-    model_path: Path,
-    api_key: str | None,
-    service_classes: ServiceClasses = ONE_CLASS,
-) -> HttpServer:
+def http_server(gateway: Gateway, model_path: Path, files: EdgeFiles) -> HttpServer:
     """The server for this gateway and the tokenizer of this model; not serving yet.
 
     Raises `ModelError` if the folder's tokenizer or chat template cannot be used.
@@ -41,18 +36,20 @@ def http_server(
         gateway,
         Tokenizer.from_folder(model_path),
         ChatTemplate.from_folder(model_path),
-        ApiSettings(
-            api_key=api_key,
-            classes={service.name: service for service in service_classes.classes},
-            class_of_key=service_classes.class_of_key,
-        ),
+        files.settings,
+        files.keys,
     )
     config = uvicorn.Config(
         app,
+        http=guarded(files.settings.read_timeout_s),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=GRACE_S,
     )
+    config.load()
+    config.ssl = files.ssl
     return HttpServer(config)

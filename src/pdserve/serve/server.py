@@ -36,6 +36,7 @@ from pdserve.serve.links import Identity, new_address
 from pdserve.serve.recorder import recorder_of
 
 if TYPE_CHECKING:
+    from pdserve.serve.edge_files import EdgeFiles
     from pdserve.serve.http import HttpServer
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,12 @@ def spare_the_collector() -> None:
 class Server:
     """One server process: gateway, HTTP and the launcher of its workers."""
 
-    def __init__(self, deployment: Deployment, ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, deployment: Deployment, ready: Callable[[str], None], files: EdgeFiles
+    ) -> None:
         """``ready`` is called with the base URL once every worker can serve."""
         self._deployment = deployment
+        self._files = files
         self._config: ServeConfig = deployment.config
         self._ready = ready
         self._stop = asyncio.Event()
@@ -132,6 +136,8 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        if self._files.can_change:  # else a terminal that is closed ends the server
+            loop.add_signal_handler(signal.SIGHUP, self._files.reload)
         learned = self._router.books.learned
         saving = asyncio.ensure_future(self._fits.keep_saving(learned.saved))
         try:
@@ -151,12 +157,7 @@ class Server:
         # Loaded while the workers load their models: it takes a second, and they are not idle.
         from pdserve.serve.http import http_server
 
-        http = http_server(
-            self._gateway,
-            self._deployment.model_path,
-            self._config.api_key,
-            self._config.classes,
-        )
+        http = http_server(self._gateway, self._deployment.model_path, self._files)
         serving = asyncio.ensure_future(http.serve(sockets=[bound]))
         serving.add_done_callback(lambda _: self._stop.set())
         announcing = asyncio.ensure_future(self._announce(bound))
@@ -175,8 +176,11 @@ class Server:
         await self._gateway.until_ready()
         spare_the_collector()
         host, port = bound.getsockname()[:2]
+        scheme = "http" if self._files.ssl is None else "https"
         with contextlib.suppress(OSError):  # nobody reads what is printed
-            self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            self._ready(
+                f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+            )
 
     async def _drain(self) -> None:
         if self._failure is None and self._user_error is None:
@@ -232,10 +236,14 @@ def serve(deployment: Deployment, ready: Callable[[str], None]) -> int:
     for handler in logging.getLogger(logs.LOGGER_NAME).handlers:
         logging.getLogger("uvicorn").addHandler(handler)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    from pdserve.serve.edge_files import EdgeFiles
+
+    files = EdgeFiles(deployment.config)
     bound = bind(deployment.config.host, deployment.config.port)
+    files.warn(bound.getsockname()[0])
 
     async def run() -> int:
-        return await Server(deployment, ready).run(bound)
+        return await Server(deployment, ready, files).run(bound)
 
     with bound:
         return asyncio.run(run())

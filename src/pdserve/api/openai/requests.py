@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 
-from pdserve.api.callers import caller_of, service_of
+from pdserve.api.callers import caller_of, reserve_tokens, salt_of, service_of
 from pdserve.api.gateway import ModelCard
 from pdserve.api.middleware import CLIENT_REQUEST_ID
 from pdserve.api.openai.schema import GenerationBody
@@ -218,20 +218,21 @@ def make_requests(
     http: HttpRequest,
     settings: ApiSettings,
 ) -> tuple[Request, ...]:
-    """One request per prompt, in order."""
+    """One request per prompt, in order. Their tokens count for the caller from here on."""
     route = _route(http.headers.get(ROUTE_HEADER))
     service = service_of(http, settings.classes)
     tenant = caller_of(http).tenant
+    salt = salt_of(http, body.cache_salt, per_key=settings.salt_per_key)
     trace_context = http.headers.get("traceparent", "")
     if _TRACEPARENT.fullmatch(trace_context) is None:
         trace_context = ""  # W3C Trace Context 3.2: a broken one counts as none
-    return tuple(
+    requests = tuple(
         Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt),
             params=prompt_params,
             num_choices=body.n,
-            cache_salt=body.cache_salt,
+            cache_salt=salt,
             route=route,
             trace_context=trace_context,
             service=service,
@@ -239,6 +240,13 @@ def make_requests(
         )
         for request_id, prompt, prompt_params in zip(ids, prompts, params, strict=True)
     )
+    reserve_tokens(http, sum(map(_most_tokens, requests)))
+    return requests
+
+
+def _most_tokens(request: Request) -> int:
+    """Of the prompt, and of all choices if each is as long as it may be."""
+    return len(request.prompt_token_ids) + request.num_choices * request.params.max_tokens
 
 
 def _route(header: str | None) -> RoutePreference:
