@@ -41,6 +41,8 @@ class Caller:
 
 
 _ANYBODY = Caller()
+NOBODY = Caller(rights=Rights.GENERATE)
+"""Who shows no key where keys are asked for, on a path that is open."""
 
 
 @dataclass(slots=True)

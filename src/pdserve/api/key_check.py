@@ -15,7 +15,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdserve.api.callers import VISIT, Caller, Visit
+from pdserve.api.callers import NOBODY, VISIT, Caller, Visit
 from pdserve.api.errors import failure_of
 from pdserve.api.key_file import Rights
 from pdserve.api.keys import KeyStore
@@ -54,6 +54,7 @@ class KeyCheck:
             return
         header = Headers(scope=scope).get("Authorization")
         if scope["path"] in OPEN_PATHS:
+            scope[VISIT] = Visit(NOBODY)
             with contextlib.suppress(AuthError):
                 scope[VISIT] = Visit(self._caller(header))
             await self._app(scope, receive, send)

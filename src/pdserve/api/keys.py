@@ -111,9 +111,12 @@ class KeyStore:
                 )
             self._stamp, self._said = stamp, ""
         except (ConfigError, OSError) as error:
-            if str(error) != self._said:
-                self._said = str(error)
-                logger.error("the API keys stay as they were: %s", error)
+            said = str(error)
+            if isinstance(error, OSError):
+                said = f"cannot read {self._file}: {error.strerror}"
+            if said != self._said:
+                self._said = said
+                logger.error("the API keys stay as they were: %s", said)
 
     def _take(self, stamp: _Stamp | None, mode: int, content: bytes) -> None:
         assert self._file is not None
