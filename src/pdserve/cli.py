@@ -229,7 +229,9 @@ def _print_config(resolved: Resolved, deployment: Deployment) -> None:
 
 
 def _print_ready(url: str, deployment: Deployment) -> None:
-    key = " -H 'Authorization: Bearer '$PDSERVE_API_KEY" if deployment.config.api_key else ""
+    config = deployment.config
+    needs_key = config.api_key or config.classes.class_of_key or config.edge.api_keys_file
+    key = " -H 'Authorization: Bearer '$PDSERVE_API_KEY" if needs_key else ""
     body = json.dumps(
         {"model": deployment.card.name, "prompt": "The capital of France is", "max_tokens": 16}
     )
