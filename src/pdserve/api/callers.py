@@ -8,7 +8,7 @@ everybody else names the class in a header, or gets ``default``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
@@ -98,11 +98,14 @@ def salt_of(request: HttpRequest, wanted: str, *, per_key: bool) -> str:
     return f"{len(tenant)}:{tenant}:{wanted}" if tenant else wanted
 
 
-def check_owner(request: HttpRequest, events: tuple[LifeEvent, ...]) -> None:
-    """Raises `NotFoundError`, as for a request that never was, if it is not the caller's to see."""
+def check_owner(request: HttpRequest, timelines: Iterable[Sequence[LifeEvent]]) -> None:
+    """Raises `NotFoundError`, as for a request that never was, if one of these is not the caller's
+    to see."""
     caller = caller_of(request)
-    if caller.rights < Rights.WATCH and dict(events[0].detail).get(TENANT_DETAIL) != caller.tenant:
-        raise NotFoundError("no recent request of this API key has this id", "request_id")
+    for events in timelines:
+        tenant = dict(events[0].detail).get(TENANT_DETAIL)
+        if caller.rights < Rights.WATCH and tenant != caller.tenant:
+            raise NotFoundError("no recent request of this API key has this id", "request_id")
 
 
 def service_of(request: HttpRequest, classes: Mapping[str, ServiceClass]) -> ServiceClass:

@@ -59,8 +59,7 @@ def operations_router(edge: Edge) -> APIRouter:
         """
         ids = edge.directory.find(request_id) or (RequestId(request_id),)
         found = [events for events in map(gateway.timeline, ids) if events]
-        for events in found:
-            check_owner(request, events)
+        check_owner(request, found)
         timelines = [describe(events) for events in found]
         if not timelines:
             raise NotFoundError(

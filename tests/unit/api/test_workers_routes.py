@@ -17,7 +17,7 @@ async def test_each_route_is_a_command(client_of, gateway):
     async with client_of(gateway) as client:
         role = await client.post(f"{PLACE}/role", json={"role": "prefill", "epoch": 0})
         drain = await client.post(f"{PLACE}/drain", json={"restart": True})
-        undrain = await client.post(f"{PLACE}/undrain")
+        undrain = await client.post(f"{PLACE}/undrain", json={})
     assert role.json() == {"worker": WORKER, "role": "prefill", "detail": "done"}
     assert drain.json() == undrain.json() == {"worker": WORKER, "detail": "done"}
     assert gateway.commands == [
