@@ -17,13 +17,16 @@ _TEMPLATE = "#/components/schemas/{model}"
 _ERRORS = {
     400: "A field is wrong, not served, or more than the model can take.",
     401: "The API key is missing or wrong.",
+    403: "The API key may not do that.",
     404: "There is no such model, worker or request here.",
     409: "The server, or the worker, is not in a state that allows it.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
-    429: "No room now; try again after the seconds in Retry-After.",
+    429: "No room now, or a limit of the API key; try again after the seconds in Retry-After.",
     500: "The answer broke off.",
     503: "Nobody is left to serve.",
+    504: "The answer was not complete before its deadline.",
 }
 
 
@@ -54,7 +57,7 @@ def json_route(
     """Keyword arguments of a route that reads ``body`` and answers ``response`` (None: as its
     function is annotated), or, beside the errors that a body can have, with these."""
     schema = {"$ref": _TEMPLATE.format(model=body.__name__)}
-    arguments = may_answer(400, 401, 404, 413, 415, *statuses)
+    arguments = may_answer(400, 401, 404, 408, 413, 415, *statuses)
     arguments["openapi_extra"] = {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
     }
@@ -65,7 +68,7 @@ def json_route(
 
 def generating_route(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
     """As `json_route`, for a route that also streams and may be refused for lack of room."""
-    arguments = json_route(body, response, 429, 500, 503)
+    arguments = json_route(body, response, 429, 500, 503, 504)
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
     arguments["responses"][200]["content"] = stream
     arguments["openapi_extra"]["parameters"] = [

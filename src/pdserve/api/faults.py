@@ -50,7 +50,7 @@ def faults_router(edge: Edge) -> APIRouter:
             )
         return found
 
-    @router.post("/links", **json_route(LinksBody, None, 409))
+    @router.post("/links", **json_route(LinksBody, None, 403, 409))
     async def links(request: Request) -> dict[str, Any]:
         """Cut or slow down links between workers. 409 unless the server was started with
         --allow-faults."""
@@ -59,14 +59,14 @@ def faults_router(edge: Edge) -> APIRouter:
         hooks().disturb(pairs, body.factor, body.for_s)
         return {"faults": hooks().shown()}
 
-    @router.post("/holds", **json_route(HoldBody, None, 409))
+    @router.post("/holds", **json_route(HoldBody, None, 403, 409))
     async def holds(request: Request) -> dict[str, Any]:
         """Once the worker's process ends, start no other for so long. 409 as above."""
         body = await read_body(request, HoldBody, max_bytes)
         hooks().hold(WorkerId(body.worker), body.for_s)
         return {"worker": body.worker, "for_s": body.for_s}
 
-    @router.delete("", **may_answer(401, 409))
+    @router.delete("", **may_answer(401, 403, 409))
     async def heal() -> dict[str, Any]:
         """End every fault now. 409 as above."""
         hooks().heal()

@@ -74,12 +74,12 @@ def operations_router(edge: Edge) -> APIRouter:
 
 
 def _add_cluster(router: APIRouter, gateway: Gateway) -> None:
-    @router.get("/cluster")
+    @router.get("/cluster", **may_answer(401))
     async def cluster() -> Response:
         """Workers with their roles, load and blocks."""
         return _json(gateway.cluster())
 
-    @router.get("/cluster/traffic")
+    @router.get("/cluster/traffic", **may_answer(401, 403))
     async def traffic() -> Response:
         """Recent requests by size and time, and what is known of the workers' speed.
 

@@ -61,7 +61,7 @@ def tokenization_router(edge: Edge) -> APIRouter:
     router = APIRouter(tags=["Tokens"])
     card = edge.gateway.card
 
-    @router.post("/tokenize", **json_route(TokenizeBody, TokenizeAnswer))
+    @router.post("/tokenize", **json_route(TokenizeBody, TokenizeAnswer, 429))
     async def tokenize(request: Request) -> Any:
         """Token ids of a text, or of a chat as the model would read it."""
         body = (await read_body(request, TokenizeBody, edge.settings.max_body_bytes)).root
@@ -78,7 +78,7 @@ def tokenization_router(edge: Edge) -> APIRouter:
             "token_strs": strings,
         }
 
-    @router.post("/detokenize", **json_route(DetokenizeBody, DetokenizeAnswer))
+    @router.post("/detokenize", **json_route(DetokenizeBody, DetokenizeAnswer, 429))
     async def detokenize(request: Request) -> Any:
         """The text of token ids, special tokens included."""
         body = await read_body(request, DetokenizeBody, edge.settings.max_body_bytes)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from pdserve.api.body import read_body
-from pdserve.api.documentation import json_route, may_answer
+from pdserve.api.documentation import json_route
 from pdserve.api.edge import Edge
 from pdserve.core.commands import ChangeRole, DrainOne, UndrainOne
 from pdserve.core.ids import WorkerId
@@ -43,7 +43,7 @@ def workers_router(edge: Edge) -> APIRouter:
     gateway = edge.gateway
     max_bytes = edge.settings.max_body_bytes
 
-    @router.post("/role", **json_route(RoleBody, None, 409))
+    @router.post("/role", **json_route(RoleBody, None, 403, 409))
     async def role(worker: str, request: Request) -> dict[str, Any]:
         """Put a worker into another pool. It takes effect at the next routing decision; what runs
         there finishes. 404 for an unknown worker, 409 if its role epoch is not the given one."""
@@ -53,14 +53,14 @@ def workers_router(edge: Edge) -> APIRouter:
         )
         return {"worker": worker, "role": body.role, "detail": await gateway.command(asked)}
 
-    @router.post("/drain", **json_route(DrainBody, None, 409))
+    @router.post("/drain", **json_route(DrainBody, None, 403, 409))
     async def drain(worker: str, request: Request) -> dict[str, Any]:
         """Send a worker nothing new. Answers when no request, lease or unsent KV is left there."""
         body = await read_body(request, DrainBody, max_bytes)
         asked = DrainOne(command=0, worker=WorkerId(worker), restart=body.restart)
         return {"worker": worker, "detail": await gateway.command(asked)}
 
-    @router.post("/undrain", **may_answer(401, 404, 409))
+    @router.post("/undrain", **json_route(EmptyBody, None, 403, 409))
     async def undrain(worker: str, request: Request) -> dict[str, Any]:
         """Let a drained worker take work again."""
         await read_body(request, EmptyBody, max_bytes)
