@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def whole_parser() -> argparse.ArgumentParser:
+    """Every command with all of its flags."""
+    return _parser(("bench", "sim", "plan", "calibrate"))
+
+
 def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
     """For these words: commands that are not among them have no flags, whose import would take
     longer than all the rest."""
