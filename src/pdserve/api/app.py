@@ -17,6 +17,8 @@ from pdserve.api.middleware import REQUEST_ID_HEADER, EdgeMiddleware
 from pdserve.api.openai.chat import chat_router
 from pdserve.api.openai.completions import completions_router
 from pdserve.api.openai.models import models_router
+from pdserve.api.openai.responses_body import ResponsesBody
+from pdserve.api.openai.responses_route import responses_router
 from pdserve.api.openai.schema import ChatBody, CompletionBody
 from pdserve.api.operations import operations_router
 from pdserve.api.request_ids import RequestDirectory
@@ -60,6 +62,7 @@ def create_app(
     for make_router in (
         completions_router,
         chat_router,
+        responses_router,
         models_router,
         tokenization_router,
         operations_router,
@@ -70,7 +73,7 @@ def create_app(
     documentation.publish(
         app,
         (
-            *(CompletionBody, ChatBody, TokenizeBody, DetokenizeBody),
+            *(CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody),
             *(RoleBody, DrainBody, EmptyBody, LinksBody, HoldBody),
         ),
     )

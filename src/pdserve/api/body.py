@@ -29,6 +29,11 @@ async def read_body(request: Request, model: type[ModelT], max_bytes: int) -> Mo
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HTTPException(415, "send the header 'Content-Type: application/json'")
     document = _parse(await _read(request, max_bytes))
+    return validated(document, model)
+
+
+def validated(document: Any, model: type[ModelT]) -> ModelT:
+    """The document as this model. Raises `RequestError` naming the first field that is wrong."""
     try:
         return model.model_validate(document)
     except ValidationError as error:

@@ -13,6 +13,7 @@ from pdserve.api.direct_route import DirectRoute
 from pdserve.api.documentation import generating_route
 from pdserve.api.edge import Edge
 from pdserve.api.openai.choice import Piece
+from pdserve.api.openai.choice_frames import ChoiceFrames
 from pdserve.api.openai.logprobs import LogprobWriter
 from pdserve.api.openai.reply import GenerationReply
 from pdserve.api.openai.requests import (
@@ -38,11 +39,12 @@ def chat_router(edge: Edge) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Write the next message of a chat."""
         body = await read_body(request, ChatBody, edge.settings.max_body_bytes)
-        order = await _order(edge, request, body)
+        order = await chat_order(edge, request, body, "chatcmpl")
         # A message that is only written on keeps its role.
         role = "assistant" if body.opens_answer else body.messages[-1].role
         shape = ChatShape(order, role, LogprobWriter(edge.tokenizer))
-        return GenerationReply(order, shape, edge.gateway, edge.tokenizer)
+        frames = ChoiceFrames(order, shape, edge.gateway.card.name)
+        return GenerationReply(order, frames, edge.gateway, edge.tokenizer)
 
     return router
 
@@ -60,7 +62,8 @@ async def encode_chat(edge: Edge, body: ChatFields, *, add_special_tokens: bool)
     return ids
 
 
-async def _order(edge: Edge, request: Request, body: ChatBody) -> Order:
+async def chat_order(edge: Edge, request: Request, body: ChatBody, kind: str) -> Order:
+    """What is asked for; ``kind`` is the prefix of the response's id. Raises `RequestError`."""
     card, settings = edge.gateway.card, edge.settings
     check_model(body.model, card)
     num_top = body.top_logprobs if body.logprobs else None
@@ -73,7 +76,7 @@ async def _order(edge: Edge, request: Request, body: ChatBody) -> Order:
     max_tokens = answer_tokens(len(ids), wanted, None, card, "messages")
     params = sampling_params(body, card, max_tokens, num_top)
     name, response_id, ids_of_requests = edge.directory.assign(
-        "chatcmpl", client_request_id(request, body), None
+        kind, client_request_id(request, body), None
     )
     return Order(
         name=name,

@@ -13,6 +13,7 @@ from pdserve.api.direct_route import DirectRoute
 from pdserve.api.documentation import generating_route
 from pdserve.api.edge import Edge
 from pdserve.api.openai.choice import Piece
+from pdserve.api.openai.choice_frames import ChoiceFrames
 from pdserve.api.openai.logprobs import LogprobWriter
 from pdserve.api.openai.reply import GenerationReply
 from pdserve.api.openai.requests import (
@@ -41,7 +42,8 @@ def completions_router(edge: Edge) -> APIRouter:
         order, prompts = await _order(edge, request, body)
         echoes = [_text_of(edge, prompt) for prompt in prompts] if body.echo else None
         shape = CompletionShape(order, echoes, LogprobWriter(edge.tokenizer))
-        return GenerationReply(order, shape, edge.gateway, edge.tokenizer)
+        frames = ChoiceFrames(order, shape, edge.gateway.card.name)
+        return GenerationReply(order, frames, edge.gateway, edge.tokenizer)
 
     return router
 

@@ -9,8 +9,7 @@ then the gateway's streams are closed, and the blocks of the request are free.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -31,36 +30,37 @@ from pdserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_DONE = b"data: [DONE]\n\n"
 
+class Frames(Protocol):
+    """What differs between the endpoints: how news are put into JSON. One per HTTP request."""
 
-class Shape(Protocol):
-    """What differs between the endpoints: the JSON of a choice. One per HTTP request."""
-
-    whole_object: str
-    chunk_object: str
-
-    def opening(self) -> Sequence[dict[str, Any]]:
-        """Chunks (without head) that come before the first token."""
+    def document(self, pieces: Mapping[int, Piece], generation: Generation) -> dict[str, Any]:
+        """The whole answer; ``pieces`` by choice."""
         ...
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """An entry of ``choices`` in a chunk."""
+    def opening(self, generation: Generation) -> list[bytes]:
+        """Events that come before the first token."""
         ...
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """An entry of ``choices`` in a document."""
+    def news(self, piece: Piece, generation: Generation) -> list[bytes]:
+        """Events of what there is to be told of a choice."""
         ...
 
-    def document_extras(self) -> dict[str, Any]:
-        """Fields of the document beside ``choices``."""
+    def closing(self, generation: Generation) -> list[bytes]:
+        """Events of an answer that is complete."""
+        ...
+
+    def failure(self, document: dict[str, Any]) -> list[bytes]:
+        """Events of an answer that breaks off, with an error in OpenAI's shape."""
         ...
 
 
 class GenerationReply(Response):
     """Submits the order when it is called, and answers with what comes."""
 
-    def __init__(self, order: Order, shape: Shape, gateway: Gateway, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, order: Order, frames: Frames, gateway: Gateway, tokenizer: Tokenizer
+    ) -> None:
         headers = {REQUEST_ID_HEADER: order.name}
         if order.stream:  # neither a cache nor a proxy may hold it back
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -69,15 +69,9 @@ class GenerationReply(Response):
         # The length is not known yet.
         self.raw_headers = [field for field in self.raw_headers if field[0] != b"content-length"]
         self._order = order
-        self._shape = shape
+        self._frames = frames
         self._gateway = gateway
         self._generation = Generation(order, tokenizer, gateway.stop_choice)
-        self._head = {
-            "id": order.response_id,
-            "object": shape.chunk_object if order.stream else shape.whole_object,
-            "created": int(time.time()),
-            "model": gateway.card.name,
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._send_stream(send) if self._order.stream else self._send_whole(send)
@@ -94,12 +88,8 @@ class GenerationReply(Response):
                 if generation.is_complete:
                     break
         self._check_complete()
-        document = {
-            **self._head,
-            "choices": [self._shape.whole(Piece.joined(pieces[index])) for index in sorted(pieces)],
-            "usage": generation.usage(),
-            **self._shape.document_extras(),
-        }
+        joined = {index: Piece.joined(pieces[index]) for index in sorted(pieces)}
+        document = self._frames.document(joined, generation)
         body = msgspec.json.encode(document)
         self.headers["Content-Length"] = str(len(body))
         await self._send_head(send)
@@ -112,12 +102,12 @@ class GenerationReply(Response):
                 self._check_complete()
                 return
             await self._send_head(send)
-            events = [self._event(chunk) for chunk in self._shape.opening()]
+            events = self._frames.opening(self._generation)
             try:
                 while step is not None:
                     piece = self._generation.take(*step)
                     if piece is not None:
-                        events.append(self._event({"choices": [self._shape.delta(piece)]}))
+                        events += self._frames.news(piece, self._generation)
                     if self._generation.is_complete:
                         break
                     if events:
@@ -125,14 +115,11 @@ class GenerationReply(Response):
                         events = []
                     step = await anext(deltas, None)
                 self._check_complete()
-                if self._order.options.include_usage:
-                    usage = self._generation.usage()
-                    events.append(self._event({"choices": [], "usage": usage}))
+                events += self._frames.closing(self._generation)
             except Exception as error:
                 if is_bug(error):
                     logger.exception("request %s broke off", self._order.response_id)
-                events.append(_event(failure_of(error).document))
-            events.append(_DONE)
+                events += self._frames.failure(failure_of(error).document)
             await send({**_part(events), "more_body": False})
 
     def _check_complete(self) -> None:
@@ -142,34 +129,7 @@ class GenerationReply(Response):
     async def _send_head(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    def _event(self, chunk: dict[str, Any]) -> bytes:
-        options = self._order.options
-        if options.continuous_usage and chunk["choices"]:
-            chunk["usage"] = self._generation.usage_of(chunk["choices"][0]["index"])
-        elif options.include_usage:
-            chunk.setdefault("usage", None)  # as OpenAI has it: null in every chunk but the last
-        return _event({**self._head, **chunk})
-
 
 def _part(events: Sequence[bytes]) -> Message:
     """What is there to be told, in one write."""
     return {"type": "http.response.body", "body": b"".join(events), "more_body": True}
-
-
-def _event(document: dict[str, Any]) -> bytes:
-    data = msgspec.json.encode(document)
-    if not data.isascii():
-        data = _escape_line_ends(data)
-    return b"data: %b\n\n" % data
-
-
-def _escape_line_ends(data: bytes) -> bytes:
-    """Escape what only Unicode takes for a line end: some clients split events there.
-
-    They can only stand inside JSON strings, where an escape means the same.
-    """
-    return (
-        data.replace(b"\xc2\x85", b"\\u0085")
-        .replace(b"\xe2\x80\xa8", b"\\u2028")
-        .replace(b"\xe2\x80\xa9", b"\\u2029")
-    )

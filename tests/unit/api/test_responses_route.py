@@ -1,0 +1,134 @@
+"""``/v1/responses`` as OpenAI's own client sees it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import openai
+import pytest
+
+from pdserve.api.fake import FakeGateway
+from pdserve.core.errors import GenerationError
+
+URL = "/v1/responses"
+
+
+@pytest.fixture
+def connect(serving_in_thread, make_app, card, say):
+    """Serve a scripted gateway and give (client, gateway)."""
+
+    @contextmanager
+    def connected(*texts, **options):
+        gateway = FakeGateway(card, script=say(*texts), **options)
+        with (
+            serving_in_thread(make_app(gateway)) as url,
+            openai.OpenAI(base_url=f"{url}/v1", max_retries=0, api_key="none") as client,
+        ):
+            yield client, gateway
+
+    return connected
+
+
+def test_an_answer_in_one_piece(connect, tokenizer):
+    with connect("Grüß Gott, 世界") as (client, gateway):
+        response = client.responses.create(
+            model="tiny",
+            instructions="Be kind.",
+            input="Hello?",
+            max_output_tokens=50,
+            temperature=0,
+            metadata={"of": "mine"},
+            extra_body={"top_k": 3},
+        )
+        as_messages = client.responses.create(
+            model="tiny",
+            input=[
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": [{"type": "input_text", "text": "Hello?"}]},
+            ],
+        )
+    assert response.output_text == as_messages.output_text == "Grüß Gott, 世界"
+    assert response.status == "completed"
+    assert response.metadata == {"of": "mine"}
+    assert response.id.startswith("resp-")
+    asked, asked_again = gateway.submitted
+    assert asked.prompt_token_ids == asked_again.prompt_token_ids
+    text = tokenizer.decode(asked.prompt_token_ids, skip_special_tokens=False)
+    assert "Be kind." in text
+    assert (asked.params.temperature, asked.params.top_k, asked.params.max_tokens) == (0, 3, 50)
+    assert response.usage.input_tokens == len(asked.prompt_token_ids)
+    assert response.usage.input_tokens_details.cached_tokens == 0
+    assert response.usage.output_tokens > 0
+
+
+def test_an_answer_that_was_cut(connect):
+    with connect("one two three four") as (client, _):
+        response = client.responses.create(model="tiny", input="Hello?", max_output_tokens=2)
+    assert response.status == "incomplete"
+    assert response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_stream_ends_in_the_same_response(connect):
+    with connect("Grüß Gott, 世界") as (client, _):
+        whole = client.responses.create(model="tiny", input="Hello?", top_logprobs=2)
+        with client.responses.stream(model="tiny", input="Hello?", top_logprobs=2) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    names = [event.type for event in events]
+    assert names[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert names[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == "Grüß Gott, 世界"
+    told, streamed = whole.model_dump(), final.model_dump()
+    for document in (told, streamed):
+        document["id"] = document["created_at"] = document["output"][0]["id"] = None
+        document["output"][0]["content"][0].pop("parsed", None)
+    assert told["output"] == streamed["output"]
+    assert told["usage"] == streamed["usage"]
+
+
+def test_a_stream_that_breaks_off(connect):
+    with connect("one two three", fail_after=(2, GenerationError("no more"))) as (client, _):
+        *_, last = client.responses.create(model="tiny", input="Hello?", stream=True)
+    assert (last.type, last.message, last.code) == ("error", "no more", "generation_failed")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
+        ({"input": "x", "previous_response_id": "resp-1"}, "previous_response_id"),
+        ({"input": "x", "background": True}, "background"),
+        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": "x", "truncation": "auto"}, "truncation"),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "max_output_tokens": 10**6}, "input"),
+        ({"input": "x", "top_logprobs": 21}, "top_logprobs"),
+        ({"input": "x", "top_k": -5}, "top_k"),
+        ({"input": "x", "text": {"format": {"type": "no"}}}, "text"),
+    ],
+)
+async def test_what_is_refused(client_of, gateway, body, param):
+    async with client_of(gateway) as client:
+        response = await client.post(
+            URL, content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(param)
+    assert gateway.submitted == []
