@@ -36,7 +36,10 @@ def test_a_stream_is_prefilled_here_and_decoded_there_and_nothing_is_left_behind
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].text
     assert len(pieces) > 10
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 40)
+    assert whole.usage.prompt_tokens_details.cached_tokens == 0
+    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
     assert whole.usage.completion_tokens == 40
 
     workers = server.workers()
