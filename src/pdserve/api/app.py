@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 import pdserve
 from pdserve.api import documentation, errors
 from pdserve.api.allowances import RATE_LIMIT_HEADERS
+from pdserve.api.constraint_check import ConstraintCheck
 from pdserve.api.edge import Edge
 from pdserve.api.faults import HoldBody, LinksBody, faults_router
 from pdserve.api.gateway import Gateway
@@ -51,6 +52,9 @@ def create_app(
         chat_template=chat_template,
         settings=settings,
         directory=RequestDirectory(settings.num_remembered_ids),
+        check_constraint=ConstraintCheck(
+            tokenizer, gateway.card.vocab_size, gateway.card.eos_token_ids
+        ),
         keys=keys,
         key_metrics=key_metrics,
     )

@@ -15,13 +15,15 @@ from pdserve.core.request import Request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """The served model. ``eos_token_ids`` end a choice unless the client says ``ignore_eos``."""
+    """The served model. ``eos_token_ids`` end a choice unless the client says ``ignore_eos``.
+    ``constrains``: its engine can hold an answer to a form."""
 
     name: str
     max_model_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     created: int
+    constrains: bool = True
 
 
 class FaultHooks(Protocol):

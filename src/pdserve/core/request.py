@@ -57,6 +57,31 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class ConstraintKind(StrEnum):
+    """In which language a `Constraint` is written."""
+
+    JSON = "json"
+    """A JSON schema."""
+    REGEX = "regex"
+    """A regular expression that matches the whole answer."""
+    CHOICE = "choice"
+    """A JSON list of strings, one of which is the answer."""
+    GRAMMAR = "grammar"
+    """A context-free grammar, in Lark's syntax or in GBNF."""
+
+
+@value()
+class Constraint:
+    """What an answer is held to, token by token (``text.structured``).
+
+    Which tokens may come next is a function of this and of the answer's tokens so far, so a
+    hand-off or a resume carries no other state.
+    """
+
+    kind: ConstraintKind
+    text: str
+
+
 @value(kw_only=True)
 class SamplingParams:
     """How tokens are drawn. Validated at the edge; a worker trusts it.
@@ -69,6 +94,9 @@ class SamplingParams:
     ``stop_token_ids`` holds what the client gave, ``eos_token_ids`` what the model has;
     ``ignore_eos`` disables the latter. Neither can end a choice before ``min_tokens``, and none of
     them can then be sampled.
+
+    With a ``constraint`` an ending token is sampled only where the answer may end, and where it
+    must end, one is sampled (and ends it) whatever ``min_tokens`` and ``ignore_eos`` say.
     """
 
     max_tokens: int
@@ -87,11 +115,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:
         """Every token that ends a choice."""
-        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
+        if self.ignore_eos and self.constraint is None:
+            return self.stop_token_ids
+        return self.stop_token_ids + self.eos_token_ids
 
     def without_scores(self) -> SamplingParams:
         """For a worker that only decodes: it takes of the prompt what it has."""
@@ -100,6 +131,11 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """True if sampling must see the ids of earlier tokens."""
+        return self.constraint is not None or self.has_penalties
+
+    @property
+    def has_penalties(self) -> bool:
+        """True if earlier tokens change the logits of their likes."""
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0

@@ -21,7 +21,8 @@ class SampleSpec:
 
     ``history`` holds prompt and output token ids so far, and only if a penalty needs them;
     its first ``num_prompt_tokens`` entries are the prompt (presence and frequency penalties count
-    output tokens only, the repetition penalty counts both, as vLLM does).
+    output tokens only, the repetition penalty counts both, as vLLM does). A constraint alone needs
+    output tokens only: there is no prompt in its history.
     """
 
     params: SamplingParams
@@ -29,6 +30,12 @@ class SampleSpec:
     index: int
     history: tuple[int, ...] | None = None
     num_prompt_tokens: int = 0
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The output tokens so far, of a spec that has a history."""
+        assert self.history is not None, "the planner gives history to rows that need it"
+        return self.history[self.num_prompt_tokens :]
 
 
 @value()
@@ -171,9 +178,12 @@ class StepResult:
     """``tokens[i]`` belongs to ``plan.rows[i]``: one entry per choice of its sample spec, in order;
     empty for a row that samples nothing. ``scores[i]`` is what the score of row i asks for; empty
     for rows without, and altogether if none has one. If the step failed, ``error`` says why.
+    ``failures`` holds (row, why) of rows that could draw nothing through a fault of their own, in a
+    step that is good.
     """
 
     step_id: StepId
     tokens: tuple[tuple[SampledToken, ...], ...]
     scores: tuple[tuple[TokenLogprobs, ...], ...] = ()
     error: str | None = None
+    failures: tuple[tuple[int, str], ...] = ()

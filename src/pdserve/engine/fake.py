@@ -28,8 +28,11 @@ from pdserve.core.step import (
     TokenLogprobs,
 )
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+from pdserve.text.structured.masks import TokenMasks
 
 Bytes = NDArray[np.uint8]
+Allowed = NDArray[np.intp]
+"""Token ids that a constrained row may draw, in order."""
 
 
 class FakeRunner(ModelRunner):
@@ -50,9 +53,11 @@ class FakeRunner(ModelRunner):
         staged: bool = False,
         step_s: float = 0.0,
         before_step: Callable[[StepPlan], None] | None = None,
+        masks: TokenMasks | None = None,
     ) -> None:
         """``step_s`` is how long a step takes at least, for tests that must hit one in its middle;
-        ``before_step`` is called on the engine thread and may raise, as a failing device does."""
+        ``before_step`` is called on the engine thread and may raise, as a failing device does.
+        Without ``masks`` no row may have a constraint."""
         self.info = RunnerInfo(
             layout=KvLayout(
                 num_layers=num_layers,
@@ -71,6 +76,7 @@ class FakeRunner(ModelRunner):
         self._staged = staged
         self._step_s = step_s
         self._before_step = before_step
+        self._masks = masks
         self._memory: Bytes | None = None
         self._pool: Bytes | None = None
 
@@ -92,10 +98,12 @@ class FakeRunner(ModelRunner):
                 self._write_row(pool[layer], layer, row)
             if sink is not None:
                 sink.layer_done(plan.step_id, layer)
+        allowed, failures = allowed_tokens(self._masks, plan)
         return StepResult(
             step_id=plan.step_id,
-            tokens=tuple(self._draw(pool, row) for row in plan.rows),
+            tokens=tuple(self._draw(pool, row, allowed.get(i)) for i, row in enumerate(plan.rows)),
             scores=tuple(scores_of(row, self.info.vocab_size) for row in plan.rows),
+            failures=failures,
         )
 
     def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
@@ -129,18 +137,19 @@ class FakeRunner(ModelRunner):
             slot[:] = np.frombuffer(written, dtype=np.uint8).reshape(slot.shape)
             previous = written
 
-    def _draw(self, pool: Bytes, row: StepRow) -> tuple[SampledToken, ...]:
+    def _draw(self, pool: Bytes, row: StepRow, allowed: Allowed | None) -> tuple[SampledToken, ...]:
         if row.sample is None:
             return ()
         blocks = pool[:, list(row.block_ids[: self.info.layout.num_blocks_for(row.end)])]
         slots = np.moveaxis(blocks, 4, 2)  # [layer, block, position, 2, head, byte]
         in_order = slots.reshape(blocks.shape[0], -1, blocks[0, 0, :, :, 0].size)
         context = in_order[:, : row.end].tobytes()
-        return tuple(self._token(context, row.sample, choice) for choice in row.sample.choices)
-
-    def _token(self, context: bytes, sample: SampleSpec, choice: int) -> SampledToken:
-        drawn = int.from_bytes(_hash(8, context, *draw_numbers(sample, choice)), "little")
-        return token_of(drawn, sample, self.info.vocab_size)
+        sample, vocab_size = row.sample, self.info.vocab_size
+        hashes = (_hash(8, context, *draw_numbers(sample, choice)) for choice in sample.choices)
+        return tuple(
+            token_of(int.from_bytes(drawn, "little"), sample, vocab_size, allowed)
+            for drawn in hashes
+        )
 
 
 def bytes_of_pool(memory: memoryview, layout: KvLayout, num_blocks: int) -> Bytes:
@@ -163,9 +172,31 @@ def draw_numbers(sample: SampleSpec, choice: int) -> tuple[int, ...]:
     return (params.seed, choice, sample.index) if params.temperature > 0 else ()
 
 
-def token_of(drawn: int, sample: SampleSpec, vocab_size: int) -> SampledToken:
-    """The token of a hash: no ending one before ``min_tokens``."""
+def allowed_tokens(
+    masks: TokenMasks | None, plan: StepPlan
+) -> tuple[dict[int, Allowed], tuple[tuple[int, str], ...]]:
+    """Of each constrained row the tokens that it may draw, and the rows that can draw none."""
+    of_step = None if masks is None else masks.of(plan)
+    if of_step is None:
+        return {}, ()
+    places = [place for place, row in enumerate(plan.rows) if row.sample is not None]
+    allowed = {
+        places[index]: np.flatnonzero(mask)
+        for index, mask in zip(of_step.rows, of_step.allowed, strict=True)
+    }
+    return allowed, tuple((places[index], why) for index, why in of_step.failed.items())
+
+
+def token_of(
+    drawn: int, sample: SampleSpec, vocab_size: int, allowed: Allowed | None = None
+) -> SampledToken:
+    """The token of a hash: one of the ``allowed`` ones of a constrained row; of others no ending
+    one before ``min_tokens``."""
     params = sample.params
+    assert allowed is not None or params.constraint is None, "a constraint needs masks"
+    if allowed is not None:
+        token = int(allowed[drawn % len(allowed)])
+        return SampledToken(token, _logprobs(token, params, vocab_size))
     token = drawn % vocab_size
     if sample.index < params.min_tokens:
         while token in params.ending_token_ids:

@@ -27,7 +27,14 @@ from pdserve.core.layout import KvLayout
 from pdserve.core.step import SampledToken, SampleSpec, StepPlan, StepResult, StepRow
 from pdserve.cost.step_times import INSTANT, StepTimes
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
-from pdserve.engine.fake import bytes_of_pool, draw_numbers, token_of
+from pdserve.engine.fake import (
+    Allowed,
+    allowed_tokens,
+    bytes_of_pool,
+    draw_numbers,
+    token_of,
+)
+from pdserve.text.structured.masks import TokenMasks
 
 Words = NDArray[np.uint64]
 
@@ -51,6 +58,7 @@ class ModelledRunner(ModelRunner):
         vocab_size: int = 256,
         max_model_tokens: int = 4096,
         times: StepTimes = INSTANT,
+        masks: TokenMasks | None = None,
     ) -> None:
         """Raises `ConfigError` for keys too short to hold a hash."""
         layout = KvLayout(
@@ -75,6 +83,7 @@ class ModelledRunner(ModelRunner):
             engine="modelled",
         )
         self._times = times
+        self._masks = masks
         self._memory: memoryview | None = None
         self._slots: Words | None = None
 
@@ -93,7 +102,8 @@ class ModelledRunner(ModelRunner):
         step_s = self._times.step_s(plan.shape)
         for row in plan.rows:
             self._write(slots, row)
-        tokens = tuple(self._draw(slots, row) for row in plan.rows)
+        allowed, failures = allowed_tokens(self._masks, plan)
+        tokens = tuple(self._draw(slots, row, allowed.get(i)) for i, row in enumerate(plan.rows))
         layers = self.info.layout.num_layers
         # Who pushes nothing has nobody who listens to its layers: it wakes up once.
         pushes = sink is not None and any(row.pushes for row in plan.rows)
@@ -102,7 +112,7 @@ class ModelledRunner(ModelRunner):
                 _wait_until(begun_s + step_s * (layer + 1) / layers)
             if sink is not None:
                 sink.layer_done(plan.step_id, layer)
-        return StepResult(step_id=plan.step_id, tokens=tokens)
+        return StepResult(step_id=plan.step_id, tokens=tokens, failures=failures)
 
     def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
         """Nothing is to be copied; the link takes its time."""
@@ -148,21 +158,27 @@ class ModelledRunner(ModelRunner):
         blocks = np.array(table, dtype=np.int64)[positions.astype(np.int64) // size - first]
         slots[:, blocks, positions.astype(np.int64) % size] = before[:, None] + sums
 
-    def _draw(self, slots: Words, row: StepRow) -> tuple[SampledToken, ...]:
+    def _draw(
+        self, slots: Words, row: StepRow, allowed: Allowed | None
+    ) -> tuple[SampledToken, ...]:
         if row.sample is None:
             return ()
         size = self.info.layout.block_size
         last_block, last = divmod(row.end - 1, size)
         whole = slots[:, row.block_ids[:last_block], size - 1]
         seen = whole.tobytes() + slots[:, row.block_ids[last_block], last].tobytes()
-        return tuple(self._token(seen, row.sample, choice) for choice in row.sample.choices)
+        return tuple(
+            self._token(seen, row.sample, choice, allowed) for choice in row.sample.choices
+        )
 
-    def _token(self, seen: bytes, sample: SampleSpec, choice: int) -> SampledToken:
+    def _token(
+        self, seen: bytes, sample: SampleSpec, choice: int, allowed: Allowed | None
+    ) -> SampledToken:
         digest = hashlib.blake2b(seen, digest_size=8)
         for number in draw_numbers(sample, choice):
             digest.update((number & _MASK).to_bytes(8, "little"))
         drawn = int.from_bytes(digest.digest(), "little")
-        return token_of(drawn, sample, self.info.vocab_size)
+        return token_of(drawn, sample, self.info.vocab_size, allowed)
 
 
 def _wait_until(at_s: float) -> None:

@@ -261,6 +261,8 @@ class BatchMachine:
         ride = self._arrive()
         assert ride.plan.step_id == result.step_id, (ride.plan.step_id, result.step_id)
         if result.error is None:
+            if result.failures:
+                self._last_ride = None
             return self._ends.one(ride, result)
         outcome = self._ends.broken(ride)
         self._last_ride = None

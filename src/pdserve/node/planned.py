@@ -15,7 +15,8 @@ class StepOutcome:
 
     ``held``: prefills that are done and wait for their hand-off, with each choice's next token.
     ``decoding``: sequences that began to decode here. ``suspects``: sequences of a step that broke,
-    which will be run again one by one. ``failed``: sequences that broke a step all alone.
+    which will be run again one by one. ``failed``: sequences that broke a step all alone,
+    or could draw nothing in one that is good.
     """
 
     deltas: list[TokenDelta] = field(default_factory=list)

@@ -134,7 +134,9 @@ def finish_reason(
     params: SamplingParams, index: int, sampled: SampledToken, room_tokens: int
 ) -> FinishReason | None:
     """Whether output token ``index`` ends its choice; ``room_tokens`` more would fit the model."""
-    if index >= params.min_tokens and sampled.token_id in params.ending_token_ids:
+    # A constrained choice draws one before `min_tokens` only if nothing else may follow.
+    may_end = index >= params.min_tokens or params.constraint is not None
+    if may_end and sampled.token_id in params.ending_token_ids:
         return FinishReason.STOP
     if index + 1 >= params.max_tokens or room_tokens <= 0:
         return FinishReason.LENGTH
@@ -143,13 +145,19 @@ def finish_reason(
 
 def sample_spec(sequence: Sequence) -> SampleSpec:
     """What a row that reaches the end of the known tokens is to draw."""
-    needs_history = sequence.params.needs_history
+    params = sequence.params
+    history, num_prompt_tokens = None, 0
+    if params.has_penalties:
+        num_prompt_tokens = sequence.num_prompt_tokens
+        history = tuple(sequence.tokens(0, sequence.num_tokens))
+    elif params.constraint is not None:
+        history = tuple(sequence.tokens(sequence.num_prompt_tokens, sequence.num_tokens))
     return SampleSpec(
-        params=sequence.params,
+        params=params,
         choices=sequence.choices,
         index=sequence.next_index,
-        history=tuple(sequence.tokens(0, sequence.num_tokens)) if needs_history else None,
-        num_prompt_tokens=sequence.num_prompt_tokens if needs_history else 0,
+        history=history,
+        num_prompt_tokens=num_prompt_tokens,
     )
 
 

@@ -39,11 +39,14 @@ class StepEnds:
         """The step is done, and this is what was drawn."""
         outcome = StepOutcome()
         self._tables.copies_done()
-        rows = ride.plan.rows
+        rows, failed = ride.plan.rows, dict(result.failures)
         for index, sequence in enumerate(ride.riders):
             sequence.in_flight = False
             if sequence.doomed:
                 self._tables.release(sequence)
+                continue
+            if index in failed and not sequence.detached:
+                self._failed(sequence, outcome)
                 continue
             row = rows[index]
             decodes = index < ride.num_decodes
@@ -101,10 +104,7 @@ class StepEnds:
             elif len(riders) > 1:
                 outcome.suspects.append(sequence)
             else:
-                queue = self._queues.find(sequence)
-                if queue is not None:
-                    self._queues.leave(queue, sequence)
-                outcome.failed.append(sequence)
+                self._failed(sequence, outcome)
         return outcome
 
     def branches(self, parent: Sequence, live: list[TokenDelta]) -> list[Sequence]:
@@ -119,6 +119,13 @@ class StepEnds:
         return [*branches, parent]
 
     # --- one row ------------------------------------------------------------------------------
+
+    def _failed(self, sequence: Sequence, outcome: StepOutcome) -> None:
+        """It is to blame itself, and is run no more."""
+        queue = self._queues.find(sequence)
+        if queue is not None:
+            self._queues.leave(queue, sequence)
+        outcome.failed.append(sequence)
 
     def _computed(self, sequence: Sequence, end: int, *, decodes: bool) -> None:
         if decodes or sequence.detached:

@@ -131,7 +131,8 @@ class WorkerNode(WorkerMachine):
                     self._reporter.step_done(elapsed_s)
                 else:
                     self._reporter.step_failed()
-                self._step_done(self.batch.step_done(result), result.error, out)
+                error = result.error or "; ".join(why for _, why in result.failures) or None
+                self._step_done(self.batch.step_done(result), error, out)
                 self._departures.step_done(out)
             case StepsDone(num_steps, elapsed_s, ended):
                 self._reporter.steps_done(num_steps, elapsed_s)

@@ -20,7 +20,7 @@ from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.request import Role
 from pdserve.cost.step_times import DEFAULT_PROFILE, PROFILES, StepTimes, speed_of
-from pdserve.serve.runners import ENGINES
+from pdserve.serve.runners import ENGINES, SELF_BATCHING
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
@@ -133,6 +133,7 @@ def deploy(config: ServeConfig) -> Deployment:
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         created=int(time.time()),
+        constrains=config.engine not in SELF_BATCHING,
     )
     return Deployment(
         config=config,

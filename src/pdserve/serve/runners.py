@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdserve.core.layout import pool_dtype
 from pdserve.engine.base import ModelRunner
@@ -14,9 +15,13 @@ from pdserve.serve.backend import Backend
 from pdserve.serve.native import NativeBackend
 from pdserve.serve.self_batching import SelfBatchingBackend
 from pdserve.serve.start import WorkerStart
+from pdserve.text.tokenizer import Tokenizer
 from pdserve.transport.base import Transport
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from pdserve.text.structured.masks import TokenMasks
 
 SELF_BATCHING = {"fake-foreign": "pdserve.engine.fake_foreign:FakeForeignEngine"}
 """Engines that batch for themselves: name -> ``module:class``."""
@@ -44,6 +49,7 @@ def build_runner(start: WorkerStart) -> ModelRunner:
             numerics=start.numerics,
             weight_dtype=start.weight_dtype,
             kv_dtype=start.kv_dtype,
+            masks=_token_masks(folder.config, start),
         )
     # A runner without weights has the model's shape, so that pools and limits are as was said.
     config = ModelConfig.from_folder(Path(start.model_path))
@@ -57,7 +63,19 @@ def build_runner(start: WorkerStart) -> ModelRunner:
         dtype=pool_dtype(start.dtype, start.kv_dtype),
         vocab_size=config.vocab_size,
         max_model_tokens=config.max_model_tokens,
+        masks=_token_masks(config, start),
         **times,
+    )
+
+
+def _token_masks(config: ModelConfig, start: WorkerStart) -> TokenMasks:
+    """For answers of a given form. Reads the model's tokenizer when the first one is asked for."""
+    from pdserve.text.structured.masks import TokenMasks
+    from pdserve.text.structured.vocabulary import make_vocabulary
+
+    folder, vocab_size, endings = start.model_path, config.vocab_size, config.eos_token_ids
+    return TokenMasks(
+        lambda: make_vocabulary(Tokenizer.from_folder(folder), vocab_size, endings), vocab_size
     )
 
 

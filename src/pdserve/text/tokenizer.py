@@ -76,6 +76,11 @@ class Tokenizer:
         except ModelError as error:
             raise ModelError(f"cannot use the tokenizer in {folder}: {error}") from error
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, with what is special marked in it."""
+        description: str = self._backend.to_str()
+        return description
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with BOS and EOS only if the model's tokenizer adds them.
 

@@ -45,7 +45,7 @@ def test_alone(tiny_lab: Lab) -> None:
     kinds = list(KINDS)
     asks = [
         ask_of(kinds[i % len(kinds)], prompt_of(length), tiny_lab.reference)
-        for i, length in enumerate((*LENGTHS, 40))
+        for i, length in enumerate((*LENGTHS, 40, 41, 42))
     ]
     assert {ask.name.split("-", 1)[1] for ask in asks} == set(KINDS)
     for ask, heard in zip(asks, tiny_lab.answer_each(asks), strict=True):

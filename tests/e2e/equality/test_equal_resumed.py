@@ -33,6 +33,8 @@ ASKED = (
     (31, "three"),
     (64, "filters"),
     (33, "greedy-penalties"),
+    (15, "pattern"),
+    (48, "schema-two"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -74,7 +75,9 @@ async def chat_order(edge: Edge, request: Request, body: ChatBody, kind: str) ->
     ids = await encode_chat(edge, body, add_special_tokens=body.add_special_tokens)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = answer_tokens(len(ids), wanted, None, card, "messages")
-    params = sampling_params(body, card, max_tokens, num_top)
+    params = replace(
+        sampling_params(body, card, max_tokens, num_top), constraint=await edge.constraint_of(body)
+    )
     name, response_id, ids_of_requests = edge.directory.assign(
         kind, client_request_id(request, body), None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
@@ -57,13 +58,15 @@ async def _order(
     prompts, is_list = _prompts(body)
     check_choices(len(prompts), body.n, settings)
     token_ids = await _token_ids(edge, prompts, body)
+    constraint = await edge.constraint_of(body)
     params = []
     for ids in token_ids:
         default = settings.default_max_tokens
         wanted = body.max_tokens or (1 if body.max_tokens == 0 else None)  # no answer: one dropped
         max_tokens = answer_tokens(len(ids), wanted, default, card, "prompt")
         echoed = body.logprobs if body.echo else None
-        params.append(sampling_params(body, card, max_tokens, body.logprobs, echoed))
+        of_prompt = sampling_params(body, card, max_tokens, body.logprobs, echoed)
+        params.append(replace(of_prompt, constraint=constraint))
     name, response_id, ids_of_requests = edge.directory.assign(
         "cmpl", client_request_id(request, body), len(prompts) if is_list else None
     )

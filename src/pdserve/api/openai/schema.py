@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
+from pdserve.api.openai.body_model import Body as Body
+from pdserve.api.openai.formats import FormatFields
 from pdserve.api.openai.unserved import refuse_unserved
 from pdserve.core.errors import RequestError
 
@@ -37,25 +39,12 @@ Prompt = Annotated[
 ]
 
 
-class Body(BaseModel):
-    """Base of every body: unknown fields are ignored, null means left out."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, document: Any) -> Any:
-        if isinstance(document, dict):
-            return {key: value for key, value in document.items() if value is not None}
-        return document
-
-
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationBody(Body):
+class GenerationBody(FormatFields):
     """What both endpoints take. Defaults are OpenAI's."""
 
     model: str | None = Field(None, description="Name of the served model; may be left out.")

@@ -20,25 +20,14 @@ def _is_empty(value: Any) -> bool:
     return not value
 
 
-def _is_text_format(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("type", "text") == "text"
-
-
 def _is_text_only(value: Any) -> bool:
     return not value or value == ["text"]
 
 
-_CONSTRAINTS = "the server cannot constrain the output to a format yet"
 _TOOLS = "the server does not call tools; send tool_choice 'none' or leave it out"
 _VOCABULARY = "use logit_bias to steer single tokens"
 
 _BOTH: dict[str, tuple[_Harmless, str]] = {
-    "response_format": (_is_text_format, "only {'type': 'text'} is served"),
-    "structured_outputs": (_is_empty, _CONSTRAINTS),
-    "guided_json": (_is_empty, _CONSTRAINTS),
-    "guided_regex": (_is_empty, _CONSTRAINTS),
-    "guided_choice": (_is_empty, _CONSTRAINTS),
-    "guided_grammar": (_is_empty, _CONSTRAINTS),
     "use_beam_search": (_is_empty, "the server samples; ask for n choices instead"),
     "allowed_token_ids": (_is_empty, _VOCABULARY),
     "bad_words": (_is_empty, _VOCABULARY),

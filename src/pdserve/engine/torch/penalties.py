@@ -22,7 +22,7 @@ def apply_penalties(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.
     tokens: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for row, spec in enumerate(specs):
-        if not spec.params.needs_history:
+        if not spec.params.has_penalties:
             continue
         assert spec.history is not None, "the planner gives history to rows with penalties"
         history = np.asarray(spec.history, dtype=np.int64)

@@ -15,6 +15,7 @@ from pdserve.core.ids import BlockId
 from pdserve.core.layout import KvLayout, pool_dtype
 from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner, RunnerInfo
+from pdserve.engine.masks_ahead import MasksAhead
 from pdserve.engine.native.library import choose_level
 from pdserve.engine.torch.attention_registry import choose_attention
 from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch, padded_indexes
@@ -26,6 +27,7 @@ from pdserve.engine.torch.numerics import DTYPES, check_choice, numerics_class
 from pdserve.engine.torch.pool import DevicePool, HostPool, KvPool
 from pdserve.engine.torch.prompt_scores import scores_of
 from pdserve.engine.torch.sampler import sample
+from pdserve.text.structured.masks import TokenMasks
 from pdserve.weights.config import ModelConfig
 
 
@@ -46,9 +48,11 @@ class TorchRunner(ModelRunner):
         numerics: str = "exact",
         weight_dtype: str = "auto",
         kv_dtype: str = "auto",
+        masks: TokenMasks | None = None,
     ) -> None:
-        """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Raises `ConfigError` for
-        arguments that cannot work here, `ModelError` for weights that do not fit ``config``."""
+        """``weights`` are copied, and rounded if ``weight_dtype`` is int8. Without ``masks`` no row
+        may have a constraint. Raises `ConfigError` for arguments that cannot work here,
+        `ModelError` for weights that do not fit ``config``."""
         check_choice(device, dtype, numerics)
         self._num_threads = num_threads
         self._use_threads()
@@ -63,6 +67,7 @@ class TorchRunner(ModelRunner):
             rows = attention.rows(config, dtype, self._device)
             self._model: Llama | None = Llama(config, packed, attends, rows)
         self._pool: KvPool | None = None
+        self._masks = None if masks is None else MasksAhead(masks)
         self.info = RunnerInfo(
             layout=KvLayout(
                 num_layers=config.num_layers,
@@ -88,16 +93,22 @@ class TorchRunner(ModelRunner):
             self._pool = DevicePool(memory, self.info.layout, num_blocks, self._device)
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
+        places = [place for place, row in enumerate(plan.rows) if row.sample is not None]
         specs = [row.sample for row in plan.rows if row.sample is not None]
+        masks_of_step = None if self._masks is None else self._masks.begin(plan)
         with torch.inference_mode():
             hidden, batch = self._hidden(plan, sink)
+            masks = None if masks_of_step is None else masks_of_step()
             find_best = self._loaded().rows.first_best
-            sampled = iter(sample(self._logits(hidden, batch), specs, find_best) if specs else ())
+            logits = self._logits(hidden, batch)
+            sampled = iter(sample(logits, specs, find_best, masks) if specs else ())
             scores = scores_of(plan, lambda places: self._logits_at(hidden, places))
+        failed = {} if masks is None else masks.failed
         return StepResult(
             step_id=plan.step_id,
             tokens=tuple(() if row.sample is None else next(sampled) for row in plan.rows),
             scores=scores,
+            failures=tuple((places[index], why) for index, why in failed.items()),
         )
 
     def logits(self, plan: StepPlan, sink: LayerSink | None = None) -> torch.Tensor:
@@ -117,6 +128,8 @@ class TorchRunner(ModelRunner):
     def close(self) -> None:
         self._pool = None
         self._model = None
+        if self._masks is not None:
+            self._masks.close()
 
     def _hidden(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, StepBatch]:
         """All layers of a step: what `Llama.forward` gives, and the step as tensors."""

@@ -1,9 +1,10 @@
 """From logits to tokens, for all rows of a step at once.
 
-The order is vLLM's: ending tokens before ``min_tokens`` are masked, then bias, then penalties
-(repetition, frequency, presence); that is what greedy sampling sees. Then temperature, min_p, top_k
-and top_p, and a draw by the inverse of the cumulative distribution with the token's own random
-number (`philox`). Reported log-probabilities are those of the raw logits.
+The order is vLLM's: tokens that a row's constraint does not allow are masked, and ending tokens
+before ``min_tokens``, then bias, then penalties (repetition, frequency, presence); that is what
+greedy sampling sees. Then temperature, min_p, top_k and top_p, and a draw by the inverse of the
+cumulative distribution with the token's own random number (`philox`). Reported log-probabilities
+are those of the raw logits, of a constrained row after the constraint's mask, as vLLM's are.
 
 Every operation gives a row the same bits whatever the other rows are: it is elementwise, exact
 (maximum, selection), or a cumulative sum along the row, which is added in order. ``sum`` is not
@@ -23,6 +24,7 @@ from pdserve.core.request import SamplingParams
 from pdserve.core.step import SampledToken, SampleSpec, TokenLogprobs
 from pdserve.engine.torch.penalties import apply_penalties
 from pdserve.engine.torch.philox import uniforms
+from pdserve.text.structured.masks import Masks
 
 GREEDY_BELOW = 1e-5
 """A smaller temperature is greedy, as in vLLM: dividing by it would overflow."""
@@ -35,11 +37,15 @@ def sample(
     logits: torch.Tensor,
     specs: Sequence[SampleSpec],
     find_best: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    masks: Masks | None = None,
 ) -> tuple[tuple[SampledToken, ...], ...]:
     """One token per row and choice of its spec. ``logits [row, vocab]`` fp32 are not changed.
 
-    ``find_best`` computes what `first_best` does, which it replaces.
+    ``find_best`` computes what `first_best` does, which it replaces. ``masks`` are those of the
+    constrained rows.
     """
+    if masks is not None:
+        logits = constrain(logits, masks)
     adjusted = adjust_logits(logits, specs)
     best = (find_best or first_best)(adjusted).tolist()
     chosen = [[token] * len(spec.choices) for token, spec in zip(best, specs, strict=True)]
@@ -68,13 +74,23 @@ def first_best(rows: torch.Tensor) -> torch.Tensor:
     return part * width + found.argmax(dim=-1)
 
 
+def constrain(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """A copy of ``logits [row, vocab]`` without what the constrained rows may not draw."""
+    rows = torch.tensor(masks.rows, device=logits.device)
+    forbidden = torch.from_numpy(masks.allowed).to(logits.device).logical_not_()
+    constrained = logits.clone()
+    constrained[rows] = constrained[rows].masked_fill_(forbidden, float("-inf"))
+    return constrained
+
+
 def adjust_logits(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
     """Logits after ``min_tokens``, ``logit_bias`` and penalties; a copy if any row has some."""
     adjusted = logits
     masked = _entries(
         (row, token, float("-inf"))
         for row, spec in enumerate(specs)
-        if spec.index < spec.params.min_tokens
+        # The masks of constrained rows know of `min_tokens`.
+        if spec.index < spec.params.min_tokens and spec.params.constraint is None
         for token in spec.params.ending_token_ids
         if 0 <= token < logits.shape[1]
     )
@@ -92,7 +108,7 @@ def adjust_logits(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Te
             torch.tensor(values, dtype=torch.float32, device=device),
             accumulate=True,
         )
-    if any(spec.params.needs_history for spec in specs):
+    if any(spec.params.has_penalties for spec in specs):
         adjusted = apply_penalties(adjusted, specs)
     return adjusted
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from bitwise.reference import Reference
-from pdserve.core.request import RoutePreference, SamplingParams
+from pdserve.core.request import Constraint, ConstraintKind, RoutePreference, SamplingParams
 
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 129)
 """Prompt lengths around the borders of blocks (16), of chunks and of one-shot transfers (32, 48,
@@ -22,6 +22,12 @@ NUM_WORDS = 380
 """Prompts are made of ids below this: every model of these tests has them."""
 
 EOS = 2
+WORDS = Constraint(ConstraintKind.REGEX, "([a-z]+ )*[a-z]+")
+"""An answer that can end after any word."""
+LIST = Constraint(
+    ConstraintKind.JSON, '{"type": "array", "minItems": 40, "items": {"enum": ["up", "a", 17]}}'
+)
+"""An answer that no test is long enough to see the end of."""
 NUM_TOKENS = 5
 
 
@@ -121,6 +127,8 @@ KINDS: Mapping[str, tuple[_Made, int]] = {
     "some-stop-first": (_some_stop_first, 3),
     "all-stop-first": (_all_stop_first, 3),
     "stops-later": (_stops_later, 1),
+    "pattern": (_fixed(constraint=WORDS), 1),
+    "schema-two": (_fixed(temperature=1.5, presence_penalty=0.6, constraint=LIST), 2),
 }
 """What each kind of sampling asks for, and of how many choices."""
 

@@ -1,0 +1,153 @@
+"""Which tokens the constraints of a step's rows allow.
+
+The mask of a row is a function of its constraint and of its output tokens. To compute it fast, a
+`TokenMasks` keeps a matcher for each choice that it has seen, with the tokens that this has taken
+in; one more token is a few microseconds. A choice that it has not seen (after a hand-off, a resume,
+a fork, or since others took its place) gets a new matcher that takes in all of its tokens. So what
+is kept is a cache, and never part of the state of a request.
+
+Ending tokens are left out where the request does not want them yet (``min_tokens``,
+``ignore_eos``), unless the answer cannot go on without: an answer that is complete ends.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from pdserve.core.errors import RequestError
+from pdserve.core.ids import AttemptId
+from pdserve.core.request import Constraint, SamplingParams
+from pdserve.core.step import SampleSpec, StepPlan
+from pdserve.text.structured.grammar import grammar_of
+
+KEPT_MATCHERS = 512
+KEPT_GRAMMARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Of the constrained ones among a step's sampling rows.
+
+    ``rows[i]`` may draw the tokens that ``allowed[i]`` says. ``failed`` names rows for which no
+    token can be found, with the reason; they are in ``rows`` too, and all is allowed to them.
+    """
+
+    rows: list[int]
+    allowed: NDArray[np.bool_]  # [constrained row, vocab]
+    failed: dict[int, str]
+
+
+@dataclass(slots=True)
+class _Kept:
+    constraint: Constraint
+    matcher: LLMatcher
+    tokens: tuple[int, ...]
+
+
+class TokenMasks:
+    """Of one engine. Not safe for several threads at once.
+
+    ``load`` gives the vocabulary when the first constraint comes: it takes a second or so.
+    """
+
+    def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
+        self._load = load
+        self._vocab_size = vocab_size
+        self._vocabulary: LLTokenizer | None = None
+        self._grammars: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[tuple[AttemptId, int], _Kept] = OrderedDict()
+
+    def of(self, plan: StepPlan) -> Masks | None:
+        """The masks of a step; None if none of its rows is constrained."""
+        sampling = [row for row in plan.rows if row.sample is not None]
+        wanted = [
+            (index, row.attempt, row.sample)
+            for index, row in enumerate(sampling)
+            if row.sample is not None and row.sample.params.constraint is not None
+        ]
+        if not wanted:
+            return None
+        allowed = np.ones((len(wanted), self._vocab_size), dtype=np.bool_)
+        failed: dict[int, str] = {}
+        for place, (index, attempt, spec) in enumerate(wanted):
+            try:
+                allowed[place] = self._allowed(attempt, spec)
+            except RequestError as error:
+                failed[index] = str(error)
+        while len(self._kept) > max(KEPT_MATCHERS, 2 * len(wanted)):
+            self._kept.popitem(last=False)
+        return Masks([index for index, _, _ in wanted], allowed, failed)
+
+    def _allowed(self, attempt: AttemptId, spec: SampleSpec) -> NDArray[np.bool_]:
+        matcher = self._matcher(attempt, spec)
+        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        _check(matcher)
+        allowed = np.unpackbits(packed, bitorder="little", count=self._vocab_size).view(np.bool_)
+        unwanted = _unwanted_endings(spec.params, spec.index, self._vocab_size)
+        if unwanted:
+            without = allowed.copy()
+            without[unwanted] = False
+            allowed = without if without.any() else allowed
+        if not allowed.any():
+            raise RequestError("the answer's form leaves no token to go on with")
+        return allowed
+
+    def _matcher(self, attempt: AttemptId, spec: SampleSpec) -> LLMatcher:
+        """The choice's matcher, which has taken in its output."""
+        constraint = spec.params.constraint
+        assert constraint is not None
+        key, output = (attempt, spec.choices[0]), spec.output
+        kept = self._kept.pop(key, None)
+        if kept is None or kept.constraint != constraint or not _starts(output, kept.tokens):
+            kept = _Kept(constraint, self._new_matcher(constraint), ())
+        news = output[len(kept.tokens) :]
+        if news and not kept.matcher.consume_tokens(list(news)):
+            _check(kept.matcher)
+            raise RequestError("the answer so far does not have its form")
+        kept.tokens = output
+        self._kept[key] = kept
+        return kept.matcher
+
+    def _new_matcher(self, constraint: Constraint) -> LLMatcher:
+        grammar = self._grammars.pop(constraint, None)
+        if grammar is None:
+            if self._vocabulary is None:
+                self._vocabulary = self._load()
+            grammar = LLMatcher(self._vocabulary, grammar_of(constraint), log_level=0)
+            _check(grammar)
+        self._grammars[constraint] = grammar
+        if len(self._grammars) > KEPT_GRAMMARS:
+            self._grammars.popitem(last=False)
+        return grammar.deep_copy()
+
+
+def _starts(output: Sequence[int], tokens: tuple[int, ...]) -> bool:
+    return output[: len(tokens)] == tokens
+
+
+def _unwanted_endings(params: SamplingParams, index: int, vocab_size: int) -> list[int]:
+    """Ending tokens that output token ``index`` should not be."""
+    if index < params.min_tokens:
+        unwanted = params.ending_token_ids
+    elif params.ignore_eos:
+        unwanted = params.eos_token_ids
+    else:
+        return []
+    return [token for token in unwanted if 0 <= token < vocab_size]
+
+
+def _check(matcher: LLMatcher) -> None:
+    """Raises `RequestError` once the matcher has given up."""
+    if matcher.is_error():
+        raise RequestError(first_line(matcher.get_error()))
+
+
+def first_line(message: str) -> str:
+    """What went wrong, without the state of the parser that follows it."""
+    return message.partition("\n<state>")[0].strip()
