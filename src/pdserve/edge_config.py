@@ -1,4 +1,4 @@
-"""Options of the HTTP edge: who may ask, how much, how long, and over what kind of connection.
+"""Options of the HTTP edge: who may ask, how much, how long, how, and over what kind of connection.
 
 `EdgeConfig` is part of ``config.ServeConfig``; its fields are flags, variables and keys of the file
 like all others. What has to be read from disk (keys, certificates) is read by ``serve.edge_files``.
@@ -50,6 +50,11 @@ class EdgeConfig:
     )
     cors_origin: tuple[str, ...] = option(
         (), parse_names, "origins whose web pages may call the API, comma-separated, or *"
+    )
+    tool_call_parser: str | None = option(
+        None,
+        parse_text,
+        "how the model writes calls of tools: hermes or llama3_json (default: as its template)",
     )
     ssl_certfile: Path | None = option(None, parse_path, "certificate chain (PEM): serve HTTPS")
     ssl_keyfile: Path | None = option(None, parse_path, "its private key, if not in the same file")

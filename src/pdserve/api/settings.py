@@ -20,7 +20,8 @@ class ApiSettings:
     classes of service by name, ``default`` among them; ``class_of_key`` names the class to which a
     key is bound. ``salt_per_key``: no key's requests find cached prefixes of another's.
     ``read_timeout_s`` bounds the time that a body takes to come, ``request_timeout_s`` the time of
-    a whole answer. Web pages of ``cors_origins`` may call the API.
+    a whole answer. Web pages of ``cors_origins`` may call the API. ``tool_call_parser`` names the
+    syntax in which the model calls tools; None: its chat template says.
     """
 
     api_key: str | None = field(default=None, repr=False)
@@ -40,3 +41,4 @@ class ApiSettings:
     max_stop_chars: int = 1024
     default_max_tokens: int = 16
     num_remembered_ids: int = 16384
+    tool_call_parser: str | None = None

@@ -22,6 +22,7 @@ from pdserve.core.request import Role
 from pdserve.cost.step_times import DEFAULT_PROFILE, PROFILES, StepTimes, speed_of
 from pdserve.serve.runners import ENGINES, SELF_BATCHING
 from pdserve.serve.start import WorkerStart
+from pdserve.text.tools.registry import syntax_named
 from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.pull import resolve as resolve_model
@@ -113,6 +114,8 @@ def deploy(config: ServeConfig) -> Deployment:
         raise ConfigError(f"--transport is {config.transport!r}; it is one of {known}")
     if config.engine not in ENGINES:
         raise ConfigError(f"--engine is {config.engine!r}; it is one of {', '.join(ENGINES)}")
+    if config.edge.tool_call_parser is not None:
+        syntax_named(config.edge.tool_call_parser)
     model_path = resolve_model(config.model).resolve()
     model = ModelConfig.from_folder(model_path)
     num_workers = len(config.worker_slots)

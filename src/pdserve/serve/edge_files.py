@@ -70,6 +70,7 @@ def _settings(config: ServeConfig) -> ApiSettings:
     edge = config.edge
     classes: Mapping[str, ServiceClass] = {each.name: each for each in config.classes.classes}
     return ApiSettings(
+        tool_call_parser=edge.tool_call_parser,
         api_key=config.api_key,
         api_keys_file=edge.api_keys_file,
         salt_per_key=edge.cache_salt == PER_KEY,

@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -51,10 +52,12 @@ class ChatTemplate:
         """``source``: Jinja, or several by name (``default``, ``tool_use``); None: no template.
 
         ``named_tokens`` are what the template sees as ``bos_token`` and so on; ``now`` is the clock
-        behind ``strftime_now``. Raises `ModelError` if a template does not compile.
+        behind ``strftime_now``. ``source`` stays readable: the template for chats with tools.
+        Raises `ModelError` if a template does not compile.
         """
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         environment = _environment(now)
+        self.source = sources.get("tool_use", sources.get("default", ""))
         self._named_tokens = dict(named_tokens or {})
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in sources.items():
@@ -65,6 +68,9 @@ class ChatTemplate:
                     f"the model's chat template does not compile: {error}; correct "
                     "chat_template.jinja or chat_template in tokenizer_config.json"
                 ) from error
+        names = jinja2.meta.find_undeclared_variables(environment.parse(self.source))
+        self.takes_tools = "tools" in names
+        """True if it tells the model of tools."""
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ChatTemplate:

@@ -17,9 +17,9 @@ class Detokenizer:
     """Incremental decoder of one choice. Not for use by several threads.
 
     Bytes that can never become a character turn into U+FFFD as soon as that is certain; the start
-    of a character that the stream ends in, at `flush`. SentencePiece tokenizers drop the space
-    before the first word of a text: with ``continues_text`` the output is the continuation of a
-    prompt, and that space is kept. (When such a tokenizer spells invalid UTF-8 in single-byte
+    of a character that the stream ends in, at `flush`. ``shown_ids`` are special tokens that are
+    not skipped. SentencePiece tokenizers drop the space before the first word of a text: with
+    ``continues_text`` the output is the continuation of a prompt, and that space is kept. (When such a tokenizer spells invalid UTF-8 in single-byte
     tokens, the valid characters around the invalid byte are kept here; the library's `decode` gives
     up the whole run.)
     """
@@ -30,9 +30,11 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         continues_text: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped_ids = skipped_ids - shown_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = tokenizer.drops_first_space and not continues_text
 

@@ -10,7 +10,7 @@ and the incremental detokenizer must say the same as `decode`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ class Tokenizer:
             return cls(backend, config)
         except ModelError as error:
             raise ModelError(f"cannot use the tokenizer in {folder}: {error}") from error
+
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of the special tokens that are spelled so."""
+        ids = map(self._backend.token_to_id, texts)
+        return frozenset(token_id for token_id in ids if token_id in self.special_ids)
+
+    def is_special(self, text: str) -> bool:
+        """Whether this is a special token, which no text can spell."""
+        return bool(self.special_ids_of((text,)))
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json, with what is special marked in it."""

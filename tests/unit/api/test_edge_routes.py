@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from pdserve.api.constraint_check import ConstraintCheck
 from pdserve.api.edge import Edge
 from pdserve.api.fake import FakeGateway
 from pdserve.api.middleware import EdgeMiddleware
@@ -292,6 +293,7 @@ async def test_much_text_is_tokenised_off_the_loop(
         chat_template=chat_template,
         settings=ApiSettings(),
         directory=RequestDirectory(1),
+        check_constraint=ConstraintCheck(tokenizer, tokenizer.vocab_size, ()),
     )
     ids = await edge.encode(texts, add_special_tokens=False)
     assert ids == [tokenizer.encode(text, add_special_tokens=False) for text in texts]

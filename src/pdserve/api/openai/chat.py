@@ -29,8 +29,10 @@ from pdserve.api.openai.requests import (
 )
 from pdserve.api.openai.responses import ChatCompletion
 from pdserve.api.openai.schema import ChatBody, ChatFields
+from pdserve.api.openai.tools import tool_use
 from pdserve.core.errors import RequestError
 from pdserve.core.step import TokenLogprobs
+from pdserve.text.tools.stream import CallPart, whole_calls
 
 
 def chat_router(edge: Edge) -> APIRouter:
@@ -56,6 +58,7 @@ async def encode_chat(edge: Edge, body: ChatFields, *, add_special_tokens: bool)
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_answer,
         continue_final_message=body.continue_final_message,
+        tools=body.tools_for_template(),
     )
     [ids] = await edge.encode([text], add_special_tokens=add_special_tokens)
     if not ids:
@@ -75,9 +78,8 @@ async def chat_order(edge: Edge, request: Request, body: ChatBody, kind: str) ->
     ids = await encode_chat(edge, body, add_special_tokens=body.add_special_tokens)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = answer_tokens(len(ids), wanted, None, card, "messages")
-    params = replace(
-        sampling_params(body, card, max_tokens, num_top), constraint=await edge.constraint_of(body)
-    )
+    tools, constraint = await tool_use(edge, body)
+    params = replace(sampling_params(body, card, max_tokens, num_top), constraint=constraint)
     name, response_id, ids_of_requests = edge.directory.assign(
         kind, client_request_id(request, body), None
     )
@@ -85,7 +87,7 @@ async def chat_order(edge: Edge, request: Request, body: ChatBody, kind: str) ->
         name=name,
         response_id=response_id,
         requests=make_requests(ids_of_requests, [ids], [params], body, request, settings),
-        options=options,
+        options=replace(options, tools=tools),
         stream=body.stream,
     )
 
@@ -120,10 +122,19 @@ class ChatShape:
         ]
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        return self._choice(piece, "delta", {"content": piece.text} if piece.text else {})
+        content: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        calls = [_call_delta(part) for part in piece.calls if not part.is_broken]
+        return self._choice(piece, "delta", content | ({"tool_calls": calls} if calls else {}))
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": self._role, "content": piece.text, "refusal": None}
+        calls = whole_calls(piece.calls)
+        content = None if calls and not piece.text else piece.text
+        message: dict[str, Any] = {"role": self._role, "content": content, "refusal": None}
+        if calls:
+            message["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": _function(call)}
+                for call in calls
+            ]
         if piece.prompt_logprobs is not None:
             self._prompt_logprobs = piece.prompt_logprobs
         return self._choice(piece, "message", message)
@@ -151,3 +162,19 @@ class ChatShape:
         if options.with_token_ids:
             choice["token_ids"] = piece.token_ids
         return choice
+
+
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    """The part of a call as OpenAI streams it: its id and its tool come once."""
+    if part.call_id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {
+        "index": part.index,
+        "id": part.call_id,
+        "type": "function",
+        "function": _function(part),
+    }
+
+
+def _function(part: CallPart) -> dict[str, Any]:
+    return {"name": part.name, "arguments": part.arguments}

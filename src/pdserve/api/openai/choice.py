@@ -1,7 +1,8 @@
 """One choice: its tokens go in, what the client may see of them comes out.
 
 A token passes the detokenizer, which holds back the bytes of unfinished characters, and then the
-stop strings, which hold back what may be the start of one. What leaves is final: it is never taken
+stop strings, which hold back what may be the start of one; in a chat with tools then the reader of
+calls, which holds back what may become one. What leaves is final: it is never taken
 back, and joined together it is the text of a non-streaming answer.
 
 Why a choice ends is decided here too, because a stop string can only be seen in the text: it wins
@@ -11,7 +12,7 @@ over whatever the worker said of the token that completed it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.api.openai.requests import OutputOptions
 from pdserve.core.messages import TokenDelta
@@ -20,6 +21,7 @@ from pdserve.core.step import TokenLogprobs
 from pdserve.text.detokenize import Detokenizer
 from pdserve.text.stop import StopStrings
 from pdserve.text.tokenizer import Tokenizer
+from pdserve.text.tools.stream import CallPart, CallStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class LoggedToken:
 
 @dataclass(slots=True)
 class Piece:
-    """News of one choice. ``stop_reason``: the stop string or stop token id of the client's."""
+    """News of one choice. ``text`` is content, apart from ``calls`` of tools. ``stop_reason``: the
+    stop string or stop token id of the client's."""
 
     choice: int
     text: str
@@ -43,6 +46,7 @@ class Piece:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """On the first piece of a choice, if they were asked for."""
+    calls: list[CallPart] = field(default_factory=list)
 
     @classmethod
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
@@ -55,6 +59,7 @@ class Piece:
             pieces[-1].finish_reason,
             pieces[-1].stop_reason,
             pieces[0].prompt_logprobs,
+            [part for piece in pieces for part in piece.calls],
         )
 
 
@@ -76,7 +81,9 @@ class ChoiceText:
             tokenizer,
             skip_special_tokens=options.skip_special_tokens,
             continues_text=options.continues_text,
+            shown_ids=frozenset() if options.tools is None else options.tools.shown_ids,
         )
+        self._calls = None if options.tools is None else options.tools.reader()
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._num_chars = 0
         self.num_tokens = 0
@@ -99,12 +106,27 @@ class ChoiceText:
         elif delta.finish is not None:
             text += self._stops.finish()
         self.has_ended = finish_reason is not None
-        if not (text or self._is_verbose or self.has_ended):
+        calls: list[CallPart] = []
+        if self._calls is not None:
+            text, calls = self._find_calls(self._calls, text)
+            if self._calls.num_complete and finish_reason == FinishReason.STOP.value:
+                finish_reason = self._options.reason_of_calls
+        if not (text or calls or self._is_verbose or self.has_ended):
             return None
-        piece = Piece(self._index, text, [delta.token_id], [], finish_reason, stop_reason)
+        piece = Piece(
+            self._index, text, [delta.token_id], [], finish_reason, stop_reason, calls=calls
+        )
         if delta.logprobs is not None and self._options.num_top_logprobs is not None:
             piece.logged.append(LoggedToken(delta.token_id, offset, delta.logprobs))
         return piece
+
+    def _find_calls(self, reader: CallStream, text: str) -> tuple[str, list[CallPart]]:
+        """What of the text is content, and what it says of calls."""
+        news = reader.feed(text)
+        if not self.has_ended:
+            return news.content, news.parts
+        last = reader.finish()
+        return news.content + last.content, news.parts + last.parts
 
     def _decode(self, delta: TokenDelta) -> str:
         """Text that this token completes. A token that ends the choice has none of its own."""
@@ -118,5 +140,6 @@ class ChoiceText:
         if delta.finish is not FinishReason.STOP:
             return None
         params = self._params
-        is_eos = not params.ignore_eos and delta.token_id in params.eos_token_ids
+        ends_at_eos = not params.ignore_eos or params.constraint is not None
+        is_eos = ends_at_eos and delta.token_id in params.eos_token_ids
         return None if is_eos else delta.token_id

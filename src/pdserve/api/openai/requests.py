@@ -17,6 +17,7 @@ from pdserve.api.callers import caller_of, reserve_tokens, salt_of, service_of
 from pdserve.api.gateway import ModelCard
 from pdserve.api.middleware import CLIENT_REQUEST_ID
 from pdserve.api.openai.schema import GenerationBody
+from pdserve.api.openai.tools import ToolUse
 from pdserve.api.request_ids import check_request_id
 from pdserve.api.settings import ApiSettings
 from pdserve.core.errors import ContextLengthError, NotFoundError, RequestError
@@ -36,7 +37,7 @@ class OutputOptions:
     ``num_top_logprobs`` is the number of most likely tokens beside the chosen one, None for no
     log-probabilities at all. ``with_prompt_logprobs``: the prompt's are reported in a field of
     their own. ``drops_answer``: only the prompt is of interest. ``continues_text``: the answer goes
-    on in the middle of a text.
+    on in the middle of a text. ``tools``: calls of tools are looked for in it.
     """
 
     stops: tuple[str, ...] = ()
@@ -49,6 +50,13 @@ class OutputOptions:
     drops_answer: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    tools: ToolUse | None = None
+
+    @property
+    def reason_of_calls(self) -> str:
+        """Why a choice that has called tools has ended: of a tool that the client has named this is
+        ``stop``, as OpenAI has it."""
+        return "stop" if self.tools is not None and self.tools.named else "tool_calls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ PromptLogprobs = list[dict[str, RankedToken] | None]
 
 class _Choice(BaseModel):
     index: int
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: Literal["stop", "length", "tool_calls", "abort"]
     stop_reason: str | int | None = Field(
         description="The stop string or stop token id that ended the choice."
     )
@@ -80,10 +80,22 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="A JSON object.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
     role: str
-    content: str
+    content: str | None = Field(description="Null if there is nothing but calls of tools.")
     refusal: None
+    tool_calls: list[ToolCall] | None = Field(None, description="With tools.")
 
 
 class ChatChoice(_Choice):

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, StrictInt, Tag, model_val
 
 from pdserve.api.openai.body_model import Body as Body
 from pdserve.api.openai.formats import FormatFields
+from pdserve.api.openai.tools import OfferFields, ToolBody, calls_for_template
 from pdserve.api.openai.unserved import refuse_unserved
 from pdserve.core.errors import RequestError
 
@@ -156,10 +157,13 @@ class ChatMessage(Body):
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content}
+        extra = dict(self.model_extra or {})
+        if extra.get("tool_calls"):
+            extra["tool_calls"] = calls_for_template(extra["tool_calls"])
+        return {**extra, "role": self.role, "content": content}
 
 
-class ChatFields(Body):
+class ChatFields(OfferFields):
     """How messages become a prompt; shared with ``/tokenize``."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -187,7 +191,7 @@ class ChatFields(Body):
         return self.add_generation_prompt
 
 
-class ChatBody(ChatFields, GenerationBody):
+class ChatBody(ChatFields, ToolBody, GenerationBody):
     """Body of ``POST /v1/chat/completions``."""
 
     max_completion_tokens: int | None = Field(

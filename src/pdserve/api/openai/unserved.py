@@ -24,7 +24,7 @@ def _is_text_only(value: Any) -> bool:
     return not value or value == ["text"]
 
 
-_TOOLS = "the server does not call tools; send tool_choice 'none' or leave it out"
+_TOOLS = "send tools and tool_choice, which took its place"
 _VOCABULARY = "use logit_bias to steer single tokens"
 
 _BOTH: dict[str, tuple[_Harmless, str]] = {
@@ -56,14 +56,3 @@ def refuse_unserved(document: Mapping[str, Any], *, is_chat: bool) -> None:
     for field, (is_harmless, remedy) in {**_BOTH, **(_CHAT if is_chat else _COMPLETIONS)}.items():
         if document.get(field) is not None and not is_harmless(document[field]):
             raise RequestError(f"{field} is not served: {remedy}", field)
-    if is_chat:
-        _refuse_tools(document)
-
-
-def _refuse_tools(document: Mapping[str, Any]) -> None:
-    """Tools may be listed if none may be called; without tools 'auto' has nothing to choose."""
-    choice = document.get("tool_choice")
-    if document.get("tools") and choice != "none":
-        raise RequestError(f"tools is not served: {_TOOLS}", "tools")
-    if choice not in (None, "none", "auto"):
-        raise RequestError(f"tool_choice is not served: {_TOOLS}", "tool_choice")
