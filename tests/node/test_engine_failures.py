@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from virtual_cluster import ClusterSpec, VirtualCluster, make_ask
 from virtual_cluster.orders import PROMPT, Pair, of, reach, submitted
@@ -27,6 +29,26 @@ def test_one_that_breaks_every_step_takes_no_other_along(workers: tuple[int, int
     assert failure is not None
     assert failure.kind == Refusal.INTERNAL
     assert "the engine failed" in failure.detail
+    assert all(process.node.is_empty for process in cluster.current.values())
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+@pytest.mark.parametrize("workers", TOPOLOGIES)
+def test_a_row_that_can_draw_nothing_fails_alone(workers: tuple[int, int, int], index: int) -> None:
+    cluster = VirtualCluster(ClusterSpec(workers=workers, num_blocks=60))
+    cluster.run()
+    for number in range(4):
+        ask = make_ask(f"r{number}", (number, *PROMPT), max_tokens=6, num_choices=2)
+        cluster.submit(replace(ask, barren=index) if number == 2 else ask)
+    cluster.run_for(3)
+    for number in (0, 1, 3):
+        assert cluster.client.answers[f"r{number}"].is_complete
+        names = [e.name for e in cluster.life if e.request_id == f"r{number}"]
+        assert LifeName.RESUMED not in names
+    failure = cluster.client.answers["r2"].failure
+    assert failure is not None
+    assert failure.kind == Refusal.INTERNAL
+    assert "nothing to draw" in failure.detail
     assert all(process.node.is_empty for process in cluster.current.values())
 
 

@@ -19,9 +19,9 @@ class Detokenizer:
     Bytes that can never become a character turn into U+FFFD as soon as that is certain; the start
     of a character that the stream ends in, at `flush`. ``shown_ids`` are special tokens that are
     not skipped. SentencePiece tokenizers drop the space before the first word of a text: with
-    ``continues_text`` the output is the continuation of a prompt, and that space is kept. (When such a tokenizer spells invalid UTF-8 in single-byte
-    tokens, the valid characters around the invalid byte are kept here; the library's `decode` gives
-    up the whole run.)
+    ``continues_text`` the output is the continuation of a prompt, and that space is kept. (When
+    such a tokenizer spells invalid UTF-8 in single-byte tokens, the valid characters around the
+    invalid byte are kept here; the library's `decode` gives up the whole run.)
     """
 
     def __init__(

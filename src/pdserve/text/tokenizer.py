@@ -78,8 +78,8 @@ class Tokenizer:
 
     def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
         """Ids of the special tokens that are spelled so."""
-        ids = map(self._backend.token_to_id, texts)
-        return frozenset(token_id for token_id in ids if token_id in self.special_ids)
+        ids = frozenset(map(self._backend.token_to_id, texts))
+        return self.special_ids & ids
 
     def is_special(self, text: str) -> bool:
         """Whether this is a special token, which no text can spell."""

@@ -53,7 +53,12 @@ class StepRun:
         if self.broken:
             return StepResult(step_id=self.plan.step_id, tokens=(), error="broken")
         tokens = tuple(self._sample(row) for row in self.plan.rows)
-        return StepResult(step_id=self.plan.step_id, tokens=tokens)
+        failures = tuple(
+            (place, "nothing to draw")
+            for place, row in enumerate(self.plan.rows)
+            if row.sample and row.sample.index == self._asks[row.attempt.request_id].barren
+        )
+        return StepResult(step_id=self.plan.step_id, tokens=tokens, failures=failures)
 
     def _compute(self, layer: int) -> None:
         for row, chain in zip(self.plan.rows, self._chains, strict=True):

@@ -29,7 +29,8 @@ STOP = 1
 class Ask:
     """A request with its right answer, per choice. ``chains[c][i]``: KV of token i of choice c.
 
-    ``poison``: every step in which one of its rows takes part breaks the engine.
+    ``poison``: every step in which one of its rows takes part breaks the engine. ``barren``: no
+    token of this index can be drawn, in a step that is good.
     """
 
     request: Request
@@ -38,6 +39,7 @@ class Ask:
     tokens: tuple[tuple[int, ...], ...]
     chains: tuple[tuple[int, ...], ...]
     poison: bool = False
+    barren: int | None = None
 
     @property
     def request_id(self) -> RequestId:

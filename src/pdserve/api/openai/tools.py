@@ -1,8 +1,8 @@
 """Tools in a chat: what a client offers and asks for, and what that means for its answer.
 
 Who lets the model choose (``auto``) gets what the model writes, in the syntax that its chat
-template asks for. Who requires a call, or names its tool, gets an answer that can be nothing else: it is
-held to a grammar of calls, whether or not the model knows of tools.
+template asks for. Who requires a call, or names its tool, gets an answer that can be nothing else:
+it is held to a grammar of calls, whether or not the model knows of tools.
 """
 
 from __future__ import annotations
