@@ -52,9 +52,7 @@ def create_app(
         chat_template=chat_template,
         settings=settings,
         directory=RequestDirectory(settings.num_remembered_ids),
-        check_constraint=ConstraintCheck(
-            tokenizer, gateway.card.vocab_size, gateway.card.eos_token_ids
-        ),
+        check_constraint=ConstraintCheck(tokenizer, gateway.card),
         keys=keys,
         key_metrics=key_metrics,
     )

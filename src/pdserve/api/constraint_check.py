@@ -15,11 +15,12 @@ import subprocess
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from pdserve.api.gateway import ModelCard
 from pdserve.core.errors import OverloadedError, RequestError, UnavailableError
 from pdserve.core.request import Constraint
 from pdserve.text.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from pdserve.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CPU_BUDGET_S = 1.0
-MAX_CHARS = 128 * 1024
+MAX_CHARS = 256 * 1024
 MAX_WAITING = 64
 _REMEMBERED = 256
 _RETRY_AFTER_S = 1.0
@@ -39,14 +40,12 @@ class ConstraintCheck:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        vocab_size: int,
-        eos_token_ids: Sequence[int],
+        card: ModelCard,
         *,
         cpu_budget_s: float = CPU_BUDGET_S,
     ) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._card = card
         self._cpu_budget_s = cpu_budget_s
         self._good: OrderedDict[Constraint, None] = OrderedDict()
         self._waiting = 0
@@ -68,7 +67,7 @@ class ConstraintCheck:
                 f"{field} has {len(constraint.text)} characters; at most {MAX_CHARS} are served",
                 field,
             )
-        if not self._eos_token_ids:
+        if not self._card.eos_token_ids:
             raise RequestError(
                 f"{field} is not served: the model has no end-of-text token, so an answer of a "
                 "given form could not end",
@@ -130,8 +129,9 @@ class ConstraintCheck:
             )
             self._process = process
             self._end = weakref.finalize(self, _end, process)
+            card = self._card
             words = Vocabulary(
-                self._tokenizer.to_json(), self._vocab_size, self._eos_token_ids, self._cpu_budget_s
+                self._tokenizer.to_json(), card.vocab_size, card.eos_token_ids, self._cpu_budget_s
             )
             assert process.stdin is not None
             process.stdin.write(framed(msgspec.msgpack.encode(words)))

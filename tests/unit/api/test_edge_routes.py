@@ -293,7 +293,7 @@ async def test_much_text_is_tokenised_off_the_loop(
         chat_template=chat_template,
         settings=ApiSettings(),
         directory=RequestDirectory(1),
-        check_constraint=ConstraintCheck(tokenizer, tokenizer.vocab_size, ()),
+        check_constraint=ConstraintCheck(tokenizer, gateway.card),
     )
     ids = await edge.encode(texts, add_special_tokens=False)
     assert ids == [tokenizer.encode(text, add_special_tokens=False) for text in texts]

@@ -115,7 +115,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"guided_json": {"type": "strang"}}, "guided_json", "strang"),
     ({"guided_json": {"allOf": [False, {}]}}, "guided_json", "Unsatisfiable"),
-    ({"guided_regex": "a" * 200_000}, "guided_regex", "characters"),
+    ({"guided_regex": "a" * 300_000}, "guided_regex", "characters"),
 ]
 
 
@@ -142,9 +142,12 @@ async def test_an_engine_that_cannot_follow_forms_says_so(
     assert (await post(make_app(gateway))).status_code == 200
 
 
-async def test_a_model_without_an_end_cannot_follow_forms(tokenizer: Tokenizer) -> None:
+async def test_a_model_without_an_end_cannot_follow_forms(
+    tokenizer: Tokenizer, card: ModelCard
+) -> None:
+    check = ConstraintCheck(tokenizer, replace(card, eos_token_ids=()))
     with pytest.raises(RequestError, match="no end-of-text token"):
-        await ConstraintCheck(tokenizer, tokenizer.vocab_size, ())(ANY_OBJECT, "response_format")
+        await check(ANY_OBJECT, "response_format")
 
 
 async def test_a_form_that_takes_forever_to_compile_costs_its_budget_and_nothing_else(
@@ -162,7 +165,7 @@ async def test_a_form_that_takes_forever_to_compile_costs_its_budget_and_nothing
             for c in "abcdefghijklmnopqrst"
         ]
     }
-    check = ConstraintCheck(tokenizer, card.vocab_size, card.eos_token_ids, cpu_budget_s=0.3)
+    check = ConstraintCheck(tokenizer, card, cpu_budget_s=0.3)
     slow = Constraint(ConstraintKind.JSON, json.dumps(hostile))
     with pytest.raises(RequestError, match=r"guided_json cannot be used: .*0\.3 s to compile"):
         await check(slow, "guided_json")

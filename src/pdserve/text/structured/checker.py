@@ -21,7 +21,7 @@ from llguidance import LLMatcher
 from pdserve.core.errors import PdserveError
 from pdserve.core.request import Constraint
 from pdserve.text.structured.grammar import grammar_of
-from pdserve.text.structured.masks import first_line
+from pdserve.text.structured.masks import what_went_wrong
 from pdserve.text.structured.vocabulary import make_vocabulary
 from pdserve.text.tokenizer import Tokenizer
 
@@ -79,9 +79,9 @@ def main() -> int:
             matcher = LLMatcher(words, grammar_of(constraint), log_level=0)
             if not matcher.is_error():
                 matcher.compute_bitmask()
-            error = first_line(matcher.get_error()) if matcher.is_error() else None
+            error = what_went_wrong(matcher.get_error()) if matcher.is_error() else None
         except PdserveError as refused:
-            error = str(refused)
+            error = what_went_wrong(str(refused))
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         sys.stdout.buffer.write(framed(msgspec.msgpack.encode(Verdict(error))))
         sys.stdout.buffer.flush()

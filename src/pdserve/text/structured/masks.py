@@ -28,6 +28,7 @@ from pdserve.text.structured.grammar import grammar_of
 
 KEPT_MATCHERS = 512
 KEPT_GRAMMARS = 64
+MAX_MESSAGE_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +146,10 @@ def _unwanted_endings(params: SamplingParams, index: int, vocab_size: int) -> li
 def _check(matcher: LLMatcher) -> None:
     """Raises `RequestError` once the matcher has given up."""
     if matcher.is_error():
-        raise RequestError(first_line(matcher.get_error()))
+        raise RequestError(what_went_wrong(matcher.get_error()))
 
 
-def first_line(message: str) -> str:
-    """What went wrong, without the state of the parser that follows it."""
-    return message.partition("\n<state>")[0].strip()
+def what_went_wrong(message: str) -> str:
+    """What went wrong, without the state of the parser that follows it, nor all of a long text."""
+    said = message.partition("\n<state>")[0].strip()
+    return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[:MAX_MESSAGE_CHARS]}..."
