@@ -176,6 +176,7 @@ def test_a_header_waits_for_room_and_the_ticket_comes_with_it() -> None:
     cluster.run(until=lambda: len(cluster.client.answers["r"].tokens[0]) > 2)
     stale = cluster.router.books.workers["decode-0"]
     stale.report = None
+    stale.changed()
     cluster.submit(make_ask("s", (1, *PROMPT), max_tokens=4))
     cluster.run(hold=of(decode, "step", "to_gateway"))
     assert decode.node.inbound.num_queued == 1
@@ -191,7 +192,9 @@ def test_a_ticket_leaves_every_running_sequence_a_block_to_grow_into() -> None:
     cluster.submit(make_ask("r", PROMPT, max_tokens=10))
     pool = decode.node.batch.tables.pool
     cluster.run(until=lambda: pool.num_free == 3)
-    cluster.router.books.workers["decode-0"].report = None
+    book = cluster.router.books.workers["decode-0"]
+    book.report = None
+    book.changed()
     cluster.submit(make_ask("s", (1, *PROMPT), max_tokens=2))
     cluster.run(hold=of(decode, "step", "to_gateway"))
     assert decode.node.inbound.num_queued == 1

@@ -16,11 +16,11 @@ PROMPT = tuple(range(2, 16))
 
 
 def test_a_ticket_counts_as_a_sequence_until_it_is_one() -> None:
-    """The report that follows the grant has forgotten the promise, and nothing runs there yet."""
+    """The heartbeat after the grant has forgotten the promise, and nothing runs there yet."""
     cluster = VirtualCluster(ClusterSpec(workers=(1, 2, 0)))
     cluster.run()
     cluster.submit(make_ask("first", PROMPT, max_tokens=8))
-    cluster.run_for(0.05, hold=lambda event: event.kind == "transfer")
+    cluster.run_for(0.6, hold=lambda event: event.kind == "transfer")
     book = cluster.router.books.workers["decode-0"]
     assert book.report is not None
     assert (book.report.open_leases, book.promised, book.num_granted) == (1, {}, 0)

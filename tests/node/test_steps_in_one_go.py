@@ -24,7 +24,7 @@ from pdserve.core.effects import (
 )
 from pdserve.core.ids import GATEWAY, AttemptId, BlockHash, Epoch, RequestId, WorkerId
 from pdserve.core.layout import KvLayout
-from pdserve.core.messages import AbortAttempt, CacheChanged, StartJob, Tokens
+from pdserve.core.messages import AbortAttempt, CacheChanged, LoadReport, StartJob, Tokens
 from pdserve.core.request import Job, Request, Role, SamplingParams
 from pdserve.core.step import SILENT_TOKEN, SampledToken, StepResult
 from pdserve.core.token_ids import NamedTokens
@@ -63,7 +63,8 @@ class Side:
             case Send(_, Tokens(deltas)):
                 for delta in deltas:
                     assert self.lives[delta.request_id].take(delta), f"{delta} cannot be taken"
-            case Send(_, CacheChanged(stored=stored, evicted=evicted)):
+            case Send(_, CacheChanged() | LoadReport()):
+                stored, evicted = effect.message.stored, effect.message.evicted
                 self.cached = (self.cached | set(stored)) - set(evicted)
             case Log():
                 self.seen.append(effect)

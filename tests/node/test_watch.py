@@ -72,7 +72,7 @@ def test_a_large_step_is_expected_to_take_its_share_of_time() -> None:
     """128 tokens took two seconds, so 256 may take four; what was slow is forgotten slowly."""
     node = pair().prefill.node
     load = BatchLoad(node.batch, node.inbound)
-    reporter = LoadReporter(node.settings, load, node.standing, lambda: True)
+    reporter = LoadReporter(node.settings, load, node.standing, lambda: True, lambda out: None)
     reporter.step_started(StepShape(128), 0.0)
     reporter.step_done(2.0)
     assert expected_s(reporter, 256) == pytest.approx(4.0)

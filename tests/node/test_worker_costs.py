@@ -91,7 +91,7 @@ def test_of_too_many_steps_the_latest_are_reported_once() -> None:
     cluster = VirtualCluster(ClusterSpec(workers=(1, 1, 0)))
     node = cluster.current[WorkerId("decode-0")].node
     load = BatchLoad(node.batch, node.inbound)
-    reporter = LoadReporter(node.settings, load, node.standing, lambda: True)
+    reporter = LoadReporter(node.settings, load, node.standing, lambda: True, lambda out: None)
     for number in range(MAX_SAMPLES + 5):
         reporter.step_started(StepShape(num_decoding=1, context_tokens=number), 0.0)
         reporter.step_done(0.01)
@@ -238,13 +238,13 @@ def test_whatever_happens_to_a_book_its_view_follows(up: WorkerUp) -> None:
     assert len(check().workers) == 2
     book.set_drains(False)
     assert len(check().workers) == 3
-    book.killed = True
+    book.set_killed()
     assert len(check().workers) == 2
     book_of(books, up, names[1], Role.PREFILL)
     assert len(check().workers) == 3
     books.remove(names[0])
     assert [view.worker for view in check().workers] == names[1:]
-    book.killed = False  # a book of a process that was replaced changes nothing
+    book.set_killed(False)  # a book of a process that was replaced changes nothing
     check()
 
 

@@ -95,11 +95,9 @@ class SetRole:
 
 @value(kw_only=True)
 class MoveAttempt:
-    """Hand the one running choice of this attempt over to another decode worker, KV and all.
-
-    It is a hand-off like any other, of KV that is finished. If it fails before its trailer is sent,
-    the choice goes on here (`MoveFailed`); after that, nobody can tell, and it is resumed.
-    """
+    """Hand the one running choice of this attempt over to another decode worker, KV and all. It is
+    a hand-off like any other, of KV that is finished. If it fails before its trailer is sent, the
+    choice goes on here (`MoveFailed`); after that, nobody can tell, and it is resumed."""
 
     attempt: AttemptId
     to: WorkerId
@@ -109,11 +107,9 @@ class MoveAttempt:
 
 @value(kw_only=True)
 class SendPrefix:
-    """Send what is cached of the full blocks of ``token_ids`` to a worker that lacks it.
-
-    It travels as a hand-off without choices: the receiver indexes the blocks once they are
-    verified, and nothing decodes. ``attempt`` names the transfer, not a request's attempt.
-    """
+    """Send what is cached of the full blocks of ``token_ids`` to a worker that lacks it. It travels
+    as a hand-off without choices: the receiver indexes the blocks once they are verified, and
+    nothing decodes. ``attempt`` names the transfer, not a request's attempt."""
 
     attempt: AttemptId
     to: WorkerId
@@ -183,7 +179,8 @@ class PrefixSent:
 
 @value(kw_only=True)
 class CacheChanged:
-    """Blocks that entered and left the worker's prefix index since the last such message."""
+    """Blocks that entered and left the worker's prefix index, ahead of a `LoadReport` that cannot
+    name them all."""
 
     stored: tuple[BlockHash, ...]
     evicted: tuple[BlockHash, ...]
@@ -199,7 +196,6 @@ class Life:
 @value(kw_only=True)
 class LoadReport:
     """What a worker holds now. Sent on change, at most every few ms, and as a heartbeat.
-
     ``last_route_seq`` is the `Job.route_seq` of the last job that the figures include; the router
     re-applies only later ones. ``step_age_s`` is the age of the running step (0 when idle) and
     ``step_expected_s`` how long the worker thinks that it takes. Blocks: ``free_blocks`` can be
@@ -210,8 +206,9 @@ class LoadReport:
     their length, all together. ``steps`` and ``transfers`` are what ended since the last report, at
     most a few dozen of each. ``role_epoch`` is that of the last `SetRole` (0: none came).
     ``is_empty``: no request, lease or unsent KV is left. ``num_left_out``: sequences that are here,
-    prompts and decodes, and have no part in the running step.
-    """
+    prompts and decodes, and have no part in the running step. ``stored`` and ``evicted``: blocks
+    that entered and left the prefix index since the last report, but for those that a
+    `CacheChanged` has named meanwhile."""
 
     seq: int
     last_route_seq: int
@@ -239,6 +236,8 @@ class LoadReport:
     num_left_out: int = 0
     steps: tuple[StepSample, ...] = ()
     transfers: tuple[TransferSample, ...] = ()
+    stored: tuple[BlockHash, ...] = ()
+    evicted: tuple[BlockHash, ...] = ()
 
 
 # --- worker <-> worker: the hand-off ----------------------------------------------------------
@@ -250,8 +249,7 @@ class Header:
     ``block_hashes`` has one chained hash per full block of ``token_ids``, made with the salt of the
     sender's numerics class. ``opaque`` marks a payload that only an engine of the same kind reads:
     no blocks, no layers, the bytes come as `OpaquePayload` messages, in ``payload_format``.
-    ``number`` and ``answer_tokens`` are the `Job`'s.
-    """
+    ``number`` and ``answer_tokens`` are the `Job`'s."""
 
     attempt: AttemptId
     choices: tuple[int, ...]
@@ -273,8 +271,7 @@ class Header:
 class Ticket:
     """Write block i of the sequence, for i >= ``first_block``, into ``block_ids[i - first_block]``.
     Blocks before ``first_block`` are already here and pinned. The lease is a duration on the
-    granter's own clock, renewed by `LeaseRenew`.
-    """
+    granter's own clock, renewed by `LeaseRenew`."""
 
     attempt: AttemptId
     first_block: int
@@ -335,9 +332,12 @@ class PayloadTaken:
 
 @value()
 class Accepted:
-    """The decode worker owns the attempt now. Goes to the prefill worker and to the router."""
+    """The decode worker owns the attempt now. Goes to the prefill worker and to the router; to the
+    latter with the first ``tokens`` again, on this link and before the next ones: should the
+    prefill worker's copy be late or lost, the router still takes them in order."""
 
     attempt: AttemptId
+    tokens: tuple[TokenDelta, ...] = ()
 
 
 @value(kw_only=True)

@@ -65,7 +65,8 @@ class NamedTokens(Sequence[int]):
     @classmethod
     def of(cls, pieces: Iterable[tuple[str, int]]) -> Self:
         """The first ``number`` tokens of each (name, number), one after the other."""
-        return cls(_joined([Piece(name, 0, number) for name, number in pieces]))
+        # None goes on where the one before it ends, so there is nothing to join.
+        return cls(tuple([Piece(name, 0, number) for name, number in pieces if number]))
 
     def __len__(self) -> int:
         return self._length

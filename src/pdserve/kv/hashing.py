@@ -58,8 +58,14 @@ def extend_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     return _extend(parent, packed(token_ids))
 
 
+_BLOCK_HASHER = blake2b(digest_size=HASH_BYTES, person=_BLOCK)
+"""To be copied, which takes a third less time than to make another."""
+
+
 def _extend(parent: BlockHash, content: bytes) -> BlockHash:
-    return BlockHash(blake2b(parent + content, digest_size=HASH_BYTES, person=_BLOCK).digest())
+    hasher = _BLOCK_HASHER.copy()
+    hasher.update(parent + content)
+    return BlockHash(hasher.digest())
 
 
 def block_hashes(root: BlockHash, token_ids: Sequence[int], block_size: int) -> Sequence[BlockHash]:
@@ -97,8 +103,9 @@ def _named_hashes(root: BlockHash, token_ids: NamedTokens, block_size: int) -> l
             is_block = piece.length == block_size and piece_start % block_size == 0
             head = piece if is_block else piece.cut(first * block_size - piece_start, block_size)
             hashes.append(_extend(hashes[-1] if hashes else root, head.packed()))
-            stem = hashes[-1][: HASH_BYTES - _PLACE_BYTES]
-            hashes += cast("list[BlockHash]", [stem + place for place in _places(number)])
+            if number > 1:
+                stem = hashes[-1][: HASH_BYTES - _PLACE_BYTES]
+                hashes += cast("list[BlockHash]", [stem + place for place in _places(number)])
         done = len(hashes)
         piece_start = piece_end
     return hashes

@@ -23,7 +23,7 @@ the caller and fails an assertion.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from pdserve.core.errors import OutOfBlocksError
@@ -141,8 +141,8 @@ class BlockPool:
         taken = free[first:]
         del free[first:]
         taken.reverse()  # from the top of the stack
-        while len(taken) < num_blocks:
-            taken.append(self._evict())
+        if len(taken) < num_blocks:
+            taken += self._evict(num_blocks - len(taken))
         for block in taken:
             references[block] = 1
         return taken
@@ -179,7 +179,7 @@ class BlockPool:
         """`publish` each block under the hash in its place."""
         self._assert_all_in_pool(blocks)
         references, hash_of, block_of = self._references, self._hash_of, self._block_of
-        changes = self._changes
+        entered = []
         for block, block_hash in zip(blocks, hashes, strict=True):
             assert references[block] > 0, f"published block {block}, which nobody holds"
             if not self.prefix_cache or hash_of[block] == block_hash:
@@ -188,7 +188,11 @@ class BlockPool:
             if block_hash not in block_of:
                 block_of[block_hash] = block
                 hash_of[block] = block_hash
-                if changes is not None and not changes.setdefault(block_hash, True):
+                entered.append(block_hash)
+        changes = self._changes
+        if changes is not None:
+            for block_hash in entered:
+                if not changes.setdefault(block_hash, True):
                     del changes[block_hash]  # it had left since the last call of `take_changes`
 
     def quarantine(self, blocks: Sequence[BlockId]) -> None:
@@ -215,11 +219,10 @@ class BlockPool:
     def clear_cache(self) -> None:
         """Forget every prefix. Cached blocks become free; referenced ones stay, unindexed."""
         self.num_releases += 1
-        while self._cached:
-            self._free.append(self._evict())
-        for block_hash, block in self._block_of.items():
+        self._free += self._evict(len(self._cached))
+        for block in self._block_of.values():
             self._hash_of[block] = None
-            self._note_left(block_hash)
+        self._note_left(self._block_of)
         self._block_of.clear()
 
     def take_changes(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
@@ -233,6 +236,8 @@ class BlockPool:
         changes, self._changes = self._changes, {}
         if changes is None:
             return tuple(self._block_of), ()
+        if not changes:
+            return (), ()
         stored = tuple(block_hash for block_hash, entered in changes.items() if entered)
         return stored, tuple(block_hash for block_hash, entered in changes.items() if not entered)
 
@@ -259,20 +264,28 @@ class BlockPool:
         assert self.prefix_cache or not indexed, "an index without a prefix cache"
         assert self.num_referenced == len(referenced), "the number of referenced blocks is wrong"
 
-    def _evict(self) -> BlockId:
-        """Drop the least recently used cached block from cache and index."""
-        block, _ = self._cached.popitem(last=False)
-        block_hash = self._hash_of[block]
-        assert block_hash is not None
-        del self._block_of[block_hash]
-        self._hash_of[block] = None
-        self._note_left(block_hash)
-        return block
+    def _evict(self, num_blocks: int) -> list[BlockId]:
+        """Drop the least recently used cached blocks from cache and index."""
+        cached, hash_of, block_of = self._cached, self._hash_of, self._block_of
+        evicted, left = [], []
+        for _ in range(num_blocks):
+            block, _ = cached.popitem(last=False)
+            block_hash = hash_of[block]
+            assert block_hash is not None
+            del block_of[block_hash]
+            hash_of[block] = None
+            left.append(block_hash)
+            evicted.append(block)
+        self._note_left(left)
+        return evicted
 
-    def _note_left(self, block_hash: BlockHash) -> None:
-        """The index has lost it; what had entered since the last call leaves nothing to tell."""
-        if self._changes is not None and self._changes.setdefault(block_hash, False):
-            del self._changes[block_hash]
+    def _note_left(self, hashes: Iterable[BlockHash]) -> None:
+        """The index has lost them; what had entered since the last call leaves nothing to tell."""
+        changes = self._changes
+        if changes is not None:
+            for block_hash in hashes:
+                if changes.setdefault(block_hash, False):
+                    del changes[block_hash]
 
     def _assert_all_in_pool(self, blocks: Sequence[BlockId]) -> None:
         assert not blocks or (min(blocks) >= 0 and max(blocks) < self.num_blocks), (

@@ -1,6 +1,6 @@
 """Which worker has which blocks cached: the prefix indexes of all workers, in one place.
 
-The router keeps one. Workers say which hashes entered and left their own index (`CacheChanged`);
+The router keeps one. Workers say which hashes entered and left their own index (`LoadReport`);
 `PrefixIndex.matches` then tells, for a chain of block hashes, how many blocks from its front each
 worker has without a gap. Hashes are chained (``kv.hashing``), so blocks that must never be shared
 never meet here.
@@ -66,10 +66,9 @@ class PrefixIndex:
         if own is None:
             return
         bit = 1 << self._number[worker]
-        for block_hash in hashes:
-            if block_hash in own:
-                own.discard(block_hash)
-                self._drop(block_hash, bit)
+        gone = own.intersection(hashes)
+        own -= gone
+        self._drop(gone, bit)
         if not own:
             self._leave(worker)
 
@@ -77,9 +76,7 @@ class PrefixIndex:
         """The worker's memory is gone. Takes time in proportion to the blocks that it had."""
         own = self._blocks.get(worker)
         if own is not None:
-            bit = 1 << self._number[worker]
-            for block_hash in own:
-                self._drop(block_hash, bit)
+            self._drop(own, 1 << self._number[worker])
             self._leave(worker)
 
     def num_held(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
@@ -136,9 +133,12 @@ class PrefixIndex:
         self._unused.append(number)
         del self._blocks[worker]
 
-    def _drop(self, block_hash: BlockHash, bit: int) -> None:
-        left = self._holders[block_hash] ^ bit
-        if left:
-            self._holders[block_hash] = left
-        else:
-            del self._holders[block_hash]
+    def _drop(self, hashes: Iterable[BlockHash], bit: int) -> None:
+        """Their holder, whose bit that is, has them no more."""
+        holders = self._holders
+        for block_hash in hashes:
+            left = holders[block_hash] ^ bit
+            if left:
+                holders[block_hash] = left
+            else:
+                del holders[block_hash]

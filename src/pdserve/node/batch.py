@@ -55,6 +55,8 @@ class BatchMachine:
         self._last_ride: Ride | None = None
         self._idle_at: tuple[int, Role] | None = None
         """Changes and role when there was last nothing to compute: there is nothing yet."""
+        self.reserves = policy.reserves
+        """See `BatchPolicy.reserves`."""
         self._policy = policy
         self._lookout = Lookout(settings, policy, self.queues, self.tables)
         self._ends = StepEnds(settings, self.queues, self.tables)
@@ -75,7 +77,7 @@ class BatchMachine:
             hands_off=hands_off,
             number=job.number,
             answer_tokens=job.answer_tokens or job.params.max_tokens,
-            reserved_tokens=len(job.token_ids) + 1 if self._policy.reserves else 0,
+            reserved_tokens=len(job.token_ids) + 1 if self.reserves else 0,
         )
         sequence.num_found = self.tables.cached_tokens(sequence)
         self.queues.enter(self.queues.waiting, sequence)
@@ -191,7 +193,7 @@ class BatchMachine:
         self.num_steps += 1
         step_id, copies = StepId(self.num_steps), self.tables.take_copies(riders)
         plan: StepPlan
-        if self.settings.bare_plans and not _any_shared(riders[num_decodes:]):
+        if self.settings.bare_plans and not (chunks and _any_shared(riders[num_decodes:])):
             plan = BarePlan(step_id=step_id, rows=(), copies=copies, size=shape)
         else:
             rows = rows_of(riders, num_decodes, chunks)
@@ -214,7 +216,7 @@ class BatchMachine:
         """Every running sequence's next token, and the prompt chunks that the policy grants."""
         queues = self.queues
         prompts: list[tuple[Sequence, int]] = []
-        reserves = self._policy.reserves
+        reserves = self.reserves
         batch = _NOTHING
         if reserves or queues.waiting or queues.resuming or queues.admitted:
             batch = self._policy.plan(self._lookout.view(self.standing.role, self.growth_headroom))
@@ -287,13 +289,13 @@ class BatchMachine:
     def steady_steps(self) -> int:
         """See `WorkerNode.steady_steps`."""
         ride = self.ride
-        if ride is None or _any_shared(ride.riders[ride.num_decodes :]):
+        if ride is None or (ride.chunks and _any_shared(ride.riders[ride.num_decodes :])):
             return 0
         if not self._is_settled(ride):
             return 1
         if ride.steps_left is None:
             ride.steps_left = fewest_steps_left(ride.riders, self.settings.longest_tokens)
-        if self._policy.reserves:
+        if self.reserves:
             return ride.steps_left
         blocks_each = self.tables.pool.num_free // len(ride.riders)
         return min(ride.steps_left, 1 + blocks_each * self.settings.layout.block_size)
@@ -320,16 +322,12 @@ class BatchMachine:
         return max(0, self.num_waiting + len(self.queues.decoding) - num_riding)
 
     @property
-    def reserves(self) -> bool:
-        """See `BatchPolicy.reserves`."""
-        return self._policy.reserves
-
-    @property
     def growth_headroom(self) -> int:
         """Blocks that can be given away while each running sequence can still grow by one."""
-        if self._policy.reserves:
+        if self.reserves:
             return self.tables.pool.num_free
-        return max(0, self.tables.pool.num_free - len(self.queues.decoding))
+        headroom = self.tables.pool.num_free - len(self.queues.decoding)
+        return headroom if headroom > 0 else 0
 
     @property
     def spare_blocks(self) -> int:
@@ -368,7 +366,7 @@ class BatchMachine:
         """A slot for the next token of each running sequence, oldest first."""
         decoding, tables = self.queues.decoding, self.tables
         growing, self.queues.growing = self.queues.growing, []
-        if self._policy.reserves:
+        if self.reserves:
             return  # each has room for its first token, or for all
         lacking = [s for s in growing if tables.lacks_slot(s) and decoding.get(s.key) is s]
         for sequence in sorted(lacking, key=lambda s: s.arrival):

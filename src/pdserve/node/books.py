@@ -23,8 +23,6 @@ from pdserve.cost.store import KnownCosts
 from pdserve.node.learned import LearnedCosts, WorkerSteps
 from pdserve.policy.cluster import ClusterView, WorkerView
 
-_UNSEEN = frozenset({"stale", "up", "heard_at_s", "given", "_view"})
-"""Fields of a book whose setting changes no view."""
 NO_LIMIT = 1 << 62
 
 
@@ -35,7 +33,8 @@ class WorkerBook:
     by attempt, not yet granted. ``role`` and ``drains`` are what the pools say (`node.pools`),
     ``silent`` what the watch does: such a worker gets no work. ``stale`` is the cluster's:
     workers whose view is not what their book says. ``given``: what the router has given it to do
-    (`node.assigned`), as `WorkerView` names it. Whatever is set in a book makes its view stale."""
+    (`node.assigned`), as `WorkerView` names it. All but ``heard_at_s`` is set by methods, which
+    make the view stale."""
 
     stale: dict[WorkerId, None]
     up: WorkerUp
@@ -56,13 +55,9 @@ class WorkerBook:
     given: tuple[int, int, int, int] = (0, 0, 0, 0)
     _view: WorkerView | None = None
 
-    def __setattr__(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-        if name not in _UNSEEN:
-            self._changed()
-
-    def _changed(self) -> None:
-        object.__setattr__(self, "_view", None)
+    def changed(self) -> None:
+        """Views that were made of it show no longer what it says."""
+        self._view = None
         self.stale[self.up.worker] = None
 
     @property
@@ -143,10 +138,22 @@ class WorkerBook:
         """From the next view on."""
         self.role = role
         self.role_since_s = now
+        self.changed()
 
     def set_drains(self, drains: bool) -> None:
         """Take nothing new from the next view on, or take work again."""
         self.drains = drains
+        self.changed()
+
+    def set_silent(self, silent: bool) -> None:
+        """Nothing has been heard of it for too long, or something has."""
+        self.silent = silent
+        self.changed()
+
+    def set_killed(self, killed: bool = True) -> None:
+        """It is to die."""
+        self.killed = killed
+        self.changed()
 
     def has_work_against(self, home: Role) -> bool:
         """True while it has work that a worker of this home role is not for."""
@@ -164,54 +171,53 @@ class WorkerBook:
             local + num_local,
             kv + kv_tokens,
         )
-        self._changed()
+        self.changed()
 
     def debit_job(self, num_tokens: int) -> int:
         """A job is sent: its number."""
         self.route_seq += 1
         self.unreported.append((self.route_seq, num_tokens))
-        self._changed()
+        self.changed()
         return self.route_seq
 
     def hold_job(self, attempt: AttemptId, num_tokens: int) -> None:
         """A job will be sent later."""
         self.held[attempt] = num_tokens
-        self._changed()
+        self.changed()
 
     def let_job_go(self, attempt: AttemptId) -> None:
         """It is sent now, or never."""
         del self.held[attempt]
-        self._changed()
+        self.changed()
 
     def promise(self, attempt: AttemptId, num_blocks: int) -> None:
         """Blocks are promised to an attempt that is to decode here."""
         self.promised[attempt] = num_blocks
-        self._changed()
+        self.changed()
 
     def take_back(self, attempt: AttemptId) -> None:
         """What was promised to the attempt and is not granted yet, is free again."""
         if self.promised.pop(attempt, None) is not None:
-            self._changed()
+            self.changed()
 
     def grant(self, attempt: AttemptId, num_blocks: int | None = None) -> None:
         """The worker has reserved blocks for the attempt (None: as many as were promised)."""
         promised = self.promised.pop(attempt, 0)
         granted = promised if num_blocks is None else num_blocks
-        object.__setattr__(self, "granted_blocks", self.granted_blocks + granted)
+        self.granted_blocks += granted
         self.num_granted += 1
+        self.changed()
 
     def take_report(self, report: LoadReport, now: float) -> None:
-        put = object.__setattr__  # one change of the view, not five
-        put(self, "report", report)
-        put(self, "heard_at_s", now)
-        put(self, "silent", False)
-        put(self, "granted_blocks", 0)
-        put(self, "num_granted", 0)
+        self.report = report
+        self.heard_at_s = now
+        self.silent = False
+        self.granted_blocks = self.num_granted = 0
         if self.unreported:
-            later = [job for job in self.unreported if job[0] > report.last_route_seq]
-            put(self, "unreported", later)
+            last = report.last_route_seq
+            self.unreported = [job for job in self.unreported if job[0] > last]
         self.learned.take(report.steps)
-        self._changed()
+        self.changed()
 
     def view(self) -> WorkerView:
         """What policies see: the same object until something in the book changes."""
@@ -267,6 +273,7 @@ class ClusterBooks:
         learned = self.learned.of_worker(up)
         book = WorkerBook(self._stale, up, heard_at_s=now, role=up.role, learned=learned)
         self.workers[up.worker] = self._slots[up.worker] = book
+        self._stale[up.worker] = None
         self._shortest_tokens = min(self._shortest_tokens, book.longest_tokens)
         self._measure()
         return book

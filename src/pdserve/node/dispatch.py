@@ -102,7 +102,7 @@ class Dispatch:
     def heard(self, message: Message, book: WorkerBook, out: Outbox) -> None:
         """A worker speaks of its prefix cache. What one of a newer version says is not for us."""
         if isinstance(message, CacheChanged):
-            self.prefixes.changed(book.up.worker, message)
+            self.prefixes.changed(book.up.worker, message.stored, message.evicted)
         elif isinstance(message, PrefixSent):
             self.fetches.sent(book.up.worker, message, out)
 

@@ -39,7 +39,7 @@ from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
 from pdserve.node.payload_inbound import PayloadArrivals
 from pdserve.node.payload_outbound import PayloadCargo, PayloadSender
-from pdserve.node.report import Glance, LoadCounters, LoadFigures
+from pdserve.node.report import Glance, Hashes, LoadFigures
 from pdserve.node.settings import WorkerSettings
 from pdserve.node.standing import Standing
 
@@ -59,10 +59,10 @@ class EngineLoadSource:
             figures.num_decoding + figures.open_leases,
             figures.quarantined_blocks,
             figures.free_blocks,
-            figures.cached_blocks,
         )
 
     def figures(self) -> LoadFigures:
+        load = self._tasks.load
         return LoadFigures(
             pending_prefill_tokens=self._tasks.pending_prefill_tokens,
             num_waiting=self._tasks.num_waiting + self._inbound.num_queued,
@@ -73,15 +73,6 @@ class EngineLoadSource:
             cached_blocks=self._tasks.load.cached_tokens // self._block_size,
             quarantined_blocks=0,
             open_leases=self._inbound.num_leases,
-        )
-
-    def pressure(self) -> tuple[bool, bool]:
-        presses = self._tasks.num_waiting > 0
-        return presses, presses or self._tasks.num_running > 0
-
-    def counters(self) -> LoadCounters:
-        load = self._tasks.load
-        return LoadCounters(
             num_preemptions=load.num_preemptions,
             num_steps=load.num_steps,
             prefix_queries_tokens=load.prefix_queries_tokens,
@@ -89,8 +80,13 @@ class EngineLoadSource:
             context_tokens=self._tasks.context_tokens,
         )
 
-    def tell_cache(self, out: Outbox) -> None:
+    def pressure(self) -> tuple[bool, bool]:
+        presses = self._tasks.num_waiting > 0
+        return presses, presses or self._tasks.num_running > 0
+
+    def tell_cache(self, out: Outbox) -> tuple[Hashes, Hashes]:
         """What its cache holds only the engine knows."""
+        return (), ()
 
 
 class ForeignWorkerNode(WorkerMachine):
@@ -124,6 +120,9 @@ class ForeignWorkerNode(WorkerMachine):
 
     def _drop(self, attempt: AttemptId, choices: tuple[int, ...] | None, out: Outbox) -> None:
         self.tasks.end(attempt, out, choices)
+
+    def _tell_silent(self, out: Outbox) -> None:
+        """An engine's tokens are told as they come."""
 
     def _peer_says(self, peer: WorkerId, message: Message, epoch: Epoch, out: Outbox) -> None:
         match message:

@@ -22,7 +22,6 @@ from pdserve.core.messages import (
     Ticket,
     TicketGranted,
     TicketRefused,
-    Tokens,
     Trailer,
 )
 from pdserve.kv.hashing import root_hash
@@ -34,6 +33,8 @@ from pdserve.node.sequence import Sequence
 from pdserve.node.settings import WorkerSettings
 
 ASK_TIMER = "ask for room"
+_HAS_PLACE = (InboundState.GRANTED, InboundState.VERIFYING)
+"""It is to decode here, and has blocks."""
 
 
 class InboundHandoffs:
@@ -45,16 +46,12 @@ class InboundHandoffs:
         self._batch = batch
         self._pool = batch.tables.pool
         self._handoffs: dict[AttemptId, Inbound] = {}
+        self.num_queued = 0
+        self.num_leases = 0
+        """Tickets that a writer may use now, and what has come by one and is being checked."""
+        self.num_blocks_granted = 0
+        """By all tickets that ever were: the router has heard of them."""
         self._stuck = (-1, AttemptId(RequestId(""), Epoch(0)))
-
-    @property
-    def num_queued(self) -> int:
-        return self._count(InboundState.QUEUED)
-
-    @property
-    def num_leases(self) -> int:
-        """Tickets that a writer may use now."""
-        return self._count(InboundState.GRANTED)
 
     @property
     def is_empty(self) -> bool:
@@ -72,13 +69,6 @@ class InboundHandoffs:
         """True if nobody waits, or whoever waits will go on waiting until there is a change."""
         return not self.num_queued or self.is_stuck or self._settings.ask_again_s > 0
 
-    def _count(self, state: InboundState) -> int:
-        number = 0  # a loop: mostly over nothing, or over one
-        for handoff in self._handoffs.values():
-            if handoff.state is state:
-                number += 1
-        return number
-
     def handoffs(self) -> list[Inbound]:
         """All of them, for invariant checks."""
         return list(self._handoffs.values())
@@ -95,6 +85,7 @@ class InboundHandoffs:
             out.send(peer, TicketRefused(attempt=header.attempt, detail=why_not))
             return
         self._handoffs[header.attempt] = Inbound(header, peer, peer_epoch)
+        self.num_queued += 1
 
     def grant_waiting(self, out: Outbox) -> None:
         """Tickets for those who wait, first come first served, as far as blocks go. A prefix that
@@ -112,7 +103,7 @@ class InboundHandoffs:
             if handoff.header.choices:
                 self._stuck = (self._batch.changes, attempt)
                 break
-            del self._handoffs[attempt]
+            self._forget(handoff)
             out.send(handoff.peer, TicketRefused(attempt=attempt, detail="no room for a prefix"))
 
     def renewed(self, attempt: AttemptId, peer: WorkerId, epoch: Epoch, out: Outbox) -> None:
@@ -138,7 +129,7 @@ class InboundHandoffs:
         elif not handoff.fresh:
             self._accept(handoff, out)
         else:
-            handoff.state = InboundState.VERIFYING
+            self._put(handoff, InboundState.VERIFYING)
             out.add(
                 VerifyTransfer(
                     attempt=trailer.attempt,
@@ -259,7 +250,7 @@ class InboundHandoffs:
     def _grant(self, handoff: Inbound, out: Outbox) -> bool:
         header = handoff.header
         pinned = self._pool.match(header.block_hashes)
-        taken = self._num_needed(header) - sum(self._pool.ref_count(block) > 0 for block in pinned)
+        taken = self._num_needed(header) - self._pool.num_shared(pinned)
         if taken > self._batch.spare_blocks:
             return False
         self._batch.let_past()
@@ -270,7 +261,7 @@ class InboundHandoffs:
         if self._batch.reserves:
             with_first = self._layout.num_blocks_for(len(header.token_ids) + 1)
             handoff.spare = self._pool.allocate(with_first - num_blocks)
-        handoff.state = InboundState.GRANTED
+        self._put(handoff, InboundState.GRANTED)
         out.send(
             handoff.peer,
             Ticket(
@@ -281,6 +272,7 @@ class InboundHandoffs:
             ),
         )
         if header.choices:
+            self.num_blocks_granted += taken
             out.tell_router(TicketGranted(attempt=header.attempt, num_blocks=taken))
         out.set_timer(_lease_timer(header.attempt), self._settings.lease_s)
         return True
@@ -299,7 +291,7 @@ class InboundHandoffs:
     def _accept(self, handoff: Inbound, out: Outbox) -> None:
         header, trailer = handoff.header, handoff.trailer
         assert trailer is not None
-        del self._handoffs[header.attempt]
+        self._forget(handoff)
         same_class = header.layout.numerics == self._layout.numerics
         parent = Sequence(
             attempt=header.attempt,
@@ -318,13 +310,10 @@ class InboundHandoffs:
             answer_tokens=header.answer_tokens or header.params.max_tokens,
             reserved_tokens=len(header.token_ids) + 1 if self._batch.reserves else 0,
         )
-        # The first tokens again, on this link and before the next ones: should the prefill worker's
-        # copy be late or lost, the router still takes them in order.
         out.send(handoff.peer, Accepted(header.attempt))
         self._batch.adopt(parent, trailer.tokens)
         if header.choices:
-            out.tell_router(Tokens(trailer.tokens))
-            out.tell_router(Accepted(header.attempt))
+            out.tell_router(Accepted(header.attempt, trailer.tokens))
             out.log(LifeName.DECODE_QUEUED, header.attempt)
 
     def _reject(self, handoff: Inbound, detail: str, out: Outbox) -> None:
@@ -349,17 +338,34 @@ class InboundHandoffs:
             self._pool.release(handoff.pinned + handoff.spare)
             self._pool.quarantine(handoff.fresh)
             handoff.pinned, handoff.spare = [], []
-            handoff.state = InboundState.QUARANTINED
+            self._put(handoff, InboundState.QUARANTINED)
             out.send(handoff.peer, Revoke(handoff.header.attempt))
 
     def _drop(self, handoff: Inbound, out: Outbox) -> None:
         """Forget it. Nobody writes or reads its blocks any more."""
-        del self._handoffs[handoff.header.attempt]
+        self._forget(handoff)
         if handoff.state is InboundState.QUARANTINED:
             self._pool.release_quarantine(handoff.fresh)
         else:
             out.add(CancelTimer(_lease_timer(handoff.header.attempt)))
             self._pool.release(handoff.pinned + handoff.fresh + handoff.spare)
+
+    def _put(self, handoff: Inbound, state: InboundState) -> None:
+        """It is in this state from now on."""
+        self._uncount(handoff)
+        handoff.state = state
+        if state in _HAS_PLACE:
+            self.num_leases += 1
+
+    def _forget(self, handoff: Inbound) -> None:
+        del self._handoffs[handoff.header.attempt]
+        self._uncount(handoff)
+
+    def _uncount(self, handoff: Inbound) -> None:
+        if handoff.state is InboundState.QUEUED:
+            self.num_queued -= 1
+        elif handoff.state in _HAS_PLACE:
+            self.num_leases -= 1
 
 
 def _lease_timer(attempt: AttemptId) -> str:

@@ -19,6 +19,8 @@ from pdserve.core.effects import (
     PeerUp,
     Received,
     Started,
+    StepDone,
+    StepsDone,
     TimerFired,
 )
 from pdserve.core.events import LifeName
@@ -93,7 +95,9 @@ class WorkerMachine(ABC):
         self.standing = standing
         self.outbound = OutboundHandoffs(settings)
         self._arrivals = arrivals
-        self._reporter = LoadReporter(settings, load, standing, lambda: self.is_empty)
+        self._reporter = LoadReporter(
+            settings, load, standing, lambda: self.is_empty, self._tell_silent
+        )
         self._gone: dict[WorkerId, Epoch] = {}
 
     @property
@@ -104,6 +108,8 @@ class WorkerMachine(ABC):
     def handle(self, event: Input, now: float) -> list[Effect]:
         out = Outbox(self.settings.worker, now, logs=self.settings.logs_life)
         match event:
+            case StepsDone() | StepDone():  # the usual ones first
+                self._engine_says(event, out)
             case Received(sender, epoch, message):
                 if epoch > self._gone.get(sender, -1):
                     self._received(sender, epoch, message, out)
@@ -157,6 +163,10 @@ class WorkerMachine(ABC):
     @abstractmethod
     def _link_ended(self, peer: WorkerId) -> None:
         """What was under way to the peer is lost. Its hand-offs hear of it themselves."""
+
+    @abstractmethod
+    def _tell_silent(self, out: Outbox) -> None:
+        """The router hears of all tokens that it has not been told of yet."""
 
     # --- the router ---------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from pdserve.core.messages import (
     Ticket,
     TicketGranted,
     TicketRefused,
-    Tokens,
     Trailer,
 )
 from pdserve.node.cargo import DIGEST_ALGORITHM
@@ -184,10 +183,7 @@ class PayloadArrivals:
         assert arrival.trailer is not None
         del self._arrivals[event.attempt]
         self._tasks.adopted(event.attempt)
-        # The first tokens again, on this link and before the next ones: should the prefill worker's
-        # copy be late or lost, the router still takes them in order.
-        out.tell_router(Tokens(arrival.trailer.tokens))
-        out.tell_router(Accepted(event.attempt))
+        out.tell_router(Accepted(event.attempt, arrival.trailer.tokens))
         out.send(arrival.peer, Accepted(event.attempt))
         out.log(LifeName.DECODE_QUEUED, event.attempt)
 

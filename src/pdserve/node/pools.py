@@ -217,7 +217,7 @@ class Pools:
         for command, _ in drains:
             out.add(Answer(command=command, detail=f"{worker} holds nothing"))
         if any(restart for _, restart in drains):
-            book.killed = True
+            book.set_killed()
             out.add(KillWorker(worker, book.up.epoch, "drained, to be replaced"))
 
     def _refuse(self, command: int, kind: str, detail: str, out: Outbox) -> None:

@@ -1,11 +1,10 @@
 """What the router knows of its workers' prefix caches.
 
-Workers say which blocks entered and left their prefix index (`CacheChanged`, before a report); the
-router keeps that in a `PrefixIndex` and tells policies how much of a prompt each worker has. The
-block hashes of a request are made once, when it is first to be routed, and kept on its `Life`; a
-resume appends those of its answer. Workers of different kinds (numerics class, block size) hash
-differently: there is a chain for each kind, usually one. As long as no worker has anything, nothing
-is hashed.
+Workers say in their reports which blocks entered and left their prefix index; the router keeps that
+in a `PrefixIndex` and tells policies how much of a prompt each worker has. The block hashes of a
+request are made once, when it is first to be routed, and kept on its `Life`; a resume appends those
+of its answer. Workers of different kinds (numerics class, block size) hash differently: there is a
+chain for each kind, usually one. As long as no worker has anything, nothing is hashed.
 
 A prompt that has just been routed counts as cached where it went, although nothing is computed yet:
 whatever comes with the same prefix meanwhile would wait behind it there and find it. That ends when
@@ -21,7 +20,6 @@ from dataclasses import dataclass, field
 
 from pdserve.core.ids import BlockHash, WorkerId
 from pdserve.core.layout import KvLayout
-from pdserve.core.messages import CacheChanged
 from pdserve.core.token_ids import NamedTokens, TokenIds
 from pdserve.kv.hashing import block_hashes, extend_hash, root_hash
 from pdserve.kv.prefix_index import PrefixIndex
@@ -62,10 +60,14 @@ class Prefixes:
         self._kind_of: dict[WorkerId, BlockHash] = {}
         self._coming: OrderedDict[tuple[WorkerId, BlockHash], _Coming] = OrderedDict()
 
-    def changed(self, worker: WorkerId, message: CacheChanged) -> None:
+    def changed(
+        self, worker: WorkerId, stored: tuple[BlockHash, ...], evicted: tuple[BlockHash, ...]
+    ) -> None:
         """A worker says what it has and what it has no more."""
-        self._index.store(worker, message.stored)
-        self._index.evict(worker, message.evicted)
+        if not stored and not evicted:
+            return
+        self._index.store(worker, stored)
+        self._index.evict(worker, evicted)
         kind = self._kind(worker)
         if kind is None:
             return
@@ -75,7 +77,7 @@ class Prefixes:
             self._kinds[kind] = _Kind(layout)
         self._kinds[kind].workers.add(worker)
         if self._coming:
-            for block_hash in message.stored:
+            for block_hash in stored:
                 self._coming.pop((worker, block_hash), None)
 
     def worker_lost(self, worker: WorkerId) -> None:

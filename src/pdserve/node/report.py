@@ -5,8 +5,9 @@ A report goes out when there is news, at most every ``report_interval_s``, and a
 come free or have been taken. What it has caused or was told of by other messages is none: jobs and
 sequences that have come, tickets that were granted, tokens by which sequences have grown; but a
 hundredth of the blocks is. What has entered and left the prefix cache since the last report goes
-before it. A worker that is idle says nothing else. What it holds is asked of a `LoadSource`:
-`BatchLoad` for a native worker, an engine's tasks for a foreign one.
+with it, or before it if that is too much for one message. A worker that is idle says nothing else.
+What it holds is asked of a `LoadSource`: `BatchLoad` for a native worker, an engine's tasks for a
+foreign one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from pdserve.core.effects import CancelTimer
+from pdserve.core.ids import BlockHash
 from pdserve.core.messages import CacheChanged, LoadReport
 from pdserve.core.request import Role
 from pdserve.core.step import StepSample, StepShape, TransferSample
@@ -28,6 +30,8 @@ from pdserve.node.standing import Standing
 
 HEARTBEAT_TIMER = "heartbeat"
 REPORT_TIMER = "report"
+EARLY_BEAT = 0.75
+"""Of the time between two heartbeats: a report from then on is one."""
 SMALL_STEP_TOKENS = 64
 """Steps up to this size are taken to cost the same; larger ones in proportion to their tokens."""
 FORGETTING = 0.99
@@ -37,11 +41,12 @@ MAX_SAMPLES = 32
 BLOCKS_TOLD = 0.01
 """Share of the pool by which blocks may differ from what was told last."""
 MAX_HASHES = 4096
-"""Blocks that one `CacheChanged` names at most: 64 KiB, so that tokens need not wait long."""
+"""Blocks that one message names at most: 64 KiB, so that tokens need not wait long."""
+Hashes = tuple[BlockHash, ...]
 
 
 class LoadFigures(NamedTuple):
-    """Figures of `LoadReport` that the router decides by."""
+    """What a `LoadReport` says of the worker's load; the last five change with every step."""
 
     pending_prefill_tokens: int
     num_waiting: int
@@ -52,17 +57,22 @@ class LoadFigures(NamedTuple):
     open_leases: int
     free_blocks: int
     cached_blocks: int
+    num_preemptions: int
+    num_steps: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+    context_tokens: int
 
 
 class Glance(NamedTuple):
     """The figures of which a change may be news. ``to_decode``: sequences that decode here, or have
-    a place to. It is asked for at each input, the others for a report."""
+    a place to. ``untold_blocks``: free ones, and all that tickets have ever taken, of which the
+    router has heard. It is asked for at each input, the figures for a report."""
 
     pending_tokens: int
     to_decode: int
     quarantined_blocks: int
-    free_blocks: int
-    cached_blocks: int
+    untold_blocks: int
 
     def is_news_after(self, known: Glance, tolerance: int) -> bool:
         """Whether the router, which takes ``known`` to be so, cannot know this: that there is less
@@ -71,23 +81,12 @@ class Glance(NamedTuple):
             self.pending_tokens < known.pending_tokens
             or self.to_decode < known.to_decode
             or self.quarantined_blocks != known.quarantined_blocks
-            or abs(self.free_blocks - known.free_blocks) > tolerance
-            or abs(self.cached_blocks - known.cached_blocks) > tolerance
+            or abs(self.untold_blocks - known.untold_blocks) > tolerance
         )
 
     def heard_of(self, known: Glance) -> Glance:
         """What the router takes to be so now: it knows of what has come."""
         return Glance(self.pending_tokens, self.to_decode, *known[2:])
-
-
-class LoadCounters(NamedTuple):
-    """Figures of `LoadReport` that change with every step; they go along with the others."""
-
-    num_preemptions: int
-    num_steps: int
-    prefix_queries_tokens: int
-    prefix_hits_tokens: int
-    context_tokens: int
 
 
 class LoadSource(Protocol):
@@ -97,14 +96,14 @@ class LoadSource(Protocol):
 
     def figures(self) -> LoadFigures: ...
 
-    def counters(self) -> LoadCounters: ...
-
     def pressure(self) -> tuple[bool, bool]:
         """Whether somebody is left out of the steps, and whether anything runs or is left out."""
         ...
 
-    def tell_cache(self, out: Outbox) -> None:
-        """Before a report: what has become of the prefix cache, if the router is to know."""
+    def tell_cache(self, out: Outbox) -> tuple[Hashes, Hashes]:
+        """For a report: blocks that have entered and left the prefix cache, if the router is to
+        know. If there are too many for one message, others say most of it."""
+        ...
 
 
 class BatchLoad:
@@ -115,13 +114,13 @@ class BatchLoad:
         self._inbound = inbound
 
     def glance(self) -> Glance:
-        batch, pool = self._batch, self._batch.tables.pool
+        batch, inbound = self._batch, self._inbound
+        queues = batch.queues
         return Glance(
-            batch.queues.pending_tokens,
-            batch.queues.num_staying + self._inbound.num_leases,
-            pool.num_quarantined,
-            batch.growth_headroom,
-            pool.num_cached,
+            queues.pending_tokens,
+            queues.num_staying + inbound.num_leases,
+            batch.tables.pool.num_quarantined,
+            batch.growth_headroom + inbound.num_blocks_granted,
         )
 
     def figures(self) -> LoadFigures:
@@ -136,26 +135,24 @@ class BatchLoad:
             cached_blocks=pool.num_cached,
             quarantined_blocks=pool.num_quarantined,
             open_leases=self._inbound.num_leases,
-        )
-
-    def counters(self) -> LoadCounters:
-        return LoadCounters(
-            num_preemptions=self._batch.num_preemptions,
-            num_steps=self._batch.num_steps,
-            prefix_queries_tokens=self._batch.tables.queries_tokens,
-            prefix_hits_tokens=self._batch.tables.hits_tokens,
-            context_tokens=self._batch.queues.context_tokens,
+            num_preemptions=batch.num_preemptions,
+            num_steps=batch.num_steps,
+            prefix_queries_tokens=batch.tables.queries_tokens,
+            prefix_hits_tokens=batch.tables.hits_tokens,
+            context_tokens=batch.queues.context_tokens,
         )
 
     def pressure(self) -> tuple[bool, bool]:
         presses = self._batch.num_left_out > 0
         return presses, presses or self._batch.num_running > 0
 
-    def tell_cache(self, out: Outbox) -> None:
+    def tell_cache(self, out: Outbox) -> tuple[Hashes, Hashes]:
         stored, evicted = self._batch.tables.pool.take_changes()
-        for first in range(0, max(len(stored), len(evicted)), MAX_HASHES):
-            end = first + MAX_HASHES
-            out.tell_router(CacheChanged(stored=stored[first:end], evicted=evicted[first:end]))
+        while len(stored) > MAX_HASHES or len(evicted) > MAX_HASHES:
+            first = CacheChanged(stored=stored[:MAX_HASHES], evicted=evicted[:MAX_HASHES])
+            out.tell_router(first)
+            stored, evicted = stored[MAX_HASHES:], evicted[MAX_HASHES:]
+        return stored, evicted
 
 
 class LoadReporter:
@@ -167,7 +164,10 @@ class LoadReporter:
         source: LoadSource,
         standing: Standing,
         is_empty: Callable[[], bool],
+        tell_silent: Callable[[Outbox], None],
     ) -> None:
+        """``tell_silent``: with a heartbeat the router hears of all tokens that it has not been
+        told of yet."""
         self.changed = False
         self.last_route_seq = 0
         self.transfer_bytes = 0
@@ -175,6 +175,8 @@ class LoadReporter:
         self._source = source
         self._standing = standing
         self._is_empty = is_empty
+        self._tell_silent = tell_silent
+        self._beat_at_s = 0.0
         self._seq = 0
         self._reported_at_s = 0.0
         self._known: Glance | None = None
@@ -229,7 +231,9 @@ class LoadReporter:
 
     def beat(self, out: Outbox) -> None:
         """The heartbeat: report whatever happened, and set the next one."""
+        self._beat_at_s = out.now
         out.set_timer(HEARTBEAT_TIMER, self._settings.heartbeat_s)
+        self._tell_silent(out)
         self._report(out)
 
     def timer_fired(self, timer: str, out: Outbox) -> bool:
@@ -238,7 +242,7 @@ class LoadReporter:
             self.beat(out)
         elif timer == REPORT_TIMER:
             self._waits = False
-            self._report(out)
+            self._tell_news(out)
         else:
             return False
         return True
@@ -247,7 +251,7 @@ class LoadReporter:
         """After each input: report now, later, or not at all."""
         if self._settings.terse_reports:
             if self._told != self._terse():
-                self._report(out)
+                self._tell_news(out)
             return
         if self._waits:
             return
@@ -255,7 +259,7 @@ class LoadReporter:
             return
         wait_s = self._reported_at_s + self._settings.report_interval_s - out.now
         if wait_s <= 0:
-            self._report(out)
+            self._tell_news(out)
         else:
             self._waits = True
             out.set_timer(REPORT_TIMER, wait_s)
@@ -267,8 +271,7 @@ class LoadReporter:
         if self._waits or known is None or self._settings.terse_reports:
             return None
         now = self._source.glance()
-        taken = max(known.free_blocks - now.free_blocks, known.cached_blocks - now.cached_blocks)
-        return max(0, self._tolerance - taken)
+        return max(0, self._tolerance - (known.untold_blocks - now.untold_blocks))
 
     def _has_news(self) -> bool:
         known, now = self._known, self._source.glance()
@@ -291,6 +294,13 @@ class LoadReporter:
         prefills = standing.role is not Role.DECODE
         return prefills and presses, is_away and runs, standing.role_epoch
 
+    def _tell_news(self, out: Outbox) -> None:
+        """A report takes the place of a heartbeat that would soon follow it."""
+        if out.now - self._beat_at_s >= EARLY_BEAT * self._settings.heartbeat_s:
+            self.beat(out)
+        else:
+            self._report(out)
+
     def _report(self, out: Outbox) -> None:
         if self._waits:
             self._waits = False
@@ -298,12 +308,12 @@ class LoadReporter:
         self.changed = False
         self._reported_at_s = out.now
         self._told = self._terse() if self._settings.terse_reports else None
-        self._known = self._seen = self._source.glance()
-        self._told_drained = self._is_drained()
         figures = self._source.figures()
-        counters = self._source.counters()
+        self._known = self._seen = self._source.glance()
+        is_empty = self._is_empty()
+        self._told_drained = self._standing.draining and is_empty
         self._seq += 1
-        self._source.tell_cache(out)
+        stored, evicted = self._source.tell_cache(out)
         started_at_s = self._step_started_at_s
         out.tell_router(
             LoadReport(
@@ -317,10 +327,10 @@ class LoadReporter:
                 cached_blocks=figures.cached_blocks,
                 quarantined_blocks=figures.quarantined_blocks,
                 open_leases=figures.open_leases,
-                num_preemptions=counters.num_preemptions,
-                num_steps=counters.num_steps,
-                prefix_queries_tokens=counters.prefix_queries_tokens,
-                prefix_hits_tokens=counters.prefix_hits_tokens,
+                num_preemptions=figures.num_preemptions,
+                num_steps=figures.num_steps,
+                prefix_queries_tokens=figures.prefix_queries_tokens,
+                prefix_hits_tokens=figures.prefix_hits_tokens,
                 transfer_bytes=self.transfer_bytes,
                 step_age_s=0.0 if started_at_s is None else out.now - started_at_s,
                 step_expected_s=self._expected_s(),
@@ -328,11 +338,13 @@ class LoadReporter:
                 role=self._standing.role,
                 role_epoch=self._standing.role_epoch,
                 num_decoding=figures.num_decoding,
-                context_tokens=counters.context_tokens,
-                is_empty=self._is_empty(),
+                context_tokens=figures.context_tokens,
+                is_empty=is_empty,
                 num_left_out=figures.num_left_out,
                 steps=tuple(self._steps),
                 transfers=tuple(self._transfers),
+                stored=stored,
+                evicted=evicted,
             )
         )
         self._steps.clear()

@@ -208,6 +208,7 @@ class RouterNode:
             case Tokens(deltas):
                 self._take(deltas, out)
             case LoadReport():
+                self.dispatch.prefixes.changed(book.up.worker, message.stored, message.evicted)
                 self.books.take_report(book, message, out.now)
                 self.pools.drained(book, out)
                 if self.settings.moves:
@@ -221,7 +222,8 @@ class RouterNode:
                         self._prefill_started(AttemptId(event.request_id, event.epoch), book)
             case TicketGranted(attempt=attempt, num_blocks=num_blocks):
                 book.grant(attempt, num_blocks)
-            case Accepted(attempt):
+            case Accepted(attempt, tokens):
+                self._take(tokens, out)
                 self._accepted(attempt, book, out)
             case AttemptFailed():
                 self._attempt_failed(message, book.up.worker, out)
@@ -317,8 +319,7 @@ class RouterNode:
         if life.most_failures > self.settings.max_attempts:
             self._fail(life, Refusal.INTERNAL, f"gave up after {life.most_failures} failures", out)
         elif life.unrouted():
-            taken_tokens = life.num_output_tokens
-            attempt = life.attempt_id(epoch)
+            attempt, taken_tokens = life.attempt_id(epoch), life.num_output_tokens
             out.log(LifeName.RESUMED, attempt, reason=reason, taken_tokens=taken_tokens)
             self.dispatch.wait_again(life)
 

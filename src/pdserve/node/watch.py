@@ -1,6 +1,7 @@
 """The router's watch over its workers: who is silent, and whose step takes far too long.
 
-Every half second each live worker is looked at. One that has missed a few heartbeats gets no new
+Every so often each live worker is looked at, three times in the time after which one is silent:
+every half second. One that has missed a few heartbeats gets no new
 work until it is heard again. One that hangs is killed once; its death then comes back as
 `WorkerLost`, like any other.
 """
@@ -13,32 +14,33 @@ from pdserve.node.outbox import Outbox
 from pdserve.node.settings import RouterSettings
 
 WATCH_TIMER = "watch"
-WATCH_INTERVAL_S = 0.5
+LOOKS_UNTIL_SILENT = 3
 
 
 class Watch:
     def __init__(self, books: ClusterBooks, settings: RouterSettings) -> None:
         self._books = books
         self._settings = settings
+        self._interval_s = settings.silent_after_s / LOOKS_UNTIL_SILENT
         self._looked_at_s = 0.0
 
     def start(self, out: Outbox) -> None:
         self._looked_at_s = out.now
-        out.set_timer(WATCH_TIMER, WATCH_INTERVAL_S)
+        out.set_timer(WATCH_TIMER, self._interval_s)
 
     def look(self, out: Outbox) -> None:
         """Kill workers that are silent, or whose step takes far longer than it should."""
-        late_s = out.now - self._looked_at_s - WATCH_INTERVAL_S
+        late_s = out.now - self._looked_at_s - self._interval_s
         self.start(out)
         for worker, book in sorted(self._books.workers.items()):
-            if late_s > WATCH_INTERVAL_S:  # this process slept: their reports wait in its sockets
+            if late_s > self._interval_s:  # this process slept: their reports wait in its sockets
                 book.heard_at_s = out.now
             silent = out.now - book.heard_at_s > self._settings.silent_after_s
             if silent is not book.silent:
-                book.silent = silent
+                book.set_silent(silent)
             detail = self._wrong_with(book, out.now)
             if detail is not None and not book.killed:
-                book.killed = True
+                book.set_killed()
                 out.add(KillWorker(worker, book.up.epoch, detail))
 
     def _wrong_with(self, book: WorkerBook, now: float) -> str | None:

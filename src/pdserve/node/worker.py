@@ -37,7 +37,7 @@ from pdserve.node.inbound import InboundHandoffs
 from pdserve.node.machine import WorkerMachine
 from pdserve.node.outbox import Outbox
 from pdserve.node.planned import Planned, StepOutcome
-from pdserve.node.report import HEARTBEAT_TIMER, BatchLoad
+from pdserve.node.report import BatchLoad
 from pdserve.node.sequence import Sequence as Rider
 from pdserve.node.sequence import untold
 from pdserve.node.settings import WorkerSettings
@@ -126,6 +126,10 @@ class WorkerNode(WorkerMachine):
 
     def _engine_says(self, event: Input, out: Outbox) -> None:
         match event:
+            case StepsDone(num_steps, elapsed_s, ended):
+                self._reporter.steps_done(num_steps, elapsed_s)
+                self._step_done(self.batch.steps_done(num_steps, ended), None, out)
+                self._departures.step_done(out)
             case StepDone(result, elapsed_s):
                 if result.error is None:
                     self._reporter.step_done(elapsed_s)
@@ -133,10 +137,6 @@ class WorkerNode(WorkerMachine):
                     self._reporter.step_failed()
                 error = result.error or "; ".join(why for _, why in result.failures) or None
                 self._step_done(self.batch.step_done(result), error, out)
-                self._departures.step_done(out)
-            case StepsDone(num_steps, elapsed_s, ended):
-                self._reporter.steps_done(num_steps, elapsed_s)
-                self._step_done(self.batch.steps_done(num_steps, ended), None, out)
                 self._departures.step_done(out)
             case TransferSent():
                 self._reporter.transfer_bytes += event.num_bytes
@@ -163,8 +163,9 @@ class WorkerNode(WorkerMachine):
             else:
                 job = self._jobs.pop(sequence.attempt)
                 self._departures.hand_off_late(job, sequence, deltas, out)
-        for attempt in dict.fromkeys([sequence.attempt for sequence in outcome.decoding]):
-            out.log(LifeName.DECODE_QUEUED, attempt)
+        if out.logs:
+            for attempt in dict.fromkeys([sequence.attempt for sequence in outcome.decoding]):
+                out.log(LifeName.DECODE_QUEUED, attempt)
         for sequence in outcome.suspects:
             why = f"the step broke: {error}"
             if sequence.hands_off and self.outbound.gives_up(sequence, why, out):
@@ -221,16 +222,14 @@ class WorkerNode(WorkerMachine):
             elif job is not None:
                 cargo = BlockCargo(self.settings, self.batch, job, sequence)
                 self.outbound.open(job, cargo, out)
-        for attempt in dict.fromkeys([s.attempt for s in planned.started_decoding]):
-            out.log(LifeName.DECODE_STARTED, attempt)
+        if out.logs:
+            for attempt in dict.fromkeys([s.attempt for s in planned.started_decoding]):
+                out.log(LifeName.DECODE_STARTED, attempt)
 
-    def _timer_fired(self, timer: str, out: Outbox) -> None:
-        """With a heartbeat the router hears of all tokens that it has not been told of yet."""
-        if timer == HEARTBEAT_TIMER:
-            silent = self.batch.untold()
-            if silent:
-                out.tell_router(Tokens(tuple(silent)))
-        super()._timer_fired(timer, out)
+    def _tell_silent(self, out: Outbox) -> None:
+        silent = self.batch.untold()
+        if silent:
+            out.tell_router(Tokens(tuple(silent)))
 
     def _tell(self, sequence: Rider, out: Outbox) -> None:
         """Before the router is to do something about it: what it has drawn."""

@@ -49,21 +49,26 @@ class LogHistogram:
         self.high = max(self.high, value)
 
     def add_each(self, values: Sequence[float], count: int) -> None:
-        """``count`` times each of these. Which bucket a value belongs to is worked out only if it
-        is not that of the one before it: steps of a stretch differ by less than a bucket."""
-        counts = self.counts
-        index, lower, upper = _ZERO, 0.0, 0.0
+        """``count`` times each of these. Steps of a stretch differ by little: mostly all of them
+        are in one bucket, and else in that of the one before."""
+        if not values:
+            return
+        counts, lowest, highest = self.counts, min(values), max(values)
+        self.num += len(values) * count
+        self.total += math.fsum(values) * count
+        self.low = min(self.low, lowest)
+        self.high = max(self.high, highest)
+        index = self._index(lowest)
+        if index == self._index(highest):
+            counts[index] = counts.get(index, 0) + len(values) * count
+            return
+        lower, upper = 0.0, 0.0
         for value in values:
             if not lower < value <= upper:
                 index = self._index(value)
                 lower, upper = self._border(index - 1), self._border(index)
                 counts.setdefault(index, 0)
             counts[index] += count
-        if values:
-            self.num += len(values) * count
-            self.total += math.fsum(values) * count
-            self.low = min(self.low, min(values))
-            self.high = max(self.high, max(values))
 
     def _index(self, value: float) -> int:
         return _ZERO if value < _SMALLEST else math.ceil(math.log(value) * self._per_log)

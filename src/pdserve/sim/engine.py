@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, islice
+from operator import sub
 from typing import Protocol
 
 from pdserve.core.effects import Input, RunStep, StepsDone
@@ -23,7 +24,7 @@ from pdserve.sim.clients import ENDING, Client
 from pdserve.sim.clock import Clock
 from pdserve.sim.conditions import Pacer
 
-FIRST_LOOK_STEPS = 4
+FIRST_LOOK_STEPS = 32
 """Steps of a stretch whose times are worked out at first; then twice as many, and so on."""
 NEVER = 1 << 60
 
@@ -124,8 +125,9 @@ class VirtualEngine:
             self._tell(min(bisect_right(self._ends, now), self._limit))
 
     def look_again(self) -> None:
-        """The machine has heard something: the stretch may be shorter or longer for it."""
-        if self._plan is not None:
+        """The machine has heard something: the stretch may be shorter or longer for it. One that
+        ends with the running step is left at that: the next one starts with it."""
+        if self._plan is not None and self._limit > 1:
             self._limit = self._far()
             if self._limit < self._look:
                 self._expect(self._limit)
@@ -181,8 +183,11 @@ class VirtualEngine:
             return
         batch, context = self._shape.num_decoding, self._shape.context_tokens
         lengths = range(context + first * batch, context + num_steps * batch, batch)
-        end_s = ends[-1]
-        for step_s in self._decodes_s(batch, lengths):
+        end_s, steps_s = ends[-1], self._decodes_s(batch, lengths)
+        if not gap_s:
+            ends += islice(accumulate(steps_s, initial=end_s), 1, None)
+            return
+        for step_s in steps_s:
             end_s = end_s + gap_s + step_s
             ends.append(end_s)
 
@@ -260,7 +265,7 @@ class VirtualEngine:
         if num_others:
             audience.drawn_on((ends[0] - self._last_end_s,), num_others)
         if self._num_drawing and count > 1:
-            gaps_s = [later - sooner for sooner, later in pairwise(ends[:count])]
+            gaps_s = list(map(sub, ends[1:count], ends))
             audience.drawn_on(gaps_s, self._num_drawing)
 
     def _ended(self, count: int) -> tuple[tuple[int, int], ...]:

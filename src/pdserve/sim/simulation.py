@@ -216,7 +216,9 @@ class Simulation:
 
     def deliver(self, sender: VirtualWorker, to: WorkerId, message: Message, at_s: float) -> None:
         received = Received(sender.worker, sender.epoch, message)
-        arrives_s = at_s + self._delay_s(sender.worker, to, message, at_s)
+        delay = self._delay
+        takes_s = delay(sender.worker, to, message, at_s) if delay else self.times.message_s
+        arrives_s = at_s + takes_s
         if to == GATEWAY:
             self.clock.at(arrives_s, self.gateway.hear, received)
             return
@@ -227,13 +229,6 @@ class Simulation:
             self.links.send(sender, receiver, received)
         else:
             self.clock.at(arrives_s, receiver.hear, received)
-
-    def _delay_s(
-        self, sender: WorkerId, receiver: WorkerId, message: Message, at_s: float
-    ) -> float:
-        if self._delay is None:
-            return self.times.message_s
-        return self._delay(sender, receiver, message, at_s)
 
     def end_of(self, worker: WorkerId) -> End | None:
         found = self.workers.get(worker)
@@ -270,8 +265,9 @@ class Simulation:
         worker = self.workers.get(effect.to)
         if worker is not None:
             received = Received(GATEWAY, Epoch(0), message)
-            delay_s = self._delay_s(GATEWAY, effect.to, message, self.clock.now)
-            self.clock.after(delay_s, worker.hear, received)
+            delay, now = self._delay, self.clock.now
+            takes_s = delay(GATEWAY, effect.to, message, now) if delay else self.times.message_s
+            self.clock.at(now + takes_s, worker.hear, received)
 
     def kill(self, effect: KillWorker) -> None:
         worker = self.workers.get(effect.worker)
@@ -342,13 +338,14 @@ class Simulation:
         self.clock.after(self.settings.sample_interval_s, self._sample)
 
     def _load(self, process: VirtualWorker) -> WorkerLoad:
-        figures = process.node.load.figures()
+        node = process.node
+        queues, pool = node.batch.queues, node.batch.tables.pool
         slot = self.router.pools.slots.get(process.worker)
         return WorkerLoad(
             role=process.settings.role if slot is None else slot.role,
-            num_waiting=figures.num_waiting,
-            num_decoding=figures.num_decoding,
-            pending_prefill_tokens=figures.pending_prefill_tokens,
-            used_blocks=process.settings.num_blocks - figures.free_blocks,
-            num_blocks=process.settings.num_blocks,
+            num_waiting=node.batch.num_waiting + node.inbound.num_queued,
+            num_decoding=queues.num_staying,
+            pending_prefill_tokens=queues.pending_tokens,
+            used_blocks=pool.num_blocks - node.batch.growth_headroom,
+            num_blocks=pool.num_blocks,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
+from operator import add
 from typing import Any
 
 from pdserve.core.ids import WorkerId
@@ -42,11 +43,17 @@ class Pools(Observer):
         self.num_samples[-1] += 1
         waiting = num_queued
         self.queued_sums[-1] += num_queued
+        most_used = self.most_used_share
+        figures: dict[Role, tuple[int, ...]] = {}
         for load in loads.values():
             waiting += load.num_waiting
-            if load.num_blocks:
-                self.most_used_share = max(self.most_used_share, load.used_blocks / load.num_blocks)
-            for sums, figure in zip(self._pool(load.role), _figures(load), strict=True):
+            if load.num_blocks and load.used_blocks > most_used * load.num_blocks:
+                most_used = load.used_blocks / load.num_blocks
+            mine, role = _figures(load), load.role
+            figures[role] = tuple(map(add, figures[role], mine)) if role in figures else mine
+        self.most_used_share = most_used
+        for role, totals in figures.items():
+            for sums, figure in zip(self._pool(role), totals, strict=True):
                 sums[-1] += figure
         self.most_waiting = max(self.most_waiting, waiting)
 

@@ -22,7 +22,7 @@ from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.request import Role
 from pdserve.transport.base import PoolExport
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised with any change of a frame, a message or the meaning of either."""
 
 NONCE_BYTES = 16

@@ -11,7 +11,7 @@ import csv
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -104,9 +104,9 @@ def mooncake_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
             ids, rest = row["hash_ids"], int(row["input_length"])
             if not 0 <= len(ids) * MOONCAKE_BLOCK_TOKENS - rest < MOONCAKE_BLOCK_TOKENS:
                 raise ValueError(f"{len(ids)} hash_ids do not make {rest} tokens")
-            segments = [Segment(f"block:{name}", MOONCAKE_BLOCK_TOKENS) for name in ids]
+            segments = [Segment(f"block:{name}", MOONCAKE_BLOCK_TOKENS) for name in ids[:-1]]
             last = rest - MOONCAKE_BLOCK_TOKENS * (len(ids) - 1)
-            segments[-1] = replace(segments[-1], num_tokens=last)
+            segments.append(Segment(f"block:{ids[-1]}", last))
             at_s = float(row["timestamp"]) / 1e3
             yield _row(number, at_s, tuple(segments), int(row["output_length"]))
         except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:

@@ -13,6 +13,7 @@ from pdserve.core.messages import DrainWorker, OpaquePayload
 from pdserve.core.request import Role
 from pdserve.transport.base import PoolExport
 from pdserve.transport.handshake import (
+    PROTOCOL_VERSION,
     Hello,
     PoolOffer,
     Welcome,
@@ -46,7 +47,7 @@ WELCOME = prove(
     SECRET,
 )
 CHANGES: dict[str, Any] = {
-    "version": 4,
+    "version": PROTOCOL_VERSION + 1,
     "worker": WorkerId("prefill-1"),
     "epoch": Epoch(4),
     "role": Role.DECODE,
@@ -99,7 +100,7 @@ def test_an_old_welcome_opens_no_new_link() -> None:
 
 def test_another_version_says_what_to_do() -> None:
     with pytest.raises(ProtocolError, match="run the same build everywhere"):
-        check_hello(prove(replace(HELLO, version=4), SECRET), SECRET)
+        check_hello(prove(replace(HELLO, version=PROTOCOL_VERSION + 1), SECRET), SECRET)
 
 
 def test_a_short_nonce_is_refused() -> None:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from pdserve.core import effects, messages
 from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
-from pdserve.core.messages import Accepted, DrainWorker, LeaseRenew, OpaquePayload, Ticket
+from pdserve.core.messages import Accepted, DrainWorker, LeaseRenew, OpaquePayload, Revoke, Ticket
 from pdserve.core.step import StepId, StepResult
 from pdserve.transport import wire
-from pdserve.transport.handshake import Hello, Welcome
+from pdserve.transport.handshake import PROTOCOL_VERSION, Hello, Welcome
 from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import Peers
 from pdserve.transport.progress import LayersWritten
@@ -92,7 +92,7 @@ def test_kinds_stay_what_they_are() -> None:
 
 def test_a_frame_looks_as_documented() -> None:
     body = msgspec.msgpack.encode({"attempt": ["r", 1]})
-    assert encode(Accepted(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 3, 54) + body
+    assert encode(Revoke(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 4, 57) + body
 
 
 @pytest.mark.parametrize("cls", MESSAGES)
@@ -131,7 +131,7 @@ def test_byte_by_byte() -> None:
     assert found == sent
 
 
-def frame(body: bytes, kind: int = 54, version: int = 3) -> bytes:
+def frame(body: bytes, kind: int = 54, version: int = PROTOCOL_VERSION) -> bytes:
     return struct.pack(">IBB", len(body) + 2, version, kind) + body
 
 
@@ -141,13 +141,19 @@ GOOD_BODY = encode(Accepted(ATTEMPT))[6:]
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (frame(GOOD_BODY, version=1), "version 1 is not 3"),
+        (frame(GOOD_BODY, version=1), "version 1 is not 4"),
         (frame(GOOD_BODY, kind=99), "unknown message kind 99"),
-        (struct.pack(">IBB", 0, 3, 54), "too short"),
-        (struct.pack(">IBB", (16 << 20) + 1, 3, 54), "Accepted frame of 16777217 bytes"),
-        (struct.pack(">IBB", (64 << 20) + 1, 3, 53), "OpaquePayload frame of 67108865 bytes"),
-        (struct.pack(">IBB", (64 << 10) + 1, 3, 1), "Hello frame of 65537 bytes"),
-        (struct.pack(">IBB", 2**32 - 1, 3, 53), "over the limit"),
+        (struct.pack(">IBB", 0, PROTOCOL_VERSION, 54), "too short"),
+        (
+            struct.pack(">IBB", (16 << 20) + 1, PROTOCOL_VERSION, 54),
+            "Accepted frame of 16777217 bytes",
+        ),
+        (
+            struct.pack(">IBB", (64 << 20) + 1, PROTOCOL_VERSION, 53),
+            "OpaquePayload frame of 67108865 bytes",
+        ),
+        (struct.pack(">IBB", (64 << 10) + 1, PROTOCOL_VERSION, 1), "Hello frame of 65537 bytes"),
+        (struct.pack(">IBB", 2**32 - 1, PROTOCOL_VERSION, 53), "over the limit"),
         (frame(b""), "body of a Accepted"),
         (frame(b"\x80"), "missing required field `attempt`"),
         (frame(GOOD_BODY + b"\x00"), "trailing"),
@@ -280,10 +286,10 @@ def test_a_random_record_is_refused(body: bytes, kind: int) -> None:
     [
         (b"", "too short"),
         (b"\x01\x40\x80", "version 1"),
-        (b"\x03\x01\x80", "unknown record kind 1"),
-        (b"\x03\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
-        (b"\x03\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
-        (b"\x03\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
+        (b"\x04\x01\x80", "unknown record kind 1"),
+        (b"\x04\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
+        (b"\x04\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
+        (b"\x04\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
     ],
 )
 def test_a_bad_record_is_refused_with_the_reason(record: bytes, what: str) -> None:
