@@ -10,6 +10,7 @@ import pytest
 from pdserve.config import ServeConfig
 from pdserve.core.errors import ConfigError, ModelError
 from pdserve.core.ids import Epoch, WorkerId
+from pdserve.edge_config import EdgeConfig
 from pdserve.serve import deployment as deployment_module
 from pdserve.serve.deployment import deploy, free_memory_bytes, num_cores
 from pdserve.serve.start import WorkerStart
@@ -33,6 +34,7 @@ def test_the_longest_request_fits_the_model_and_the_pool(tiny_model_path: Path) 
         ({"max_model_len": 2000}, "holds 1024 tokens: give more with --kv-memory"),
         ({"kv_blocks": None, "kv_memory": 100}, "does not hold a single block"),
         ({"transport": "pigeons"}, "one of shm"),
+        ({"edge": EdgeConfig(tool_call_parser="smoke")}, "one of hermes, llama3_json"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_the_remedy(
@@ -111,6 +113,15 @@ def test_a_worker_that_is_told_nonsense_says_so(document: bytes) -> None:
 def test_the_machine_has_cores_and_memory() -> None:
     assert num_cores() >= 1
     assert free_memory_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "constrains"), [("torch", True), ("modelled", True), ("fake-foreign", False)]
+)
+def test_engines_that_batch_for_themselves_follow_no_forms(
+    tiny_model_path: Path, engine: str, constrains: bool
+) -> None:
+    assert deploy(config(tiny_model_path, engine=engine)).card.constrains is constrains
 
 
 def test_the_model_is_served_under_its_folders_name_or_the_given_one(
