@@ -27,6 +27,7 @@ from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.pull import resolve as resolve_model
 
+MADE_FOR = "it was made for no more"
 MORE_MEMORY = "give more with --kv-memory or --kv-blocks"
 
 
@@ -53,7 +54,7 @@ class Deployment:
         tokens = self.num_blocks * self.config.block_size
         return [
             ("model folder", str(self.model_path)),
-            ("longest request", f"{self.card.max_model_tokens} tokens"),
+            ("longest request", self._longest_request()),
             (
                 "KV pool",
                 f"{self.num_blocks} blocks = {tokens} tokens = {pool_mib:.0f} MiB a worker",
@@ -61,6 +62,11 @@ class Deployment:
             ("threads", f"{self.threads} a worker"),
             ("workers", ", ".join(self.roles)),
         ]
+
+    def _longest_request(self) -> str:
+        tokens = self.card.max_model_tokens
+        at_limit = self.model.length_limit and tokens == self.model.max_model_tokens
+        return f"{tokens} tokens" + (f" ({self.model.length_limit})" if at_limit else "")
 
     def worker_start(
         self, worker: WorkerId, epoch: Epoch, *, secret: bytes, gateway_address: str, address: str
@@ -158,8 +164,8 @@ def _max_model_tokens(config: ServeConfig, model: ModelConfig, num_blocks: int) 
         return longest_request(model.max_model_tokens, num_blocks, config.block_size)
     if wanted > model.max_model_tokens:
         raise ConfigError(
-            f"--max-model-len is {wanted}, and the model was made for at most "
-            f"{model.max_model_tokens} tokens"
+            f"--max-model-len is {wanted}, and the model is served up to "
+            f"{model.max_model_tokens} tokens: {model.length_limit or MADE_FOR}"
         )
     if wanted > pool_tokens:
         raise ConfigError(

@@ -54,6 +54,9 @@ def weights_digest(
         with contextlib.suppress(OSError):
             write_atomically(cache_path, document)
     constants = [repr(getattr(config, name)) for name in _CONFIG_FIELDS]
+    rotation = (config.rotary_dim, config.rope_scaling, config.unrotated_layers)
+    if rotation != (config.head_dim, None, ()):  # plain models keep the digest they had before
+        constants.append(repr(rotation))
     return xxhash.xxh3_128_hexdigest("\0".join([tensors_digest, *constants]).encode())
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 # Written by old versions of transformers; a function of the config.
 _DERIVED_SUFFIX = "rotary_emb.inv_freq"
@@ -35,33 +36,50 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Weights of linear layers are ``[output, input]``. With tied embeddings there is no output head:
     the embedding serves as one.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query = config.num_heads * config.head_dim
-    key_value = config.num_kv_heads * config.head_dim
-    attention = {
-        "q_proj": (query, hidden),
-        "k_proj": (key_value, hidden),
-        "v_proj": (key_value, hidden),
-        "o_proj": (hidden, query),
-    }
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
-        for block, matrices, has_bias in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
-            for name, shape in matrices.items():
-                shapes[f"{prefix}.{block}.{name}.weight"] = shape
-                if has_bias:
-                    shapes[f"{prefix}.{block}.{name}.bias"] = shape[:1]
+        for name, (outputs, inputs, has_bias) in projections(config).items():
+            shapes[f"{prefix}.{name}.weight"] = (outputs, inputs)
+            if has_bias:
+                shapes[f"{prefix}.{name}.bias"] = (outputs,)
+        if config.qk_norm:
+            for name in HEAD_NORMS:
+                shapes[f"{prefix}.{name}.weight"] = (config.head_dim,)
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[OUTPUT_HEAD] = (config.vocab_size, hidden)
     return shapes
+
+
+def projections(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+    """Outputs, inputs and whether there is a bias of each linear layer of a block, by its name.
+
+    Those of one input stand side by side, in the order in which a fused one holds them.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention_out = {"self_attn.o_proj": (hidden, query, config.attention_out_bias)}
+    down = {"mlp.down_proj": (hidden, inner, config.mlp_bias)}
+    if config.fused:
+        return {
+            "self_attn.qkv_proj": (query + 2 * key, hidden, config.qkv_bias),
+            **attention_out,
+            "mlp.gate_up_proj": (2 * inner, hidden, config.mlp_bias),
+            **down,
+        }
+    return {
+        "self_attn.q_proj": (query, hidden, config.qkv_bias),
+        "self_attn.k_proj": (key, hidden, config.qkv_bias),
+        "self_attn.v_proj": (key, hidden, config.qkv_bias),
+        **attention_out,
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        **down,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A small Llama-family model with random weights and a complete byte-level tokenizer.
+"""A small model of any architecture, with random weights and a complete byte-level tokenizer.
 
 For tests and for trying pdserve out: written in milliseconds, served in megabytes, and a real model
 in every other respect, down to the chat template. Its text is noise, but noise that depends on
@@ -11,7 +11,7 @@ characters of several bytes between tokens, so a detokenizer has something to do
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from pdserve.core.errors import ModelError
 from pdserve.weights.config import ModelConfig
+from pdserve.weights.families import FAMILIES
 from pdserve.weights.folder import expected_shapes
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -47,8 +48,7 @@ DEFAULT_CONFIG = ModelConfig(
     rope_theta=10_000.0,
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
+    rotary_dim=16,
     eos_token_ids=(2,),
     bos_token_id=None,
 )
@@ -63,17 +63,27 @@ _MERGED_WORDS = (
 )
 
 
+def random_config(**overrides: Any) -> ModelConfig:
+    """`DEFAULT_CONFIG` with other values; heads are rotated whole unless ``rotary_dim`` is one."""
+    head_dim = overrides.get("head_dim", DEFAULT_CONFIG.head_dim)
+    family = FAMILIES[overrides.get("architecture", DEFAULT_CONFIG.architecture)]
+    own = {"rotary_dim": head_dim, "qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
+    return replace(DEFAULT_CONFIG, **{**own, **overrides})
+
+
 def write_random_model(
     path: Path | str, *, seed: int = 0, dtype: str = "fp32", **overrides: Any
 ) -> ModelConfig:
     """Write a model folder in Hugging Face layout, and say what is in it.
 
-    ``overrides`` are fields of `ModelConfig` that differ from `DEFAULT_CONFIG`. The same arguments
+    ``overrides`` are fields of `ModelConfig` that differ from `random_config`. The same arguments
     give the same bytes. ``path`` is made if it does not exist. ``vocab_size`` beyond the built-in
     merges leaves ids without text, as padded vocabularies do. Raises `ModelError` for a vocabulary
     that cannot hold the 256 bytes, or another dtype than ``fp32`` and ``bf16``.
     """
-    config = replace(DEFAULT_CONFIG, **overrides)
+    config = random_config(**overrides)
+    if config.rope_scaling is not None:
+        raise ModelError("a random model has plain rotary embeddings: leave rope_scaling out")
     if dtype not in _HF_DTYPES:
         raise ModelError(f"dtype is {dtype!r}; choose one of {', '.join(_HF_DTYPES)}")
     if config.vocab_size < _FIRST_MERGE_ID:
@@ -94,19 +104,38 @@ def write_random_model(
 
 
 def _config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    values = asdict(config)
-    spelled_otherwise = {
-        "architectures": [values.pop("architecture")],
-        "num_hidden_layers": values.pop("num_layers"),
-        "num_attention_heads": values.pop("num_heads"),
-        "num_key_value_heads": values.pop("num_kv_heads"),
-        "max_position_embeddings": values.pop("max_model_tokens"),
-        "eos_token_id": list(values.pop("eos_token_ids")),
+    family = FAMILIES[config.architecture]
+    values: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "model_type": family.model_type,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_model_tokens,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "eos_token_id": list(config.eos_token_ids),
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": 0,
         "torch_dtype": _HF_DTYPES[dtype],
     }
-    family = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}[config.architecture]
-    constants = {"model_type": family, "hidden_act": "silu", "sliding_window": None}
-    return {**spelled_otherwise, **values, **constants}
+    if family.reads_attention_bias:
+        values["attention_bias"] = config.attention_out_bias
+    if family.reads_mlp_bias:
+        values["mlp_bias"] = config.mlp_bias
+    if family.rotates_parts:
+        values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if family.skips_rotation:
+        skipped = config.unrotated_layers
+        values["no_rope_layers"] = [int(n not in skipped) for n in range(config.num_layers)]
+    return values
 
 
 def _write_tokenizer(folder: Path, config: ModelConfig) -> None:

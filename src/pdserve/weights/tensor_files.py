@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.core.errors import ModelError
-from pdserve.weights.config import read_json_object
+from pdserve.weights.json_values import read_json_object
 
 STORED_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 """Spelling in the file -> ours."""

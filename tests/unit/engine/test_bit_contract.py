@@ -129,6 +129,9 @@ def run_schedule(schedule: Schedule, rng: random.Random) -> None:
         schedule.step(pool, [(sequence, MAX_LENGTH) for sequence in sequences])
 
 
+QWEN3 = {"architecture": "Qwen3ForCausalLM", "head_dim": 24}
+PHI3 = {"architecture": "Phi3ForCausalLM", "head_dim": 20, "rotary_dim": 12, "num_heads": 6}
+SMOLLM3 = {"architecture": "SmolLM3ForCausalLM", "unrotated_layers": (1,)}
 MODELS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "fp32"},
     "bf16": {"dtype": "bf16"},
@@ -154,9 +157,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "dtype": "bf16",
         "num_threads": 2,
         "block_size": 64,
-        "attention_bias": True,
+        "qkv_bias": True,
+        "attention_out_bias": True,
         "mlp_bias": True,
     },
+    "fp32, Qwen3": {"dtype": "fp32", **QWEN3},
+    "bf16, Qwen3": {"dtype": "bf16", **QWEN3},
+    "bf16, Qwen3, torch alone": {"dtype": "bf16", "kernels": "torch", **QWEN3},
+    "bf16, Qwen3, KV in int8, weights in int8": {
+        "dtype": "bf16",
+        "kv_dtype": "int8",
+        "weight_dtype": "int8",
+        **QWEN3,
+    },
+    "fp32, Phi-3, torch alone": {"dtype": "fp32", "kernels": "torch", **PHI3},
+    "bf16, Phi-3, two threads": {"dtype": "bf16", "num_threads": 2, **PHI3},
+    "bf16, SmolLM3": {"dtype": "bf16", **SMOLLM3},
     "fp32, three query heads to a kv head, odd widths, blocks of 8": {
         "dtype": "fp32",
         "block_size": 8,

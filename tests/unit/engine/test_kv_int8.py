@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from pdserve.engine.torch.numerics import DTYPES, Numerics
 from pdserve.engine.torch.pool import HostPool
 from pdserve.engine.torch.rows import NativeRows, TorchRows
 from pdserve.weights.config import ModelConfig
-from pdserve.weights.random_model import DEFAULT_CONFIG
+from pdserve.weights.random_model import random_config
 
 SHAPES = ((9, 3, 64), (4, 2, 16), (6, 3, 12), (5, 1, 80), (30, 1, 36), (2, 2, 128))
 """Heads, kv heads, head_dim."""
@@ -33,7 +33,7 @@ LARGEST = 127
 
 def a_config(shape: tuple[int, int, int]) -> ModelConfig:
     heads, kv_heads, head_dim = shape
-    return replace(DEFAULT_CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    return random_config(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
 
 
 def a_pool(kv_heads: int, head_dim: int, block_size: int, num_blocks: int) -> HostPool:
@@ -187,7 +187,7 @@ def test_kernels_write_what_torch_writes(
     pools = []
     for each in (NativeRows(config, DTYPES[dtype], level), TorchRows(config, torch.device("cpu"))):
         pool = a_pool(config.num_kv_heads, config.head_dim, 16, 11)
-        each.place(heads.clone(), pool, 0, each.prepare(batch))
+        each.place(heads.clone(), pool, 0, None, each.prepare(batch))
         pools.append(pool)
     native, expected = pools
     assert torch.equal(native.layer(0)[:, 1], expected.layer(0)[:, 1])
@@ -209,7 +209,7 @@ def test_kernels_write_what_is_no_number(level: str) -> None:
     batch = StepBatch(3, ids, ids[:0], 0, (RowSpan(0, 3, 0, (0,)),), 16)
     pool = a_pool(1, 12, 16, 1)
     each = NativeRows(config, torch.float32, level)
-    each.place(heads, pool, 0, each.prepare(batch))
+    each.place(heads, pool, 0, None, each.prepare(batch))
     keys, values = read(pool, 12, [0], 3)
     assert keys.isnan().all(-1).tolist() == [[False, True, False]]
     assert values.isnan().all(-1).tolist() == [[True, False, True]]

@@ -13,9 +13,9 @@ from pdserve.engine.native import library
 from pdserve.engine.torch.batch import RowSpan, StepBatch
 from pdserve.engine.torch.numerics import DTYPES
 from pdserve.engine.torch.pool import HostPool
-from pdserve.engine.torch.rows import NativeRows, Rows, TorchRows
+from pdserve.engine.torch.rows import HeadNorms, NativeRows, Rows, TorchRows
 from pdserve.weights.config import ModelConfig
-from pdserve.weights.random_model import DEFAULT_CONFIG
+from pdserve.weights.random_model import random_config
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 40
@@ -25,7 +25,9 @@ SHAPES = ((4, 2, 16), (6, 3, 12), (9, 3, 64), (2, 1, 80))
 
 def a_config(shape: tuple[int, int, int]) -> ModelConfig:
     heads, kv_heads, head_dim = shape
-    return replace(DEFAULT_CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    return random_config(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, unrotated_layers=(0,)
+    )
 
 
 def a_pool(config: ModelConfig, dtype: str) -> HostPool:
@@ -76,11 +78,17 @@ def test_the_first_of_the_best(num_threads: int, width: int, level: str) -> None
 
 
 def placed(
-    rows: Rows, config: ModelConfig, dtype: str, batch: StepBatch, heads: torch.Tensor
+    rows: Rows,
+    config: ModelConfig,
+    dtype: str,
+    batch: StepBatch,
+    heads: torch.Tensor,
+    norms: HeadNorms | None = None,
+    layer: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries, and all of the pool, after a step in layer 1."""
+    """Queries, and all of the pool, after a step in a layer; layer 0 rotates nothing."""
     pool = a_pool(config, dtype)
-    queries = rows.place(heads.clone(), pool, 1, rows.prepare(batch))
+    queries = rows.place(heads.clone(), pool, layer, norms, rows.prepare(batch))
     return queries[: batch.num_tokens].float(), pool.blocks
 
 
@@ -132,6 +140,31 @@ def test_place(num_threads: int, shape: tuple[int, int, int], dtype: str, level:
     assert torch.equal(queries_alone[0], queries[36])
     block = rows[1].block_ids[5]
     assert torch.equal(pool_alone[1, block, :, :, 0], pool[1, block, :, :, 0])
+
+
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [12, 32, 48])
+def test_heads_that_are_normalised_or_rotated_in_part(
+    rotary_dim: int, dtype: str, level: str
+) -> None:
+    """With norms and without, in a layer that rotates and in one that does not: as torch has it."""
+    config = replace(a_config((4, 2, 48)), rotary_dim=rotary_dim)
+    generator = torch.Generator().manual_seed(rotary_dim)
+    heads = torch.randn(9, 8, 48, generator=generator).to(DTYPES[dtype])
+    weights = 1 + torch.randn(2, 48, generator=generator).to(DTYPES[dtype])
+    batch = a_batch([RowSpan(0, 8, 3, (4, 7)), RowSpan(8, 1, 30, (1, 2, 3, 5))], num_padding=0)
+    native = NativeRows(config, DTYPES[dtype], level)
+    reference = TorchRows(config, torch.device("cpu"))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 2e-2, "atol": 2e-2}
+    for layer in (0, 1):
+        for norms in (None, HeadNorms(weights[0], weights[1])):
+            actual = placed(native, config, dtype, batch, heads, norms, layer)
+            expected = placed(reference, config, dtype, batch, heads, norms, layer)
+            torch.testing.assert_close(actual[0], expected[0], **tolerance)
+            torch.testing.assert_close(actual[1], expected[1], **tolerance)
+            if rotary_dim < 48 and norms is None:
+                assert torch.equal(actual[0][:, :, rotary_dim:], heads[:, :4, rotary_dim:].float())
 
 
 def test_the_tables_are_of_the_step() -> None:

@@ -24,6 +24,12 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 500_000.0,
     "eos_token_id": 2,
 }
+LONG = {"type": "su", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}
+del PHI3["rms_norm_eps"]
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 300}
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
@@ -46,8 +52,7 @@ def test_reads_a_llama_config() -> None:
         rope_theta=500_000.0,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
+        rotary_dim=16,
         eos_token_ids=(2,),
         bos_token_id=None,
     )
@@ -96,29 +101,71 @@ def test_end_tokens(config_eos: Any, generation: dict[str, Any], expected: tuple
     assert parsed.eos_token_ids == expected
 
 
-def test_mistral_without_a_window_is_llama() -> None:
-    assert parse_config(MISTRAL, {}).architecture == "MistralForCausalLM"
+@pytest.mark.parametrize(
+    ("base", "change", "longest", "why"),
+    [
+        (MISTRAL, {}, 1024, ""),
+        (MISTRAL, {"sliding_window": 400}, 400, "windows of 400"),
+        (MISTRAL, {"sliding_window": ..., "max_position_embeddings": 8192}, 4096, "windows"),
+        (MISTRAL, {"sliding_window": 4096}, 1024, ""),
+        (LLAMA, {"layer_types": ["full_attention", "full_attention"]}, 1024, ""),
+        (QWEN2, {"sliding_window": 300, "max_window_layers": 1}, 1024, ""),
+        (QWEN2, {**WINDOWS, "max_window_layers": 2}, 1024, ""),
+        (QWEN2, {**WINDOWS, "max_window_layers": 1}, 300, "windows of 300"),
+        (QWEN2, {**WINDOWS, "max_window_layers": 0}, 300, "windows of 300"),
+        (QWEN2, {**WINDOWS, "layer_types": ["full_attention"] * 2}, 1024, ""),
+        (PHI3, {"rope_scaling": LONG, "original_max_position_embeddings": 256}, 256, "longrope"),
+        (PHI3, {"rope_scaling": LONG}, 1024, ""),
+        (LLAMA, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 1024, ""),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, 1024, ""),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, 4096, ""),
+    ],
+)
+def test_how_long_a_text_is_computed_right(
+    base: dict[str, Any], change: dict[str, Any], longest: int, why: str
+) -> None:
+    parsed = parse_config(with_values(base, **change), {})
+    assert parsed.max_model_tokens == longest
+    assert why in parsed.length_limit
+    assert bool(why) == bool(parsed.length_limit)
+
+
+def test_what_the_architectures_have_of_their_own() -> None:
+    qwen2, qwen3, phi3 = (parse_config(config, {}) for config in (QWEN2, QWEN3, PHI3))
+    assert (qwen2.qkv_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, False)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert (phi3.fused, phi3.rotary_dim, phi3.rms_norm_eps) == (True, 12, 1e-5)
+    smollm3 = with_values(LLAMA, architectures=["SmolLM3ForCausalLM"], num_hidden_layers=9)
+    assert parse_config(smollm3, {}).unrotated_layers == (3, 7)
+    assert parse_config(smollm3, {}).tie_word_embeddings
+    assert parse_config({**smollm3, "no_rope_layers": [1] * 8 + [0, 0]}, {}).unrotated_layers == (
+        8,
+    )
 
 
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
-        (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        (LLAMA, {"architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM"),
         (LLAMA, {"architectures": ...}, "architectures"),
         (LLAMA, {"architectures": ["LlamaForCausalLM", "Other"]}, "one architecture"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, "factor"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1}}, "mscale"),
+        (LLAMA, {"rope_parameters": {"rope_type": "ntk-by-layer"}}, "ntk-by-layer"),
+        (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        (PHI3, {"rope_scaling": {**LONG, "short_factor": [1.0]}}, "short_factor.* 6 numbers"),
+        (PHI3, {"partial_rotary_factor": 0.2}, "rotates 3 of 16"),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_parameters"),
-        (LLAMA, {"sliding_window": 4096}, "sliding_window"),
-        (MISTRAL, {"sliding_window": 4096}, "sliding_window"),
-        (MISTRAL, {"sliding_window": ...}, "sliding_window"),
+        (LLAMA, {"sliding_window": 0}, "sliding_window"),
         (MISTRAL, {"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        (MISTRAL, {"layer_types": ["linear_attention"]}, "linear_attention"),
         (MISTRAL, {"attention_bias": True}, "attention_bias"),
+        ({**LLAMA, "architectures": ["SmolLM3ForCausalLM"]}, {"no_rope_layers": [1]}, "no_rope"),
         (LLAMA, {"hidden_act": "gelu"}, "gelu"),
         (LLAMA, {"hidden_size": ...}, "hidden_size"),
         (LLAMA, {"hidden_size": "64"}, "hidden_size"),
@@ -142,7 +189,7 @@ def test_refuses_by_name(base: dict[str, Any], change: dict[str, Any], named: st
 
 
 def test_an_unsupported_model_is_told_what_works() -> None:
-    with pytest.raises(ModelError, match=r"pdserve serves LlamaForCausalLM, and Mistral"):
+    with pytest.raises(ModelError, match=r"GemmaForCausalLM.* serves LlamaForCausalLM, .*Phi3"):
         parse_config(with_values(LLAMA, architectures=["GemmaForCausalLM"]), {})
 
 

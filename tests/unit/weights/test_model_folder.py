@@ -103,7 +103,7 @@ def test_a_tied_model_may_store_only_the_head(tmp_path: Path) -> None:
 
 
 def test_biases_are_expected_if_the_config_says_so(tmp_path: Path) -> None:
-    write_random_model(tmp_path / "m", attention_bias=True, mlp_bias=True)
+    write_random_model(tmp_path / "m", qkv_bias=True, attention_out_bias=True, mlp_bias=True)
     loaded = ModelFolder.open(tmp_path / "m").load_tensors()
     assert loaded["model.layers.0.self_attn.k_proj.bias"].shape == (32,)
     assert loaded["model.layers.1.mlp.down_proj.bias"].shape == (64,)

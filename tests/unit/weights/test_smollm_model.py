@@ -35,8 +35,7 @@ def test_is_the_model_that_it_should_be(smollm_path: Path) -> None:
         rope_theta=100_000.0,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
+        rotary_dim=64,
         eos_token_ids=(2,),
         bos_token_id=1,
     )

@@ -5,5 +5,5 @@
 // `pdserve_level_supported` for it. A change of any signature or struct raises PDSERVE_ABI.
 #pragma once
 
-#define PDSERVE_ABI 3
+#define PDSERVE_ABI 4
 #define PDSERVE_EXPORT extern "C" __attribute__((visibility("default")))

@@ -23,7 +23,7 @@ from pdserve.engine import native
 LEVELS = ("plain", "neon", "avx2", "avx512", "avx512bf16")
 """Instruction sets by their index in the C interface; later ones are better."""
 
-ABI = 3
+ABI = 4
 """Version of the C interface that this code calls (`PDSERVE_ABI` in abi.h)."""
 
 KERNELS_VARIABLE = "PDSERVE_KERNELS"

@@ -22,6 +22,7 @@ struct pdserve_layers {
   const pdserve_op* ops;  // [layer][ops_per_layer]
   pdserve_attention_args* attention;  // of all layers
   pdserve_place_args* place;          // the same
+  const pdserve_place_layer* place_layers;  // [layer]
   char* kv;                           // the pool: its first layer
   int64_t layer_bytes;
   int32_t ops_per_layer;
@@ -66,6 +67,7 @@ PDSERVE_EXPORT int pdserve_run_layers(const pdserve_layers* layers, int first, i
     char* const kv = layers->kv + layer * layers->layer_bytes;
     layers->attention->kv = kv;
     layers->place->kv = kv;
+    layers->place->layer = layers->place_layers[layer];
     const pdserve_op* const ops = layers->ops + int64_t{layer} * layers->ops_per_layer;
     if (const int failed = pdserve_run(ops, layers->ops_per_layer)) return failed;
   }

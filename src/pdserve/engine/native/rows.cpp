@@ -101,6 +101,21 @@ PDSERVE_INLINE void rotate(const Element* from, const float* cosines, const floa
   write_some(to + half + i, half - i, second);
 }
 
+// A query or key as attention wants it; `to` may be `from`.
+template <class Element>
+PDSERVE_INLINE void place_head(const pdserve_place_args& args, const void* norm,
+                               const Element* from, const float* cosines, const float* sines,
+                               Element* to) {
+  const int head_dim = args.head_dim, rotary_dim = args.layer.rotates ? args.rotary_dim : 0;
+  if (norm != nullptr) {
+    norm_row(from, static_cast<const Element*>(norm), to, head_dim, args.epsilon);
+    from = to;
+  }
+  if (rotary_dim != 0) rotate(from, cosines, sines, rotary_dim / 2, to);
+  if (from == to || rotary_dim == head_dim) return;
+  std::memcpy(to + rotary_dim, from + rotary_dim, sizeof(Element) * (head_dim - rotary_dim));
+}
+
 // A key or value as int8 with one scale; `numbers` has room for a vector more.
 template <class Element>
 PDSERVE_INLINE void narrow_to_int8(const Element* row, int head_dim, int8_t* numbers, float* scale) {
@@ -129,7 +144,7 @@ void place_int8(const pdserve_place_args& args, const Element* head, int64_t blo
   int8_t numbers[kMostHeadDim + kWidth];
   for (int h = 0; h < 2 * args.num_kv_heads; ++h, head += head_dim, at += run) {
     const bool is_key = h < args.num_kv_heads;
-    if (is_key) rotate(head, cosines, sines, head_dim / 2, rotated);
+    if (is_key) place_head(args, args.layer.key_norm, head, cosines, sines, rotated);
     float scale;
     narrow_to_int8(is_key ? rotated : head, head_dim, numbers, &scale);
     std::memcpy(at + int8_numbers(args.block_size, head_dim) + offset * 4, &scale, 4);
@@ -147,13 +162,13 @@ void place_int8(const pdserve_place_args& args, const Element* head, int64_t blo
 
 template <class Element>
 void place_token(const pdserve_place_args& args, const pdserve_row& row, int index) {
-  const int half = args.head_dim / 2, position = row.start + index;
+  const int half = args.rotary_dim / 2, position = row.start + index;
   const float* const cosines = args.cosines + int64_t{position} * half;
   const float* const sines = args.sines + int64_t{position} * half;
   const int64_t num_all = args.num_heads + 2 * int64_t{args.num_kv_heads};
   auto* head = static_cast<Element*>(args.heads) + (row.first + index) * num_all * args.head_dim;
   for (int h = 0; h < args.num_heads; ++h, head += args.head_dim) {
-    rotate(head, cosines, sines, half, head);
+    place_head(args, args.layer.query_norm, head, cosines, sines, head);
   }
   const int64_t block = args.tables[row.first_block + position / args.block_size];
   if (args.kv_is_int8) {
@@ -163,7 +178,7 @@ void place_token(const pdserve_place_args& args, const pdserve_row& row, int ind
   auto* slot = static_cast<Element*>(args.kv) + block * 2 * args.num_kv_heads * run +
                position % args.block_size * int64_t{args.head_dim};
   for (int h = 0; h < args.num_kv_heads; ++h, head += args.head_dim, slot += run) {
-    rotate(head, cosines, sines, half, slot);
+    place_head(args, args.layer.key_norm, head, cosines, sines, slot);
   }
   for (int h = 0; h < args.num_kv_heads; ++h, head += args.head_dim, slot += run) {
     std::memcpy(slot, head, sizeof(Element) * args.head_dim);

@@ -31,7 +31,8 @@ PDSERVE_EXPORT int pdserve_norm(int level, const pdserve_norm_args* args) {
 }
 #undef PDSERVE_CASE
 
-// Rotates the query heads in place, and puts the rotated keys and the values into the pool.
+// Normalises and rotates the query heads in place, as far as the layer does that, and puts the keys,
+// treated alike, and the values into the pool.
 #define PDSERVE_CASE(name, index) \
   case pdserve::index:            \
     pdserve::name::place(*args);  \

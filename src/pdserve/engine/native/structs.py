@@ -47,6 +47,16 @@ class NormArgs(ctypes.Structure):
     ]
 
 
+class PlaceLayer(ctypes.Structure):
+    """`pdserve_place_layer` in rows.h."""
+
+    _fields_ = [
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("rotates", ctypes.c_int64),
+    ]
+
+
 class PlaceArgs(ctypes.Structure):
     """`pdserve_place_args` in rows.h."""
 
@@ -55,16 +65,19 @@ class PlaceArgs(ctypes.Structure):
         ("kv", ctypes.c_void_p),
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
+        ("layer", PlaceLayer),
         ("rows", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("num_rows", ctypes.c_int32),
         ("num_heads", ctypes.c_int32),
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
+        ("rotary_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
         ("is_bf16", ctypes.c_int32),
         ("kv_is_int8", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -93,6 +106,7 @@ class Layers(ctypes.Structure):
         ("ops", ctypes.c_void_p),
         ("attention", ctypes.c_void_p),
         ("place", ctypes.c_void_p),
+        ("place_layers", ctypes.c_void_p),
         ("kv", ctypes.c_void_p),
         ("layer_bytes", ctypes.c_int64),
         ("ops_per_layer", ctypes.c_int32),

@@ -24,8 +24,8 @@ from pdserve.engine.torch.attention import (
     score_product,
     value_product,
 )
-from pdserve.engine.torch.llama_weights import LlamaWeights
 from pdserve.engine.torch.numerics import FAST, Numerics
+from pdserve.engine.torch.transformer_weights import TransformerWeights
 from pdserve.weights.config import ModelConfig
 
 GRANULES = (4, 8, 16, 32, 64)
@@ -47,7 +47,7 @@ class RowProbe:
 
 
 def choose_numerics(
-    config: ModelConfig, weights: LlamaWeights, numerics: str, row_kernels: str = "torch"
+    config: ModelConfig, weights: TransformerWeights, numerics: str, row_kernels: str = "torch"
 ) -> Numerics:
     """The numerics for a loaded model. Raises `ModelError` if exact ones cannot be had.
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import Kernel, Layers, Op, StepTable
+from pdserve.engine.native.structs import Kernel, Layers, Op, PlaceLayer, StepTable
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
-from pdserve.engine.torch.llama_weights import MLP_ROWS, LayerWeights, LlamaWeights
 from pdserve.engine.torch.native_attention import NativeAttention, read_from, step_table
 from pdserve.engine.torch.native_linear import NativeLinear
 from pdserve.engine.torch.pool import KvPool
 from pdserve.engine.torch.rows import NativeRows, Rows
+from pdserve.engine.torch.transformer_weights import MLP_ROWS, LayerWeights, TransformerWeights
 from pdserve.weights.config import ModelConfig
 
 KEPT_TOKENS = 64
@@ -42,7 +42,7 @@ class NativeLayers:
     def __init__(
         self,
         config: ModelConfig,
-        weights: LlamaWeights,
+        weights: TransformerWeights,
         attention: NativeAttention,
         rows: NativeRows,
     ) -> None:
@@ -59,7 +59,7 @@ class NativeLayers:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, weights: LlamaWeights, attention: Attention, rows: Rows
+        cls, config: ModelConfig, weights: TransformerWeights, attention: Attention, rows: Rows
     ) -> NativeLayers | None:
         """None where some kernel is not a compiled one, or wants its rows padded first."""
         if not isinstance(attention, NativeAttention) or not isinstance(rows, NativeRows):
@@ -75,7 +75,7 @@ class NativeLayers:
     def forward(
         self, batch: StepBatch, pool: KvPool, on_layer: Callable[[int], None] | None
     ) -> torch.Tensor:
-        """As `Llama.forward`; the result is memory that a later step writes to."""
+        """As `Transformer.forward`; the result is memory that a later step writes to."""
         frame = self._frame(batch.token_ids.shape[0])
         torch.index_select(self._weights.embedding, 0, batch.token_ids, out=frame.hidden)
         frame.begin(batch.num_tokens, step_table(batch), pool)
@@ -93,7 +93,7 @@ class NativeLayers:
         return num_rows <= HEAD_ROWS
 
     def logits(self, hidden: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """As `Llama.logits`; the result is memory that a later step writes to."""
+        """As `Transformer.logits`; the result is memory that a later step writes to."""
         key = len(sampled), torch.get_num_threads()
         head = self._heads.get(key)
         if head is None:
@@ -132,7 +132,7 @@ class _Head:
         self,
         logits: torch.Tensor,
         config: ModelConfig,
-        weights: LlamaWeights,
+        weights: TransformerWeights,
         rows: NativeRows,
     ) -> None:
         assert isinstance(weights.output, NativeLinear)
@@ -154,7 +154,7 @@ class _Frame:
         self,
         num_tokens: int,
         config: ModelConfig,
-        weights: LlamaWeights,
+        weights: TransformerWeights,
         attention: NativeAttention,
         rows: NativeRows,
     ) -> None:
@@ -172,6 +172,9 @@ class _Frame:
         self.attention = attention.step_into(self._attended, self._table).args
         self.place = rows.step_of(self._table).args
         self.place.heads = self._heads.data_ptr()
+        self._place_layers = (PlaceLayer * config.num_layers)(
+            *(rows.layer_args(n, layer.head_norms) for n, layer in enumerate(weights.layers))
+        )
         self._rows = rows
         self._steps = [step for layer in weights.layers for step in self._layer(layer)]
         self._program = _program(self._steps, rows.level)
@@ -179,6 +182,7 @@ class _Frame:
             ops=ctypes.addressof(self._program),
             attention=ctypes.addressof(self.attention),
             place=ctypes.addressof(self.place),
+            place_layers=ctypes.addressof(self._place_layers),
             ops_per_layer=len(self._steps) // config.num_layers,
         )
         self.argument = ctypes.byref(self._layers)

@@ -14,12 +14,21 @@ from dataclasses import dataclass
 import torch
 
 from pdserve.engine.native import library
-from pdserve.engine.native.structs import BestArgs, NormArgs, PlaceArgs, StepTable
+from pdserve.engine.native.structs import BestArgs, NormArgs, PlaceArgs, PlaceLayer, StepTable
 from pdserve.engine.torch.batch import StepBatch
 from pdserve.engine.torch.native_attention import step_table
 from pdserve.engine.torch.pool import KvPool
+from pdserve.engine.torch.rope import rope_tables, rotate
 from pdserve.engine.torch.sampler import first_best
 from pdserve.weights.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Weights of the norms that a layer's query and key heads pass before they are rotated."""
+
+    queries: torch.Tensor  # [head_dim]
+    keys: torch.Tensor  # [head_dim]
 
 
 class Rows(ABC):
@@ -31,13 +40,19 @@ class Rows(ABC):
 
     @abstractmethod
     def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``rows [n, width]`` over their root mean square, times ``weight [width]``."""
+        """``rows [..., width]`` over their root mean square, times ``weight [width]``."""
 
     @abstractmethod
     def place(
-        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+        self,
+        heads: torch.Tensor,
+        pool: KvPool,
+        layer: int,
+        norms: HeadNorms | None,
+        prepared: object,
     ) -> torch.Tensor:
-        """Write the step's keys, rotated, and values into the pool; give back its queries, rotated.
+        """Write the step's keys and values into the pool; give back its queries. Queries and keys
+        are normalised if there are ``norms``, and rotated where the layer does that.
 
         ``heads [padded tokens, query heads + key heads + value heads, head_dim]`` of the model's
         dtype, which may be overwritten. Returns ``[padded tokens, query heads, head_dim]``, fp32 or
@@ -53,7 +68,7 @@ class Rows(ABC):
 class TorchPlace:
     """A step's angles and slots, made once."""
 
-    cos: torch.Tensor  # [padded tokens, 1, head_dim / 2]
+    cos: torch.Tensor  # [padded tokens, 1, rotary_dim / 2]
     sin: torch.Tensor  # the same
     blocks: torch.Tensor  # [tokens], int64: block of each token's KV
     offsets: torch.Tensor  # [tokens], int64: position in that block
@@ -65,6 +80,7 @@ class TorchRows(Rows):
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._epsilon = config.rms_norm_eps
+        self._unrotated = frozenset(config.unrotated_layers)
         self._cos, self._sin = rope_tables(config, device)
 
     def prepare(self, batch: StepBatch) -> TorchPlace:
@@ -78,15 +94,24 @@ class TorchRows(Rows):
         return rms_norm(rows, weight, self._epsilon)
 
     def place(
-        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+        self,
+        heads: torch.Tensor,
+        pool: KvPool,
+        layer: int,
+        norms: HeadNorms | None,
+        prepared: object,
     ) -> torch.Tensor:
         assert isinstance(prepared, TorchPlace)
-        cos, sin = prepared.cos, prepared.sin
         queries, keys, values = torch.split(heads, self._counts, dim=1)
+        if norms is not None:
+            queries, keys = self.norm(queries, norms.queries), self.norm(keys, norms.keys)
+        if layer not in self._unrotated:
+            queries, keys = (rotate(part, prepared.cos, prepared.sin) for part in (queries, keys))
         new = slice(0, len(prepared.blocks))
-        rotated = rotate(keys, cos, sin).to(values.dtype)
-        pool.write(layer, prepared.blocks, prepared.offsets, rotated[new], values[new])
-        return rotate(queries, cos, sin)
+        pool.write(
+            layer, prepared.blocks, prepared.offsets, keys[new].to(values.dtype), values[new]
+        )
+        return queries.float().contiguous()
 
     def first_best(self, rows: torch.Tensor) -> torch.Tensor:
         return first_best(rows)
@@ -129,10 +154,20 @@ class NativeRows(Rows):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+            epsilon=config.rms_norm_eps,
             is_bf16=self._is_bf16,
             num_threads=torch.get_num_threads(),
         )
         return NativePlace(args, table)
+
+    def layer_args(self, layer: int, norms: HeadNorms | None) -> PlaceLayer:
+        """What is a layer's own; ``norms`` must outlive it."""
+        return PlaceLayer(
+            query_norm=None if norms is None else norms.queries.data_ptr(),
+            key_norm=None if norms is None else norms.keys.data_ptr(),
+            rotates=layer not in self._config.unrotated_layers,
+        )
 
     def norm_on(self, rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> NormArgs:
         """Arguments of a norm from ``rows`` into ``out``, contiguous; they must outlive it."""
@@ -156,12 +191,18 @@ class NativeRows(Rows):
         return out
 
     def place(
-        self, heads: torch.Tensor, pool: KvPool, layer: int, prepared: object
+        self,
+        heads: torch.Tensor,
+        pool: KvPool,
+        layer: int,
+        norms: HeadNorms | None,
+        prepared: object,
     ) -> torch.Tensor:
         assert isinstance(prepared, NativePlace)
         assert heads.is_contiguous(), "kernels read rows one after another"
         args = prepared.args
         args.heads = heads.data_ptr()
+        args.layer = self.layer_args(layer, norms)
         args.kv = pool.layer(layer).data_ptr()
         args.block_size = pool.block_size
         args.kv_is_int8 = pool.blocks.dtype == torch.int8
@@ -190,21 +231,3 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.
     wide = rows.float()
     scale = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
     return (wide * scale).to(weight.dtype) * weight
-
-
-def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, each ``[position, head_dim / 2]`` fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inverse_frequencies = 1.0 / (config.rope_theta**exponents)
-    positions = torch.arange(config.max_model_tokens, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``heads [token, head, head_dim]``, in fp32 (arXiv:2104.09864).
-
-    Dimension i is paired with i + head_dim / 2, as in Hugging Face's checkpoints.
-    """
-    first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""`TorchRunner`: a Llama-family model in torch behind the `ModelRunner` seam.
+"""`TorchRunner`: a transformer in torch behind the `ModelRunner` seam.
 
 Made once per worker: weights are packed, the row granule is measured, the pool is attached. Then it
 turns step plans into tokens; everything that a step needs is in its plan and in the pool. The
@@ -21,12 +21,12 @@ from pdserve.engine.torch.attention_registry import choose_attention
 from pdserve.engine.torch.batch import Bounds, StepBatch, build_batch, padded_indexes
 from pdserve.engine.torch.granule import choose_numerics
 from pdserve.engine.torch.linear_registry import choose_linear
-from pdserve.engine.torch.llama import Llama
-from pdserve.engine.torch.llama_weights import pack_weights
 from pdserve.engine.torch.numerics import DTYPES, check_choice, numerics_class
 from pdserve.engine.torch.pool import DevicePool, HostPool, KvPool
 from pdserve.engine.torch.prompt_scores import scores_of
 from pdserve.engine.torch.sampler import sample
+from pdserve.engine.torch.transformer import Transformer
+from pdserve.engine.torch.transformer_weights import pack_weights
 from pdserve.text.structured.masks import TokenMasks
 from pdserve.weights.config import ModelConfig
 
@@ -65,7 +65,7 @@ class TorchRunner(ModelRunner):
             self._numerics = choose_numerics(config, packed, numerics, attention.kernels)
             attends = attention.make(config, dtype, block_size, self._numerics)
             rows = attention.rows(config, dtype, self._device)
-            self._model: Llama | None = Llama(config, packed, attends, rows)
+            self._model: Transformer | None = Transformer(config, packed, attends, rows)
         self._pool: KvPool | None = None
         self._masks = None if masks is None else MasksAhead(masks)
         self.info = RunnerInfo(
@@ -169,7 +169,7 @@ class TorchRunner(ModelRunner):
         assert self._pool is not None, "attach_pool comes first, and nothing after close"
         return self._pool
 
-    def _loaded(self) -> Llama:
+    def _loaded(self) -> Transformer:
         assert self._model is not None, "the runner is closed"
         return self._model
 

@@ -1,4 +1,4 @@
-"""Weights of a Llama-family model, taken over from a checkpoint.
+"""Weights of a model, taken over from a checkpoint.
 
 A checkpoint is a mapping of Hugging Face's names to tensors, usually views of a mapped file. The
 projections that read the same input are stacked into one matrix, so a layer is four products.
@@ -14,10 +14,17 @@ import torch
 from pdserve.core.errors import ModelError
 from pdserve.engine.torch.linear import Linear
 from pdserve.engine.torch.linear_registry import LinearKind
+from pdserve.engine.torch.rows import HeadNorms
 from pdserve.weights.config import ModelConfig
+from pdserve.weights.folder import EMBEDDING, HEAD_NORMS, OUTPUT_HEAD, projections
 
 MLP_ROWS = 128
 """Tokens that pass the feed-forward part together: keeps what is between in the cache."""
+
+
+# A checkpoint has the first of them, or the others.
+_QKV = ("self_attn.qkv_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_up_proj", "mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,7 @@ class LayerWeights:
 
     attention_norm: torch.Tensor  # [hidden]
     qkv: Linear  # out: query heads, key heads, value heads, times head_dim
+    head_norms: HeadNorms | None
     attention_out: Linear
     mlp_norm: torch.Tensor  # [hidden]
     gate_up: Linear  # gated: out is silu(gate) * up
@@ -33,7 +41,7 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaWeights:
+class TransformerWeights:
     """All of a model."""
 
     embedding: torch.Tensor  # [vocab, hidden]
@@ -48,44 +56,42 @@ def pack_weights(
     device: torch.device,
     dtype: torch.dtype,
     linear: LinearKind,
-) -> LlamaWeights:
+) -> TransformerWeights:
     """Take over a checkpoint: copy, convert and pack its tensors.
 
     Everything is copied, so the source may be a mapped file that goes away, and every matrix is
     aligned as the allocator does it. Raises `ModelError` if a tensor is missing or misshapen.
     """
     take = _Checkpoint(tensors, device, dtype, linear)
-    hidden, head_dim = config.hidden_size, config.head_dim
-    query, key = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    hidden = config.hidden_size
+    known = projections(config)
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
-        attention, mlp, inner = f"{prefix}.self_attn", f"{prefix}.mlp", config.intermediate_size
-        gates = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+
+        def product(*names: str, gated: bool = False) -> Linear:
+            here = {f"{prefix}.{name}": known[name] for name in names if name in known}
+            return take.linear(here, gated=gated)
+
+        def norm(name: str, width: int = hidden) -> torch.Tensor:
+            return take.tensor(f"{prefix}.{name}.weight", (width,))
+
+        head_norms = (norm(name, config.head_dim) for name in HEAD_NORMS)
         return LayerWeights(
-            attention_norm=take.tensor(f"{prefix}.input_layernorm.weight", (hidden,)),
-            qkv=take.linear(
-                {
-                    f"{attention}.q_proj": query,
-                    f"{attention}.k_proj": key,
-                    f"{attention}.v_proj": key,
-                },
-                hidden,
-                config.attention_bias,
-            ),
-            attention_out=take.linear(
-                {f"{attention}.o_proj": hidden}, query, config.attention_bias
-            ),
-            mlp_norm=take.tensor(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=take.linear(dict.fromkeys(gates, inner), hidden, config.mlp_bias, gated=True),
-            down=take.linear({f"{mlp}.down_proj": hidden}, inner, config.mlp_bias),
+            attention_norm=norm("input_layernorm"),
+            qkv=product(*_QKV),
+            head_norms=HeadNorms(*head_norms) if config.qk_norm else None,
+            attention_out=product("self_attn.o_proj"),
+            mlp_norm=norm("post_attention_layernorm"),
+            gate_up=product(*_GATE_UP, gated=True),
+            down=product("mlp.down_proj"),
         )
 
     vocabulary = (config.vocab_size, hidden)
-    embedding = take.tensor("model.embed_tokens.weight", vocabulary)
+    embedding = take.tensor(EMBEDDING, vocabulary)
     tied = config.tie_word_embeddings
-    output = embedding if tied else take.tensor("lm_head.weight", vocabulary)
-    return LlamaWeights(
+    output = embedding if tied else take.tensor(OUTPUT_HEAD, vocabulary)
+    return TransformerWeights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=take.tensor("model.norm.weight", (hidden,)),
@@ -111,14 +117,12 @@ class _Checkpoint:
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._concatenated([(name, shape)])
 
-    def linear(
-        self, outs: Mapping[str, int], num_in: int, has_bias: bool, gated: bool = False
-    ) -> Linear:
-        """Projections of one input, stacked: names (without suffix) to their output widths."""
-        weight = self._concatenated([(f"{name}.weight", (n, num_in)) for name, n in outs.items()])
-        biases = [(f"{name}.bias", (n,)) for name, n in outs.items()] if has_bias else []
-        bias = self._concatenated(biases) if has_bias else None
-        return self._linear.make(weight, bias, gated=gated)
+    def linear(self, parts: Mapping[str, tuple[int, int, bool]], gated: bool = False) -> Linear:
+        """Projections of one input, stacked: names (without suffix) to outputs, inputs, bias."""
+        weights = [(f"{name}.weight", (n, num_in)) for name, (n, num_in, _) in parts.items()]
+        biases = [(f"{name}.bias", (n,)) for name, (n, _, has_bias) in parts.items() if has_bias]
+        bias = self._concatenated(biases) if biases else None
+        return self._linear.make(self._concatenated(weights), bias, gated=gated)
 
     def _concatenated(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         rows = sum(shape[0] for _, shape in parts)

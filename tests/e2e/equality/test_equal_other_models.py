@@ -1,4 +1,4 @@
-"""The same equality for a model of sizes that fill no vector register and no tile to its end."""
+"""The same equality for models of other architectures, and of sizes that fill no vector register."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitwise import LENGTHS, Lab, Reference, Shape, ask_of, prompt_of
 from pdserve.serve.runners import build_runner
 from pdserve.weights.random_model import write_random_model
 
-SIZES = {
+ODD = {
     "hidden_size": 60,
     "intermediate_size": 100,
     "num_heads": 6,
@@ -20,16 +20,23 @@ SIZES = {
     "head_dim": 20,
     "vocab_size": 387,
 }
+MODELS = {
+    "odd fp32": ("fp32", ODD),
+    "odd bf16": ("bf16", ODD),
+    "Qwen3": ("bf16", {"architecture": "Qwen3ForCausalLM", "head_dim": 24}),
+    "Phi-3": ("bf16", {"architecture": "Phi3ForCausalLM", "rotary_dim": 12}),
+}
 SHAPE = Shape("split", prefill=1, decode=1, max_step_tokens=80, one_shot_tokens=33)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=MODELS)
 def odd_lab(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Lab]:
     model: Path = tmp_path_factory.mktemp("models") / "odd"
-    write_random_model(model, seed=1, **SIZES)
-    start = SHAPE.start(model, request.param)
+    dtype, sizes = MODELS[request.param]
+    write_random_model(model, seed=1, **sizes)
+    start = SHAPE.start(model, dtype)
     reference = Reference(build_runner(start))
     lab = Lab(SHAPE, start, reference)
     yield lab

@@ -1,9 +1,11 @@
-"""The Llama family, as the paper has it (Touvron et al. 2023, arXiv:2302.13971, section 2.2).
+"""The decoder that all our architectures are (`weights.families`), parameterised by `ModelConfig`.
 
-Pre-normalised transformer blocks with RMSNorm (arXiv:1910.07467), rotary position embeddings in the
-rotate-half convention (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245) and SwiGLU
-(arXiv:2002.05202). Residuals and products have the model's dtype; norms, rotations, softmax and
-the activation are computed in fp32.
+As Llama's paper has it (Touvron et al. 2023, arXiv:2302.13971, section 2.2): pre-normalised
+transformer blocks with RMSNorm (arXiv:1910.07467), rotary position embeddings in the rotate-half
+convention (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245) and SwiGLU
+(arXiv:2002.05202). Others add biases, or normalise each query and key head (Qwen3,
+arXiv:2505.09388), or leave layers or parts of heads unrotated. Residuals and products have the
+model's dtype; norms, rotations, softmax and the activation are computed in fp32.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ from torch.nn import functional
 
 from pdserve.engine.torch.attention import Attention
 from pdserve.engine.torch.batch import StepBatch
-from pdserve.engine.torch.llama_weights import MLP_ROWS, LlamaWeights
 from pdserve.engine.torch.native_layers import NativeLayers
 from pdserve.engine.torch.pool import KvPool
 from pdserve.engine.torch.rows import Rows
+from pdserve.engine.torch.transformer_weights import MLP_ROWS, TransformerWeights
 from pdserve.weights.config import ModelConfig
 
 
-class Llama:
+class Transformer:
     """Weights and the forward pass. Holds no state of any sequence: that is in the pool."""
 
     def __init__(
-        self, config: ModelConfig, weights: LlamaWeights, attention: Attention, rows: Rows
+        self, config: ModelConfig, weights: TransformerWeights, attention: Attention, rows: Rows
     ) -> None:
         self._head_dim = config.head_dim
         self._weights = weights
@@ -52,7 +54,7 @@ class Llama:
         for index, layer in enumerate(self._weights.layers):
             normed = self.rows.norm(hidden, layer.attention_norm)
             heads = layer.qkv(normed).view(num_rows, -1, self._head_dim)
-            queries = self.rows.place(heads, pool, index, places)
+            queries = self.rows.place(heads, pool, index, layer.head_norms, places)
             attended = self._attention.attend(queries, pool.layer(index), prepared)
             layer.attention_out.add_to(hidden, attended.flatten(1))
             normed = self.rows.norm(hidden, layer.mlp_norm)

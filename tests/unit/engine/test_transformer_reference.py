@@ -12,13 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from pdserve.core.errors import ModelError
 from pdserve.engine.torch.linear_registry import LinearKind
-from pdserve.engine.torch.llama_weights import pack_weights
+from pdserve.engine.torch.transformer_weights import pack_weights
 from pdserve.weights.folder import ModelFolder
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True, "num_heads": 2},
-    "biases": {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 1},
+    "biases": {
+        "qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "num_kv_heads": 1,
+    },
     "odd": {
         "num_heads": 6,
         "num_kv_heads": 3,
