@@ -1,4 +1,4 @@
-"""The same equality for models of other architectures, and of sizes that fill no vector register."""
+"""The same equality for other architectures, and for sizes that fill no vector register."""
 
 from __future__ import annotations
 
