@@ -27,7 +27,7 @@ from pdserve.transport.registry import TRANSPORTS
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.pull import resolve as resolve_model
 
-MADE_FOR = "it was made for no more"
+MADE_FOR = "it was made for texts of that length"
 MORE_MEMORY = "give more with --kv-memory or --kv-blocks"
 
 

@@ -30,7 +30,7 @@ def test_the_longest_request_fits_the_model_and_the_pool(tiny_model_path: Path) 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_model_len": 5000, "kv_blocks": 9999}, "made for at most 4096"),
+        ({"max_model_len": 5000, "kv_blocks": 9999}, "up to 4096 tokens: it was made"),
         ({"max_model_len": 2000}, "holds 1024 tokens: give more with --kv-memory"),
         ({"kv_blocks": None, "kv_memory": 100}, "does not hold a single block"),
         ({"transport": "pigeons"}, "one of shm"),

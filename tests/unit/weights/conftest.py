@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
 from pdserve.weights.config import ModelConfig
+from pdserve.weights.families import FAMILIES
 from pdserve.weights.folder import ModelFolder
 from pdserve.weights.pull import Source
 
@@ -28,6 +29,10 @@ _GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -35,10 +40,10 @@ _GGUF_NAMES = {
 
 
 def _gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{_GGUF_NAMES[part]}.weight"
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
     return f"{_GGUF_NAMES[stem]}.weight"
 
 
@@ -59,9 +64,10 @@ def _write_gguf(
     *,
     quantisation: GGMLQuantizationType = GGMLQuantizationType.Q4_1,
     pre: str = "smollm",
-    architecture: str = "llama",
+    architecture: str = "",
     extra: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    pack: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """The model in ``folder`` (Hugging Face layout) as llama.cpp's converter writes it."""
     model = ModelFolder.open(folder)
@@ -69,7 +75,8 @@ def _write_gguf(
     vocabulary = json.loads((folder / "tokenizer.json").read_text())
     tokens = sorted(vocabulary["model"]["vocab"], key=vocabulary["model"]["vocab"].__getitem__)
     control = {token["content"] for token in vocabulary["added_tokens"]}
-    writer = GGUFWriter(path, architecture)
+    own = FAMILIES[config.architecture].model_type
+    writer = GGUFWriter(path, architecture or {"mistral": "llama"}.get(own, own))
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_model_tokens)
     writer.add_embedding_length(config.hidden_size)
@@ -78,7 +85,10 @@ def _write_gguf(
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary_dim)
+    if config.head_dim * config.num_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -94,12 +104,12 @@ def _write_gguf(
     for name, tensor in model.load_tensors(dtype="fp32").items():
         values = tensor.numpy()
         for part, num_heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
-            if part in name:
+            if part in name and own in ("llama", "mistral", "smollm3"):
                 values = _rows_for_llama_cpp(values, num_heads)
         if values.ndim == 1:
             writer.add_tensor(_gguf_name(name), values)
         else:
-            packed = quantize(values, quantisation)
+            packed = pack(values) if pack else quantize(values, quantisation)
             writer.add_tensor(_gguf_name(name), packed, raw_dtype=quantisation)
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
@@ -112,7 +122,12 @@ def _write_gguf(
 def _gguf_type(value: Any) -> tuple[Any, ...]:
     from gguf import GGUFValueType
 
-    kinds = {bool: GGUFValueType.BOOL, str: GGUFValueType.STRING, float: GGUFValueType.FLOAT32}
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        str: GGUFValueType.STRING,
+        float: GGUFValueType.FLOAT32,
+        int: GGUFValueType.UINT32,
+    }
     return (kinds[type(value)],)
 
 
