@@ -26,6 +26,7 @@ from pdserve.weights.folder import expected_shapes
 from pdserve.weights.gguf_config import ROPE_TENSORS, Metadata, config_json
 from pdserve.weights.gguf_tokenizer import read_tokenizer, tokenizer_config
 from pdserve.weights.progress import Report, silent
+from pdserve.weights.tensor_files import INDEX_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         shards[0].rename(folder / "model.safetensors")
         return
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / INDEX_NAME, index)
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -63,6 +63,7 @@ SPLITS = {
     "smaug-bpe": Split(_LLAMA3),
     "dbrx": Split(_LLAMA3),  # Phi-4
     "qwen2": Split(_QWEN2, composed=True),
+    "deepseek-r1-qwen": Split(_QWEN2),
     "tekken": Split(_TEKKEN, whole_words=True, begins=True),  # Mistral from Nemo on
     "gpt-4o": Split(_GPT_4O),  # Phi-4-mini
 }

