@@ -62,8 +62,10 @@ def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
-    pull = commands.add_parser("pull", help="fetch a known model into the cache")
-    pull.add_argument("model", help="name of the model, such as smollm2-135m")
+    pull = commands.add_parser("pull", help="fetch a model, and convert it if it is GGUF")
+    pull.add_argument(
+        "model", help="smollm2-135m, OWNER/NAME of the Hugging Face hub, or a .gguf file"
+    )
     pull.add_argument("--json", action="store_true", help="print one JSON document")
     pull.set_defaults(run=_run_pull)
     _add_bench(commands, typed)
@@ -255,9 +257,9 @@ def _run_worker() -> int:
 
 
 def _run_pull(parsed: argparse.Namespace) -> int:
-    from pdserve.weights.pull import pull
+    from pdserve.weights.pull import resolve
 
-    folder = pull(parsed.model)
+    folder = resolve(parsed.model)
     if parsed.json:
         print(json.dumps({"model": parsed.model, "path": str(folder)}))
     else:

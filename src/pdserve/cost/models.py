@@ -92,7 +92,7 @@ MODELS: Mapping[str, KnownModel] = {
     ),
 }
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """``model_type`` of those that the keys of a ``config.json`` say everything of."""
 
 
@@ -123,7 +123,7 @@ def model_of_config(config: Mapping[str, Any], source: str) -> KnownModel:
         num_kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", max(1, hidden // heads)),
         vocab_size=number("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", kind == "smollm3")),
     )
     return KnownModel(
         shape=shape, max_model_tokens=number("max_position_embeddings"), source=source

@@ -176,8 +176,11 @@ def _max_model_tokens(config: ServeConfig, model: ModelConfig, num_blocks: int) 
 
 
 def _model_name(model: str) -> str:
-    """A folder serves under its own name."""
-    return Path(model).expanduser().resolve().name if os.path.isdir(model) else model
+    """A folder serves under its own name, a file under its own without the ending."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else model
 
 
 def _num_blocks(config: ServeConfig, block_bytes: int, num_workers: int) -> int:

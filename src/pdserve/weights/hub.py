@@ -1,9 +1,9 @@
 """Models of the Hugging Face hub, by their id, through its own library.
 
-The library keeps them in its own cache (``HF_HOME``), which other programs share; a download that
-was cut off goes on where it stopped, and what is there is not fetched again. The model's config is
-fetched first, so that a model that cannot be served costs no gigabytes. Without a network, what the
-cache has is served.
+The library keeps them in its own cache (``HF_HOME``), which other programs share. A connection that
+drops is made anew and goes on where it stopped; files that are there are not fetched again. The
+model's config is fetched first, so that a model that cannot be served costs no gigabytes. Without a
+network, what the cache has is served.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pdserve.core.errors import ModelError, PullError
 from pdserve.weights.config import ModelConfig
@@ -53,22 +53,25 @@ def fetch_from_hub(
     ``endpoint`` and ``hub_cache`` None: as the hub's library is configured. Raises `ModelError` for
     a model that cannot be served, `PullError` if it cannot be fetched.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+    )
 
     match = _HUB_ID.fullmatch(model)
     assert match is not None, "the caller has asked is_hub_id"
     repository, file, revision = match.group("repository", "file", "revision")
     api = HfApi(endpoint=endpoint)
     cache = None if hub_cache is None else str(hub_cache)
+    http_error = cast(
+        type[Exception], HfHubHTTPError.__mro__[1]
+    )  # of whichever HTTP library it uses
     try:
         with progress_bar(progress) as report:
             hub = _Repository(api, repository, revision, cache, report)
             return hub.file(file) if file else hub.folder()
-    except ModelError:
-        raise
-    except (OSError, HTTPError, HFValidationError) as error:
+    except (OSError, http_error, HFValidationError) as error:
         refused = isinstance(error, HfHubHTTPError)  # the hub has answered
         kept = None if refused else _kept(api, repository, revision, cache, file)
         if kept is not None:
@@ -89,7 +92,7 @@ class _Repository:
         report(f"asking for {repository}", 0, 0)
         info = api.model_info(repository, revision=revision, timeout=10)
         self._api, self._repository, self._cache = api, repository, cache
-        self._revision = info.sha
+        self._revision = revision or "main"  # the cache remembers what it stands for
         self._names = [entry.rfilename for entry in info.siblings or ()]
         self._report = report
 
@@ -119,6 +122,7 @@ class _Repository:
                 f"{self._repository} has no {CONFIG}: it is no model in Hugging Face layout{hint}"
             )
         folder = self.file(CONFIG).parent
+        self._revision = folder.name  # the commit: all files are of the same
         for name in self._names:
             if name in _SMALL_FILES[1:]:
                 self.file(name)

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from pdserve.core.errors import ModelError, PullError
 from pdserve.weights import pull as pull_module
@@ -183,6 +185,28 @@ def test_resolve_takes_folders(tiny_model_path: Path) -> None:
 def test_resolve_lists_what_works(model: str) -> None:
     with pytest.raises(ModelError, match=r"Hugging Face layout.*smollm2-135m.*hub"):
         resolve(model)
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
+    tmp_path: Path,
+    tiny_model_path: Path,
+    write_gguf: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PDSERVE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.Q8_0.gguf"
+    write_gguf(path, tiny_model_path)
+    folder = resolve(str(path))
+    assert folder.parent == tmp_path / "cache" / "models"
+    ModelFolder.open(folder).load_tensors()
+    made = (folder / "model.safetensors").stat()
+    assert resolve(str(path)) == folder
+    assert (folder / "model.safetensors").stat() == made
+    write_gguf(path, tiny_model_path, quantisation=GGMLQuantizationType.F32)
+    assert ModelFolder.open(resolve(str(path))).stored_dtype == "fp32"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="no readable GGUF"):
+        resolve(str(path))
 
 
 def test_only_known_names_can_be_pulled() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.folder import ModelFolder
-from pdserve.weights.pull import MARKER, resolve
+from pdserve.weights.made_folder import MARKER
+from pdserve.weights.pull import resolve
 
 pytestmark = pytest.mark.model
 
