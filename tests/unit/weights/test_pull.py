@@ -171,7 +171,7 @@ def test_a_full_disk_is_an_error_and_not_a_model(
 ) -> None:
     cache = tmp_path / "cache"
     refused = str(run_driver("full", tiny_source, cache)["refused"])
-    assert "cannot write model.safetensors" in refused
+    assert "cannot write model-00001.safetensors" in refused
     assert "Make room" in refused
     assert leftovers(cache) == []
     assert not (cache / "models" / "tiny").exists()
