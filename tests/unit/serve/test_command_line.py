@@ -92,9 +92,9 @@ def server_url() -> Iterator[str]:
     ("arguments", "reason"),
     [
         (["serve", "--block-size", "24"], "must divide 64"),
-        (["serve", "--model", "no-such-model"], "neither a folder nor a known model"),
+        (["serve", "--model", "no-such-model"], "is no model. Give a folder"),
         (["serve", "--config", "no-such-file.toml"], "cannot read no-such-file.toml"),
-        (["pull", "no-such-model"], "no model is known"),
+        (["pull", "no-such-model"], "is no model. Give a folder"),
         (["replay", "no-such-folder"], "holds no recording"),
         (["top", "--once", "--url", "ftp://x"], "begins with http"),
     ],
