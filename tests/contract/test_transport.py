@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,11 @@ from pdserve.transport.fake import FakeTransport, Faults
 from pdserve.transport.inproc import InprocHub, InprocTransport
 from pdserve.transport.registry import TRANSPORTS, create_transport
 from pdserve.transport.shm import ShmTransport
+from pdserve.transport.tcp import SocketOptions, SocketTransport
+from pdserve.transport.tls import Tls
 
 SIZE = 3 * 4096 + 100
+SECRET = b"s" * 32
 BIG = 1 << 70
 
 
@@ -53,12 +57,36 @@ def shm_link() -> Link:
     return Link(ShmTransport(), ShmTransport())
 
 
+def unix_link() -> Link:
+    options = SocketOptions(secret=SECRET)
+    return Link(SocketTransport(options), SocketTransport(options))
+
+
+def tcp_link(num_streams: int = 1, tls: Tls | None = None) -> Link:
+    """Over the loopback, by way of addresses that only another host would take."""
+    options = SocketOptions(
+        secret=SECRET, listen=("127.0.0.1", 0), num_streams=num_streams, tls=tls
+    )
+    return Link(SocketTransport(options), FromElsewhere(options))
+
+
+def tcp_streams_link() -> Link:
+    return tcp_link(num_streams=3)
+
+
 def lazy_shm_link() -> Link:
     return Link(ShmTransport(prefault=False), ShmTransport(prefault=False))
 
 
 def fake_link() -> Link:
     return Link(FakeTransport(ShmTransport(), Faults()), FakeTransport(ShmTransport(), Faults()))
+
+
+class FromElsewhere(SocketTransport):
+    """A writer that cannot use abstract sockets of this host, as one on another host."""
+
+    def attach(self, export: PoolExport) -> RemotePool:
+        return super().attach(replace(export, token=export.token.replace(b"unix://", b"unix:/!")))
 
 
 def open_descriptors() -> int:
@@ -72,7 +100,17 @@ def leaked_descriptors(before: int) -> int:
     return max(0, open_descriptors() - before)
 
 
-@pytest.fixture(params=[inproc_link, shm_link, lazy_shm_link, fake_link])
+@pytest.fixture(
+    params=[
+        inproc_link,
+        shm_link,
+        lazy_shm_link,
+        fake_link,
+        unix_link,
+        tcp_link,
+        tcp_streams_link,
+    ]
+)
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     make: Callable[[], Link] = request.param
     before = open_descriptors()
@@ -340,10 +378,14 @@ def test_fake_holds_a_write_until_it_is_released() -> None:
 
 
 def test_the_registry_makes_each_transport() -> None:
-    options = {"inproc": {"hub": InprocHub()}, "shm": {"prefault": False}}
+    options: dict[str, dict[str, Any]] = {
+        "inproc": {"hub": InprocHub()},
+        "shm": {"prefault": False},
+        "tcp": {"options": SocketOptions(secret=SECRET)},
+    }
     assert {create_transport(name, **options[name]).name for name in TRANSPORTS} == set(TRANSPORTS)
 
 
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'telepathy': choose one of inproc, shm"):
+    with pytest.raises(ConfigError, match="'telepathy': choose one of inproc, shm, tcp"):
         create_transport("telepathy")

@@ -6,13 +6,30 @@ the hand-off machines; metrics, retries and back-pressure are the driver's.
 The life of a pool: the owner calls `Transport.allocate` once and computes in that memory; it sends
 `Pool.export` to each peer in the first frame of their link; the peer calls `Transport.attach` and
 from then on writes with `RemotePool.write`, one-sided, from one thread.
+
+A write that fails has either landed, or not, or in part, and where bytes travel over a network some
+of them may still be on their way. `RemotePool.settle` says when that is over, and `Pool.revoke`
+ends it from the owner's side. Memory that is mapped has nothing on its way.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Who is to write into a pool. ``name`` is of one process, and no later one has it. ``is_kin``:
+    it dies with the process that started the pool's owner, so that its death is always known."""
+
+    name: str
+    is_kin: bool
+
+
+KIN = Writer("", True)
+"""A writer of whom nothing else needs to be known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +62,13 @@ class Pool(ABC):
     memory: memoryview
 
     @abstractmethod
-    def export(self) -> PoolExport:
-        """What one peer needs to attach. Called once per peer; raises `TransferError` if closed."""
+    def export(self, writer: Writer = KIN) -> PoolExport:
+        """What this peer needs to attach. Raises `TransferError` if closed."""
+
+    def revoke(self, writer: str) -> None:  # noqa: B027
+        """Nothing that this writer writes lands any more once this returns: the cluster counts it
+        as gone. Never waits for it. Transports whose writers are all kin have nothing to do: kin
+        that counts as gone is dead."""
 
     @abstractmethod
     def close(self) -> None:
@@ -64,8 +86,14 @@ class RemotePool(ABC):
         """Copy the regions of ``source`` (writable, contiguous); visible to the owner on return.
 
         Raises `TransferError` if this side is closed, if the peer is known to be gone, or if a
-        region lies outside either pool; then nothing of the call is written.
+        region lies outside either pool; then nothing of the call is written. Over a network also if
+        the link breaks under it; then some of it may be, now or until `settle` says otherwise.
         """
+
+    def settle(self, done: Callable[[], None]) -> None:
+        """Call ``done`` once, from any thread, as soon as no byte of an earlier write can land any
+        more. Memory that is mapped has nothing on its way."""
+        done()
 
     @abstractmethod
     def close(self) -> None: ...

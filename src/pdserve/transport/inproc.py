@@ -12,7 +12,15 @@ import mmap
 from collections.abc import Sequence
 
 from pdserve.core.errors import ConfigError, TransferError
-from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Transport
+from pdserve.transport.base import (
+    KIN,
+    Pool,
+    PoolExport,
+    Region,
+    RemotePool,
+    Transport,
+    Writer,
+)
 from pdserve.transport.regions import copy_regions
 
 
@@ -44,7 +52,7 @@ class InprocPool(Pool):
         self._num_bytes = num_bytes
         self._token = hub.add(self.memory)
 
-    def export(self) -> PoolExport:
+    def export(self, writer: Writer = KIN) -> PoolExport:
         if self._hub.find(self._token) is None:
             raise TransferError("the pool is closed and cannot be exported")
         return PoolExport("inproc", self._token, self._num_bytes)

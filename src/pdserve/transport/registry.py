@@ -11,6 +11,7 @@ from pdserve.transport.base import Transport
 TRANSPORTS = {
     "inproc": "pdserve.transport.inproc:InprocTransport",
     "shm": "pdserve.transport.shm:ShmTransport",
+    "tcp": "pdserve.transport.tcp:SocketTransport",
 }
 
 

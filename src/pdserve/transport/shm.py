@@ -20,7 +20,15 @@ import stat
 from collections.abc import Iterable, Sequence
 
 from pdserve.core.errors import ConfigError, TransferError
-from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Transport
+from pdserve.transport.base import (
+    KIN,
+    Pool,
+    PoolExport,
+    Region,
+    RemotePool,
+    Transport,
+    Writer,
+)
 from pdserve.transport.regions import copy_regions
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -41,7 +49,8 @@ def _populate(mapping: mmap.mmap, num_bytes: int) -> None:
         # An older kernel, which does not know the advice: pages come when they are touched.
 
 
-def _close_all(descriptors: Iterable[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
+    """Give back descriptors that nobody will use; what is none of this process is ignored."""
     for descriptor in descriptors:
         try:
             os.close(descriptor)
@@ -66,7 +75,7 @@ class ShmPool(Pool):
             raise
         self.memory = memoryview(mapping)
 
-    def export(self) -> PoolExport:
+    def export(self, writer: Writer = KIN) -> PoolExport:
         if self._descriptor < 0:
             raise TransferError("the pool is closed and cannot be exported")
         return PoolExport("shm", b"", self._num_bytes, (os.dup(self._descriptor),))
@@ -122,7 +131,7 @@ class ShmTransport(Transport):
         except (OSError, OverflowError, ValueError) as error:
             raise TransferError(f"the peer's pool cannot be mapped: {error}") from error
         finally:
-            _close_all(export.fds)
+            close_all(export.fds)
         return ShmRemotePool(mapping)
 
     def _map(self, descriptor: int, num_bytes: int) -> mmap.mmap:
