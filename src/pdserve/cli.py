@@ -1,5 +1,5 @@
-"""The command line: ``pdserve serve | pull | bench | sim | calibrate | replay | top | role |
-drain | undrain | restart | explain`` (and ``worker``, for serve).
+"""The command line: ``pdserve serve | worker | pull | bench | sim | calibrate | replay | top |
+role | drain | undrain | restart | explain``.
 
 Errors of ``core.errors`` become one line on stderr and exit status 2. With ``--json`` a command
 prints one JSON document on stdout and nothing else. Each command imports what it needs when it
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Gives the exit status."""
     typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if typed == ["worker"]:  # not for people, so the help does not show it
+        if typed == ["worker"]:  # not for people: what serve and worker --join start
             return _run_worker()
         parsed = _parser(typed).parse_args(typed)
         status: int = parsed.run(parsed)
@@ -62,6 +62,7 @@ def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_worker(commands, typed)
     pull = commands.add_parser("pull", help="fetch a model, and convert it if it is GGUF")
     pull.add_argument(
         "model", help="smollm2-135m, OWNER/NAME of the Hugging Face hub, or a .gguf file"
@@ -119,6 +120,20 @@ def _add_operations(commands: _Commands) -> None:
         _add_server(command)
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=_run_operation, operation=command.prog.rsplit(" ", 1)[-1])
+
+
+def _add_worker(commands: _Commands, typed: Sequence[str]) -> None:
+    worker = commands.add_parser(
+        "worker",
+        help="make this host part of a server's cluster",
+        description="Start a worker here for a server on another host (or on this one).",
+        epilog="docs/hosts.md leads through it.",
+    )
+    if "worker" in typed:
+        from pdserve.serve.join_arguments import add_arguments
+
+        add_arguments(worker)
+    worker.set_defaults(run=_run_join)
 
 
 def _add_bench(commands: _Commands, typed: Sequence[str]) -> None:
@@ -248,6 +263,13 @@ def _print_ready(url: str, deployment: Deployment) -> None:
         f"    -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
         flush=True,
     )
+
+
+def _run_join(parsed: argparse.Namespace) -> int:
+    from pdserve.serve.host import bring_worker
+    from pdserve.serve.join_arguments import resolve_join
+
+    return bring_worker(resolve_join(parsed, os.environ))
 
 
 def _run_worker() -> int:

@@ -42,6 +42,8 @@ from pdserve.policy.registry import (
 )
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
 from pdserve.toml_flags import read_table
+from pdserve.transport.addresses import check_reachable, split_host_port
+from pdserve.transport.tls import TlsFiles, tls_files
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
 MAX_WORKERS = 64
@@ -50,6 +52,10 @@ KV_TILE_TOKENS = 64
 """Attention walks the KV in tiles of this many tokens, and a block must not straddle two."""
 INT8_BLOCK_TOKENS = 16
 """A block of int8 is a multiple of this many tokens."""
+
+
+def _host_port(value: object) -> tuple[str, int]:
+    return split_host_port(_text(value), "it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +136,15 @@ class ServeConfig:
     )
     queue_timeout: float = _option(30.0, _seconds, "seconds a request may wait before a 429")
     drain_timeout: float = _option(30.0, _seconds, "seconds running requests get on shutdown")
+    listen_workers: tuple[str, int] | None = _option(
+        None, _host_port, "HOST:PORT by which workers of other hosts find this one (docs/hosts.md)"
+    )
+    cluster_secret_file: str | None = _option(
+        None, _text, "file with the secret of the cluster (or set PDSERVE_CLUSTER_SECRET)"
+    )
+    cluster_tls_cert: str | None = _option(None, _text, "PEM: this host's certificate, for TLS")
+    cluster_tls_key: str | None = _option(None, _text, "PEM: its key")
+    cluster_tls_ca: str | None = _option(None, _text, "PEM: the authority of the cluster's hosts")
     allow_faults: bool = field(
         default=False,
         metadata={
@@ -146,6 +161,7 @@ class ServeConfig:
         self._check_workers()
         self._check_memory()
         self._check_words()
+        check_reachable(self.listen_workers, "--listen-workers")
         if self.mixed_chunk_tokens < self.block_size:
             raise ConfigError(
                 f"--mixed-chunk-tokens must be at least one block, {self.block_size} tokens"
@@ -165,7 +181,7 @@ class ServeConfig:
             if getattr(self, role.value) < 0:
                 raise ConfigError(f"--{role.value} must not be negative")
         total = self.prefill + self.decode + self.mixed
-        if total == 0:
+        if total == 0 and self.listen_workers is None:
             raise ConfigError(
                 "no worker would be started, so nobody could serve: give at least one of "
                 "--prefill, --decode and --mixed (each kind can do both phases if it must)"
@@ -222,6 +238,7 @@ class ServeConfig:
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
                 "process per worker; use shm"
             )
+        tls_files(self.cluster_tls_cert, self.cluster_tls_key, self.cluster_tls_ca)
         if self.engine != "modelled" and (self.step_times, self.speeds) != (None, None):
             raise ConfigError("--step-times and --speeds are for --engine modelled")
         check_speeds(self.speeds or {}, dict(self.worker_slots))
@@ -241,6 +258,11 @@ class ServeConfig:
     def devices(self) -> tuple[str, ...]:
         """Devices to deal out to the workers in turn."""
         return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def cluster_tls(self) -> TlsFiles | None:
+        """Files for TLS between hosts; None: none. Raises `ConfigError` if some are missing."""
+        return tls_files(self.cluster_tls_cert, self.cluster_tls_key, self.cluster_tls_ca)
 
     @property
     def batch_policy(self) -> str:

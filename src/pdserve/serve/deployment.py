@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdserve.api.gateway import ModelCard
@@ -74,40 +74,63 @@ class Deployment:
         """What the process of this worker slot is told."""
         config = self.config
         number = list(self.roles).index(worker)
-        return WorkerStart(
-            worker=worker,
-            epoch=epoch,
-            role=self.roles[worker],
+        cluster = config.listen_workers
+        return replace(
+            self._start(worker, epoch, self.roles[worker]),
             secret=secret,
             gateway_address=gateway_address,
             address=address,
             launcher_pid=os.getpid(),
             model_path=str(self.model_path),
-            engine=config.engine,
             device=config.devices[number % len(config.devices)],
+            threads=self.threads,
+            num_blocks=self.num_blocks,
+            record=config.record,
+            listen=None if cluster is None else (cluster[0], 0),
+            tls=config.cluster_tls,
+        )
+
+    def guest_start(self, worker: WorkerId, epoch: Epoch, role: Role) -> WorkerStart:
+        """What a worker of another host is told of this cluster. Its host knows the rest."""
+        return self._start(worker, epoch, role)
+
+    def _start(self, worker: WorkerId, epoch: Epoch, role: Role) -> WorkerStart:
+        """What does not depend on the host."""
+        config = self.config
+        return WorkerStart(
+            worker=worker,
+            epoch=epoch,
+            role=role,
+            secret=b"",
+            gateway_address="",
+            address="",
+            launcher_pid=0,
+            model_path="",
+            engine=config.engine,
+            device="",
             dtype=config.dtype,
             kv_dtype=config.kv_dtype,
-            weight_dtype=config.weight_dtype_of(self.roles[worker]),
+            weight_dtype=config.weight_dtype_of(role),
             numerics=config.numerics,
-            threads=self.threads,
+            threads=0,
             transport=config.transport,
             block_size=config.block_size,
-            num_blocks=self.num_blocks,
+            num_blocks=0,
             max_model_tokens=self.card.max_model_tokens,
             max_step_tokens=config.max_step_tokens,
             mixed_chunk_tokens=config.mixed_chunk_tokens,
             one_shot_tokens=config.one_shot_tokens,
             batching=config.batch_policy,
-            step_times=self._step_times(worker),
-            record=config.record,
+            step_times=self._step_times(worker, role),
+            record=None,
             log_format=config.log_format,
         )
 
-    def _step_times(self, worker: WorkerId) -> StepTimes | None:
+    def _step_times(self, worker: WorkerId, role: Role) -> StepTimes | None:
         if self.config.engine != "modelled":
             return None
         times = self.config.step_times or PROFILES[DEFAULT_PROFILE]
-        return times.at_speed(speed_of(self.config.speeds or {}, worker, self.roles[worker]))
+        return times.at_speed(speed_of(self.config.speeds or {}, worker, role))
 
 
 def deploy(config: ServeConfig) -> Deployment:
@@ -116,7 +139,7 @@ def deploy(config: ServeConfig) -> Deployment:
     Raises `ConfigError` or `ModelError` with the reason why this cannot be served here.
     """
     if config.transport not in TRANSPORTS:
-        known = ", ".join(sorted(set(TRANSPORTS) - {"inproc"}))
+        known = ", ".join(sorted(set(TRANSPORTS) - {"inproc", "hosts"}))
         raise ConfigError(f"--transport is {config.transport!r}; it is one of {known}")
     if config.engine not in ENGINES:
         raise ConfigError(f"--engine is {config.engine!r}; it is one of {', '.join(ENGINES)}")
@@ -124,18 +147,10 @@ def deploy(config: ServeConfig) -> Deployment:
         syntax_named(config.edge.tool_call_parser)
     model_path = resolve_model(config.model).resolve()
     model = ModelConfig.from_folder(model_path)
-    num_workers = len(config.worker_slots)
-    layout = KvLayout(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_size=config.block_size,
-        dtype=pool_dtype(config.dtype, config.kv_dtype),
-        numerics="",
-        weights_digest="",
-    )
-    block_bytes = layout.pool_bytes(1)
-    num_blocks = config.kv_blocks or _num_blocks(config, block_bytes, num_workers)
+    num_workers = max(1, len(config.worker_slots))
+    dtype = pool_dtype(config.dtype, config.kv_dtype)
+    block_bytes = block_bytes_of(model, config.block_size, dtype)
+    num_blocks = config.kv_blocks or num_pool_blocks(config.kv_memory, block_bytes, num_workers)
     card = ModelCard(
         name=config.served_model_name or _model_name(config.model),
         max_model_tokens=_max_model_tokens(config, model, num_blocks),
@@ -183,11 +198,25 @@ def _model_name(model: str) -> str:
     return path.stem if path.is_file() else model
 
 
-def _num_blocks(config: ServeConfig, block_bytes: int, num_workers: int) -> int:
-    num_bytes = config.kv_memory
-    if num_bytes is None:
-        num_bytes = pool_bytes(HOST_POOL, free_memory_bytes(), num_workers=num_workers)
-    return pool_blocks(num_bytes, block_bytes, MORE_MEMORY)
+def block_bytes_of(model: ModelConfig, block_size: int, dtype: str) -> int:
+    """Bytes of one block over all layers; ``dtype`` is the pool's."""
+    layout = KvLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        numerics="",
+        weights_digest="",
+    )
+    return layout.pool_bytes(1)
+
+
+def num_pool_blocks(memory_bytes: int | None, block_bytes: int, num_workers: int) -> int:
+    """Blocks of one worker's pool; without a size, what this host can spare."""
+    if memory_bytes is None:
+        memory_bytes = pool_bytes(HOST_POOL, free_memory_bytes(), num_workers=num_workers)
+    return pool_blocks(memory_bytes, block_bytes, MORE_MEMORY)
 
 
 def num_cores() -> int:

@@ -48,8 +48,8 @@ from pdserve.obs.metrics import Metrics
 from pdserve.serve.commands import Commands
 from pdserve.serve.driver import Driver, Machine, Recorder
 from pdserve.serve.faults import LiveFaults
-from pdserve.serve.links import Identity
-from pdserve.serve.roster import Roster, RosterEvents
+from pdserve.serve.greetings import Identity
+from pdserve.serve.roster import Outside, Roster, RosterEvents
 from pdserve.serve.streams import TokenStream
 from pdserve.serve.traffic import traffic_document
 
@@ -62,8 +62,8 @@ UNLINKED_GRACE_S = 1.0
 class Supervisor(Protocol):
     """Who keeps the worker processes: the launcher, or a cluster within one process."""
 
-    def expects(self, worker: WorkerId, epoch: Epoch) -> str | None:
-        """Where this process of the slot takes links of peers; None if it does not run."""
+    def expects(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Does this process of the slot run?"""
         ...
 
     def ready(self, worker: WorkerId, epoch: Epoch) -> None:
@@ -112,10 +112,14 @@ class LiveGateway:
         allow_faults: bool = False,
         books: ClusterBooks | None = None,
         policy: str = "",
+        outside: Outside | None = None,
     ) -> None:
-        """``books`` of the router that ``machine`` is, and its ``policy``, are for `traffic`."""
+        """``books`` of the router that ``machine`` is, and its ``policy``, are for `traffic`.
+        ``roles`` of the workers without which it is not ready."""
         self.card = card
-        self._roles = roles
+        self._awaited = frozenset(roles)
+        self._roles = dict(roles)
+        self._hosts: dict[WorkerId, str] = {}
         self._supervisor = supervisor
         self._on_crash = crashed
         self._books = books or ClusterBooks()
@@ -143,9 +147,10 @@ class LiveGateway:
                 received=self._received,
                 unlinked=self._unlinked,
             ),
+            outside or Outside(),
         )
         self._commands = Commands(self._driver.feed)
-        faults = LiveFaults(roles, self._roster.set_faults, supervisor)
+        faults = LiveFaults(self._roles, self._roster.set_faults, supervisor)
         self.faults: FaultHooks | None = faults if allow_faults else None
         self._driver.feed(Started())
 
@@ -217,6 +222,7 @@ class LiveGateway:
             "role_epoch": role_epoch,
             "pid": pid,
             "epoch": epoch,
+            "host": self._hosts.get(worker),
             "state": "down" if pid is None else "starting",
             "device": None,
             "engine": None,
@@ -250,6 +256,23 @@ class LiveGateway:
         return document
 
     # --- workers ------------------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where workers find it."""
+        return self._roster.addresses
+
+    def admit(self, worker: WorkerId, role: Role, host: str) -> None:
+        """A slot whose worker another host brings, at this address."""
+        if self._roles.get(worker) is not role:
+            self._roles[worker] = role
+            self._standing[worker] = (role, 0)
+        self._hosts[worker] = host
+
+    def dismiss(self, worker: WorkerId) -> None:
+        """Its host has left, after the end of the worker."""
+        for known in (self._roles, self._standing, self._hosts):
+            known.pop(worker, None)
 
     def worker_ended(self, worker: WorkerId, epoch: Epoch, detail: str) -> None:
         """The supervisor saw the process end. It will neither write nor speak again."""
@@ -337,8 +360,8 @@ class LiveGateway:
     # --- the end ------------------------------------------------------------------------------
 
     async def until_ready(self) -> None:
-        """Wait until every worker slot has a process that can serve."""
-        await self._until(lambda: len(self._workers) == len(self._roles))
+        """Wait until every awaited slot has a process that can serve, and there is one at all."""
+        await self._until(lambda: bool(self._workers) and self._awaited <= self._workers.keys())
 
     async def drain(self) -> None:
         """Refuse new requests, and wait until those that run are over."""

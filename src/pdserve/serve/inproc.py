@@ -26,7 +26,8 @@ from pdserve.node.settings import RouterSettings
 from pdserve.policy.registry import DEFAULT_POLICY, make_policy
 from pdserve.serve.driver import Recorder
 from pdserve.serve.gateway import LiveGateway
-from pdserve.serve.links import Identity, new_address
+from pdserve.serve.greetings import Identity
+from pdserve.serve.links import new_address
 from pdserve.serve.recorder import recorder_of
 from pdserve.serve.runners import build_runner, load_backend
 from pdserve.serve.start import WorkerStart
@@ -153,11 +154,9 @@ class InprocCluster:
 
     # --- Supervisor ---------------------------------------------------------------------------
 
-    def expects(self, worker: WorkerId, epoch: Epoch) -> str | None:
+    def expects(self, worker: WorkerId, epoch: Epoch) -> bool:
         slot = self._slots.get(worker)
-        if slot is None or slot.worker is None or slot.start.epoch != epoch:
-            return None
-        return slot.start.address
+        return slot is not None and slot.worker is not None and slot.start.epoch == epoch
 
     def ready(self, worker: WorkerId, epoch: Epoch) -> None:
         """Nothing depends on it here: there is no back-off."""

@@ -147,7 +147,6 @@ class _Slot:
 
     worker: WorkerId
     epoch: Epoch
-    address: str = ""
     child: Child | None = None
     restart: asyncio.TimerHandle | None = None
     restarts: Restarts = field(default_factory=Restarts)
@@ -190,10 +189,10 @@ class Launcher:
         for slot in self._slots.values():
             self._start(slot)
 
-    def expects(self, worker: WorkerId, epoch: Epoch) -> str | None:
-        """Address of this very process of the slot, or None if it does not run (any more)."""
+    def expects(self, worker: WorkerId, epoch: Epoch) -> bool:
+        """Does this very process of the slot run?"""
         slot = self._slots.get(worker)
-        return slot.address if slot and slot.child and slot.epoch == epoch else None
+        return slot is not None and slot.child is not None and slot.epoch == epoch
 
     def slots(self) -> tuple[tuple[WorkerId, Epoch, int | None], ...]:
         """(worker, latest epoch, process id or None) of every slot."""
@@ -252,9 +251,8 @@ class Launcher:
         slot.waits = False
         slot.epoch = Epoch(slot.epoch + 1)
         slot.ready_since_s = None
-        slot.address = new_address()
         epoch = slot.epoch
-        document = self._start_document(slot.worker, epoch, slot.address)
+        document = self._start_document(slot.worker, epoch, new_address())
         try:
             slot.child = Child(
                 self._command,

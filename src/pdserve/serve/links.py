@@ -1,9 +1,10 @@
-"""Links: how two processes of this host talk, over Unix stream sockets with abstract names.
+"""Links: how two processes talk, over Unix stream sockets with abstract names, or over TCP.
 
-An abstract name is random and leaves nothing on disk. Anybody on the host may connect to it, so the
-first frame each way is a proof of the cluster secret (``transport.handshake``): until it has been
-checked a link takes one small frame and nothing else, for a few seconds, and whatever is wrong with
-it closes that link and touches no other.
+An abstract name is random and leaves nothing on disk. Anybody on the host may connect to it, and to
+a TCP port anybody at all, so the first frame each way is a proof of the cluster secret
+(``transport.handshake``): until it has been checked a link takes one small frame and nothing else,
+for a few seconds, and whatever is wrong with it closes that link and touches no other. TCP links
+are inside TLS if the cluster has certificates; what happens on one host is not.
 
 The life of a link: `Link` is made from a connected socket and reads at once, guarded. `greet` (the
 side that connected) or `answer` (the other) exchange the first frames; the descriptors of a KV pool
@@ -18,37 +19,41 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import logging
 import os
-import secrets
 import socket
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import ssl
+from collections.abc import Callable, Iterable, Sequence
 
 from pdserve.core.errors import ProtocolError
-from pdserve.core.ids import Epoch, WorkerId
-from pdserve.core.request import Role
-from pdserve.transport.base import PoolExport
-from pdserve.transport.handshake import (
-    NONCE_BYTES,
-    Hello,
-    PoolOffer,
-    Welcome,
-    check_hello,
-    check_welcome,
-    prove,
+from pdserve.transport.addresses import (
+    UNIX,
+    listen_tcp,
+    listen_unix,
+    new_name,
+    port_of,
+    resolve,
+    tcp_address,
+    tune,
+    unix_address,
+    usable,
 )
+from pdserve.transport.tls import Tls
 from pdserve.transport.wire import Decoder, WireMessage, encode
+
+log = logging.getLogger(__name__)
 
 MAX_BUFFERED_BYTES = 64 << 20
 GREETING_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
 _READ_BYTES = 256 << 10
 _MAX_FDS = 8
-_BACKLOG = 128
+_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def new_address() -> str:
-    """A name for a listener that nobody can guess: of an abstract socket, without its NUL."""
-    return f"pdserve-{secrets.token_hex(16)}"
+    """An address on this host that nobody can guess."""
+    return unix_address(new_name())
 
 
 def close_fds(fds: Iterable[int]) -> None:
@@ -58,24 +63,11 @@ def close_fds(fds: Iterable[int]) -> None:
             os.close(fd)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Who this side of a link is. ``role`` is None for the gateway; the secret is never shown."""
-
-    worker: WorkerId
-    epoch: Epoch
-    role: Role | None
-    secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """Who proved to be on the other side, and the pool that it offers."""
-
-    worker: WorkerId
-    epoch: Epoch
-    role: Role | None
-    pool: PoolExport | None
+def _remote_host(connected: socket.socket) -> str:
+    try:
+        return str(connected.getpeername()[0])
+    except OSError:
+        return "unknown"  # it is gone already
 
 
 class Link:
@@ -86,6 +78,9 @@ class Link:
     ) -> None:
         connected.setblocking(False)
         self._socket = connected
+        self.is_remote = connected.family != socket.AF_UNIX
+        self.local_host = str(connected.getsockname()[0]) if self.is_remote else ""
+        self.remote_host = _remote_host(connected) if self.is_remote else "this host"
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder(guarded=True)
         self._max_buffered_bytes = max_buffered_bytes
@@ -114,6 +109,12 @@ class Link:
         fds, self._fds = tuple(self._fds), []
         return frame, fds
 
+    def read_on(self) -> None:
+        """The frame was a challenge: another one comes before the proof."""
+        self._first = self._loop.create_future()
+        self._resume_reading()
+        self._decode(lambda: self._decoder.feed(b""))
+
     def open(self, received: Callable[[WireMessage], None], ended: Callable[[str], None]) -> None:
         """The peer has proved itself: deliver its messages, and once, with the reason, the end."""
         self._received = received
@@ -121,8 +122,13 @@ class Link:
         if self._reason is not None:
             self._loop.call_soon(ended, self._reason)
             return
-        self._loop.add_reader(self._socket, self._read)
+        self._resume_reading()
         self._decode(self._decoder.admit)
+
+    def _resume_reading(self) -> None:
+        self._loop.add_reader(self._socket, self._read)
+        if isinstance(self._socket, ssl.SSLSocket):
+            self._loop.call_soon(self._read)  # what is decrypted already wakes nobody
 
     def send(self, message: WireMessage, fds: tuple[int, ...] = ()) -> None:
         """Send after everything sent before; on a closed link the message is dropped.
@@ -140,7 +146,7 @@ class Link:
         if not self._unsent:
             try:
                 sent = self._send_now(frame, fds)
-            except (BlockingIOError, InterruptedError):
+            except _NOT_NOW:
                 sent = 0
             except OSError as error:
                 self.close(f"sending failed: {error}")
@@ -165,7 +171,7 @@ class Link:
     def _write(self) -> None:
         try:
             sent = self._socket.send(self._unsent)
-        except (BlockingIOError, InterruptedError):
+        except _NOT_NOW:
             return
         except OSError as error:
             self.close(f"sending failed: {error}")
@@ -175,9 +181,17 @@ class Link:
             self._loop.remove_writer(self._socket)
 
     def _read(self) -> None:
+        if self._reason is not None:
+            return
+        fds: Sequence[int] = ()
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, _MAX_FDS)
-        except (BlockingIOError, InterruptedError):
+            if isinstance(self._socket, ssl.SSLSocket):
+                data = self._socket.recv(_READ_BYTES)
+                if self._socket.pending():
+                    self._loop.call_soon(self._read)
+            else:
+                data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, _MAX_FDS)
+        except _NOT_NOW:
             return
         except OSError as error:
             self.close(f"receiving failed: {error}")
@@ -223,107 +237,119 @@ class Link:
             self._loop.call_soon(self._ended, reason)
 
 
-async def connect(address: str) -> Link:
-    """A link to the listener of that name. Raises `OSError` if there is none."""
-    unconnected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    unconnected.setblocking(False)
+async def connect(addresses: str | Sequence[str], tls: Tls | None = None) -> Link:
+    """A link to a listener, at the best of its addresses. Raises `OSError` if there is none."""
+    address = usable((addresses,) if isinstance(addresses, str) else addresses)
+    loop = asyncio.get_running_loop()
+    if address.startswith(UNIX):
+        family, where = resolve(address)
+    else:
+        family, where = await loop.run_in_executor(None, resolve, address)
+    connected = socket.socket(family, socket.SOCK_STREAM)
+    connected.setblocking(False)
     try:
-        await asyncio.get_running_loop().sock_connect(unconnected, "\0" + address)
+        await asyncio.wait_for(loop.sock_connect(connected, where), CONNECT_TIMEOUT_S)
+        tune(connected)
+        if tls is not None and family != socket.AF_UNIX:
+            connected = await _secure(connected, tls.client, is_server=False)
+        return Link(connected)
+    except TimeoutError:
+        connected.close()
+        raise OSError(f"{address} does not answer") from None
     except BaseException:
-        unconnected.close()
-        raise
-    return Link(unconnected)
-
-
-async def greet(link: Link, identity: Identity, pool: PoolExport | None) -> Peer:
-    """First frames, from the side that connected. Takes the descriptors of ``pool``.
-
-    Raises `ProtocolError` if the other side does not prove itself; the link is closed then.
-    """
-    hello = prove(
-        Hello(
-            worker=identity.worker,
-            epoch=identity.epoch,
-            role=identity.role,
-            pool=None if pool is None else PoolOffer.of(pool),
-            nonce=secrets.token_bytes(NONCE_BYTES),
-        ),
-        identity.secret,
-    )
-    _send_with_pool(link, hello, pool)
-    frame, fds = await link.first_frame()
-    try:
-        return _peer(check_welcome(frame, identity.secret, hello), fds)
-    except ProtocolError as error:
-        close_fds(fds)
-        link.close(str(error))
+        connected.close()
         raise
 
 
-async def receive_hello(link: Link, identity: Identity) -> tuple[Hello, Peer]:
-    """The other side's hello, checked. Raises `ProtocolError`; the link is closed then."""
-    frame, fds = await link.first_frame()
+async def _secure(plain: socket.socket, context: ssl.SSLContext, is_server: bool) -> ssl.SSLSocket:
+    """The socket inside TLS, once both sides are content. Takes the socket. Raises `OSError`."""
+    loop = asyncio.get_running_loop()
+    wrapped = context.wrap_socket(plain, server_side=is_server, do_handshake_on_connect=False)
+    over = loop.create_future()
+
+    def go_on() -> None:
+        loop.remove_reader(wrapped)
+        loop.remove_writer(wrapped)
+        try:
+            wrapped.do_handshake()
+        except ssl.SSLWantReadError:
+            loop.add_reader(wrapped, go_on)
+        except ssl.SSLWantWriteError:
+            loop.add_writer(wrapped, go_on)
+        except OSError as error:
+            if not over.done():
+                over.set_exception(error)
+        else:
+            if not over.done():
+                over.set_result(None)
+
     try:
-        hello = check_hello(frame, identity.secret)
-        return hello, _peer(hello, fds)
-    except ProtocolError as error:
-        close_fds(fds)
-        link.close(str(error))
+        go_on()
+        await asyncio.wait_for(over, GREETING_TIMEOUT_S)
+    except BaseException:
+        loop.remove_reader(wrapped)
+        loop.remove_writer(wrapped)
+        wrapped.close()
         raise
-
-
-def answer(link: Link, identity: Identity, hello: Hello, pool: PoolExport | None) -> None:
-    """Send the welcome to a hello that was accepted. Takes the descriptors of ``pool``."""
-    welcome = prove(
-        Welcome(
-            worker=identity.worker,
-            epoch=identity.epoch,
-            role=identity.role,
-            pool=None if pool is None else PoolOffer.of(pool),
-            nonce=secrets.token_bytes(NONCE_BYTES),
-            answers=hello.nonce,
-        ),
-        identity.secret,
-    )
-    _send_with_pool(link, welcome, pool)
-
-
-def _send_with_pool(link: Link, frame: Hello | Welcome, pool: PoolExport | None) -> None:
-    fds = () if pool is None else pool.fds
-    try:
-        link.send(frame, fds)
-    finally:
-        close_fds(fds)
-
-
-def _peer(frame: Hello | Welcome, fds: tuple[int, ...]) -> Peer:
-    if frame.pool is None and fds:
-        raise ProtocolError(f"{frame.worker} sent descriptors and offers no pool")
-    pool = None if frame.pool is None else frame.pool.export(fds)
-    return Peer(worker=frame.worker, epoch=frame.epoch, role=frame.role, pool=pool)
+    return wrapped
 
 
 class Listener:
-    """Accepts links on an abstract name and hands each one, unproved, to ``accepted``."""
+    """Accepts links and hands each one, unproved, to ``accepted``.
 
-    def __init__(self, address: str, accepted: Callable[[Link], None]) -> None:
+    ``address`` is on this host (`new_address`). With ``listen``, a host and a port (0: a free one),
+    it takes links over TCP too, inside TLS if there is any.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        accepted: Callable[[Link], None],
+        *,
+        listen: tuple[str, int] | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self.address = address
+        self.addresses: tuple[str, ...] = (address,)
         self._accepted = accepted
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
-        self._socket.bind("\0" + address)
-        self._socket.listen(_BACKLOG)
-        asyncio.get_running_loop().add_reader(self._socket, self._accept)
+        self._tls = tls
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sockets = [listen_unix(address.rpartition("/")[2])]
+        if listen is not None:
+            try:
+                self._sockets.append(listen_tcp(*listen))
+            except BaseException:
+                self._sockets[0].close()
+                raise
+            self.addresses += (tcp_address(listen[0], port_of(self._sockets[1])),)
+        for listening in self._sockets:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         try:
-            connected, _ = self._socket.accept()
+            connected, _ = listening.accept()
         except OSError:
             return  # it went away before it was looked at
-        self._accepted(Link(connected))
+        connected.setblocking(False)
+        tune(connected)
+        if self._tls is None or connected.family == socket.AF_UNIX:
+            self._accepted(Link(connected))
+            return
+        task = asyncio.get_running_loop().create_task(self._accept_tls(connected, self._tls))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept_tls(self, connected: socket.socket, tls: Tls) -> None:
+        try:
+            self._accepted(Link(await _secure(connected, tls.server, is_server=True)))
+        except OSError as error:
+            log.warning("a link was refused: %s", error)
 
     def close(self) -> None:
         """Take no more links; those that are open stay open."""
-        if self._socket.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._socket)
-            self._socket.close()
+        for task in self._tasks:
+            task.cancel()
+        for listening in self._sockets:
+            if listening.fileno() >= 0:
+                asyncio.get_running_loop().remove_reader(listening)
+                listening.close()

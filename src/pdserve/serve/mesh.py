@@ -26,20 +26,19 @@ from typing import Any
 from pdserve.core.errors import ProtocolError, TransferError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.messages import Message
-from pdserve.serve.links import (
+from pdserve.serve.greetings import (
     Identity,
-    Link,
     Peer,
     answer,
-    close_fds,
-    connect,
     greet,
     receive_hello,
 )
-from pdserve.transport.base import Pool, PoolExport, RemotePool, Transport
+from pdserve.serve.links import Link, close_fds, connect
+from pdserve.transport.base import Pool, PoolExport, RemotePool, Transport, Writer
 from pdserve.transport.link_faults import LinkFaults
 from pdserve.transport.peers import LINK_TIMEOUT_S, Peers
 from pdserve.transport.progress import LayersWritten
+from pdserve.transport.tls import Tls
 from pdserve.transport.wire import WireMessage
 
 log = logging.getLogger(__name__)
@@ -61,11 +60,12 @@ class MeshEvents:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One process of a peer. ``address`` is None until the gateway has named it."""
+    """One process of a peer. ``addresses`` are empty until the gateway has named it."""
 
     worker: WorkerId
     epoch: Epoch
-    address: str | None = None
+    addresses: tuple[str, ...] = ()
+    family: str = ""
     link: Link | None = None
     remote: RemotePool | None = None
     remote_bytes: int = 0
@@ -80,13 +80,20 @@ class Mesh:
     """Links of one worker. Used on the event loop's thread only."""
 
     def __init__(
-        self, identity: Identity, transport: Transport, pool: Pool | None, events: MeshEvents
+        self,
+        identity: Identity,
+        transport: Transport,
+        pool: Pool | None,
+        events: MeshEvents,
+        tls: Tls | None = None,
     ) -> None:
-        """``pool`` is what peers may write into; None for a worker that hands over messages."""
+        """``pool`` is what peers may write into; None for a worker that hands over messages.
+        ``tls`` is for links to other hosts."""
         self._identity = identity
         self._transport = transport
         self._pool = pool
         self._events = events
+        self._tls = tls
         self._entries: dict[WorkerId, _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults: dict[WorkerId, float | None] = {}
@@ -101,12 +108,12 @@ class Mesh:
         for entry in list(self._entries.values()):
             peer = named.get(entry.worker)
             # An entry without address is a peer of which the gateway's word is still on its way.
-            if (peer is None and entry.address is not None) or (peer and peer.epoch > entry.epoch):
+            if (peer is None and entry.addresses) or (peer and peer.epoch > entry.epoch):
                 self._drop(entry, "the gateway counts it as gone")
         for peer in named.values():
             entry = self._entries.setdefault(peer.worker, _Entry(peer.worker, peer.epoch))
-            if entry.epoch == peer.epoch and entry.address is None:
-                entry.address = peer.address
+            if entry.epoch == peer.epoch and not entry.addresses:
+                entry.addresses, entry.family = peer.addresses, peer.family
                 self._dial(entry)
 
     def set_faults(self, faults: LinkFaults) -> None:
@@ -117,7 +124,7 @@ class Mesh:
                 if entry.link is not None:
                     log.warning("link to %s cut on purpose", entry.worker)
                 self._unlink(entry, "cut on purpose")
-            elif before.get(entry.worker, 1.0) is None and entry.address is not None:
+            elif before.get(entry.worker, 1.0) is None and entry.addresses:
                 self._dial(entry)
 
     def slowness(self, worker: WorkerId) -> float:
@@ -176,11 +183,11 @@ class Mesh:
             self._spawn(self._connect(entry))
 
     async def _connect(self, entry: _Entry) -> None:
-        assert entry.address is not None
         try:
-            link = await connect(entry.address)
+            link = await connect(entry.addresses, self._tls)
             try:
-                peer = await greet(link, self._identity, self._export())
+                export = self._export(entry.worker, entry.epoch, entry.family)
+                peer = await greet(link, self._identity, export)
                 await self._establish(link, peer)
             except BaseException:
                 link.close("the greeting was broken off")
@@ -197,7 +204,8 @@ class Mesh:
             hello, peer = await receive_hello(link, self._identity)
             try:
                 self._check(peer)
-                answer(link, self._identity, hello, self._export())
+                export = self._export(peer.worker, peer.epoch, peer.family)
+                answer(link, self._identity, hello, export)
             except (ProtocolError, TransferError):
                 close_fds(() if peer.pool is None else peer.pool.fds)
                 raise
@@ -247,8 +255,11 @@ class Mesh:
         if self._is_cut(peer.worker):
             raise ProtocolError(f"the link to {peer.worker} is cut on purpose")
 
-    def _export(self) -> PoolExport | None:
-        return None if self._pool is None else self._pool.export()
+    def _export(self, worker: WorkerId, epoch: Epoch, family: str) -> PoolExport | None:
+        if self._pool is None:
+            return None
+        is_kin = family == self._identity.family
+        return self._pool.export(Writer(_writer_name(worker, epoch), is_kin))
 
     def _attach(self, export: PoolExport) -> RemotePool:
         return self._transport.attach(export)
@@ -287,7 +298,7 @@ class Mesh:
         self._retry(entry)
 
     def _retry(self, entry: _Entry) -> None:
-        if not self._is_current(entry) or entry.timer is not None or entry.address is None:
+        if not self._is_current(entry) or entry.timer is not None or not entry.addresses:
             return
         pause_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**entry.failures)
         entry.failures += 1
@@ -311,8 +322,10 @@ class Mesh:
                 self._events.lost(entry.worker, entry.epoch)
 
     def _drop(self, entry: _Entry, reason: str) -> None:
-        """Forget this process of the peer."""
+        """Forget this process of the peer. Nothing that it writes lands any more."""
         del self._entries[entry.worker]
+        if self._pool is not None:
+            self._pool.revoke(_writer_name(entry.worker, entry.epoch))
         self._cancel_timers(entry)
         self._unlink(entry, reason)
         if entry.remote is not None:
@@ -331,3 +344,7 @@ class Mesh:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _writer_name(worker: WorkerId, epoch: Epoch) -> str:
+    return f"{worker}/{epoch}"

@@ -1,10 +1,11 @@
 """The gateway's end of the control links: who has come, who is up, who can be told something.
 
-A worker process says hello as soon as it runs and `WorkerUp` once it can serve. Only a process that
-was started and has not ended is let in (``expects``). With each one that comes or goes, all that
-are up are told anew who their peers are, and a worker hears of its peers before it can be sent a
-job that names them. A worker whose link breaks is of no use any more: ``unlinked`` hears of it, and
-has the process killed.
+A worker process says hello as soon as it runs, `Reachable` once it takes links of other workers,
+and `WorkerUp` once it can serve. Only a process that was started and has not ended is let in
+(``expects``). A host that brings a worker says hello with epoch 0, and is handed to ``joining``.
+With each worker that comes or goes, all that are up are told anew who their peers are, and a worker
+hears of its peers before it can be sent a job that names them. A worker whose link breaks is of no
+use any more: ``unlinked`` hears of it, and has the process killed.
 """
 
 from __future__ import annotations
@@ -19,26 +20,44 @@ from pdserve.core.effects import WorkerUp
 from pdserve.core.errors import ProtocolError
 from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.messages import Message
-from pdserve.serve.links import Identity, Link, Listener, answer, close_fds, receive_hello
+from pdserve.serve.greetings import Identity, Peer, answer, receive_hello
+from pdserve.serve.links import Link, Listener, close_fds
 from pdserve.transport.link_faults import LinkFaults
-from pdserve.transport.peers import PeerAddress, Peers
+from pdserve.transport.peers import PeerAddress, Peers, Reachable
+from pdserve.transport.tls import Tls
 from pdserve.transport.wire import WireMessage
 
 log = logging.getLogger(__name__)
+
+HOST_EPOCH = Epoch(0)
+"""With which a host says hello that brings a worker; processes count from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RosterEvents:
     """Who hears of the workers, on the event loop's thread.
 
-    ``expects`` gives the address on which this process takes links of other workers, or None if
-    there should be no such process.
+    ``expects``: should there be such a process?
     """
 
-    expects: Callable[[WorkerId, Epoch], str | None]
+    expects: Callable[[WorkerId, Epoch], bool]
     up: Callable[[WorkerUp], None]
     received: Callable[[WorkerId, Epoch, Message], None]
     unlinked: Callable[[WorkerId, Epoch, str], None]
+
+
+def _no_guests(link: Link, peer: Peer) -> None:
+    link.close("this server takes no workers of other hosts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """How workers of other hosts come in: where they find the gateway, inside TLS if there is any,
+    and who gets the link of a host that brings one, once it has proved itself."""
+
+    listen: tuple[str, int] | None = None
+    tls: Tls | None = None
+    joining: Callable[[Link, Peer], None] = _no_guests
 
 
 @dataclass(slots=True, eq=False)
@@ -47,21 +66,35 @@ class _Member:
 
     worker: WorkerId
     epoch: Epoch
-    address: str
+    family: str
     link: Link
+    addresses: tuple[str, ...] = ()
     is_up: bool = False
 
 
 class Roster:
     """Links to all workers of one gateway. Used on the event loop's thread only."""
 
-    def __init__(self, address: str, identity: Identity, events: RosterEvents) -> None:
+    def __init__(
+        self, address: str, identity: Identity, events: RosterEvents, outside: Outside
+    ) -> None:
         self._identity = identity
         self._events = events
+        self._joining = outside.joining
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._faults = LinkFaults(())
-        self._listener = Listener(address, lambda link: self._spawn(self._greet(link)))
+        self._listener = Listener(
+            address,
+            lambda link: self._spawn(self._greet(link)),
+            listen=outside.listen,
+            tls=outside.tls,
+        )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it is found."""
+        return self._listener.addresses
 
     def send(self, worker: WorkerId, message: Message) -> None:
         """Send to a worker that is up; dropped if it is not."""
@@ -99,8 +132,11 @@ class Roster:
             hello, peer = await receive_hello(link, self._identity)
             if peer.pool is not None:
                 close_fds(peer.pool.fds)
-            address = self._events.expects(peer.worker, peer.epoch)
-            if address is None or peer.worker in self._members:
+            if peer.epoch == HOST_EPOCH and peer.role is not None:
+                answer(link, self._identity, hello, None)
+                self._joining(link, peer)
+                return
+            if peer.worker in self._members or not self._events.expects(peer.worker, peer.epoch):
                 raise ProtocolError(f"process {peer.epoch} of {peer.worker} is not expected")
             answer(link, self._identity, hello, None)
         except ProtocolError as error:
@@ -110,7 +146,7 @@ class Roster:
         except asyncio.CancelledError:
             link.close("the gateway stops")
             raise
-        member = _Member(peer.worker, peer.epoch, address, link)
+        member = _Member(peer.worker, peer.epoch, peer.family, link)
         self._members[peer.worker] = member
         link.open(
             lambda message: self._on_message(member, message),
@@ -122,6 +158,8 @@ class Roster:
             return
         if member.is_up and isinstance(message, Message):
             self._events.received(member.worker, member.epoch, message)
+        elif not member.is_up and isinstance(message, Reachable):
+            member.addresses = message.addresses
         elif not member.is_up and isinstance(message, WorkerUp) and _is_of(message, member):
             member.is_up = True
             self._tell_peers()
@@ -141,7 +179,12 @@ class Roster:
         members = [member for member in self._members.values() if member.is_up]
         peers = Peers(
             tuple(
-                PeerAddress(worker=member.worker, epoch=member.epoch, address=member.address)
+                PeerAddress(
+                    worker=member.worker,
+                    epoch=member.epoch,
+                    addresses=member.addresses,
+                    family=member.family,
+                )
                 for member in sorted(members, key=lambda member: member.worker)
             )
         )

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pdserve.config import ServeConfig
+from pdserve.core.commands import DrainOne
 from pdserve.core.effects import Refusal
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import GATEWAY, Epoch, WorkerId
@@ -28,12 +30,18 @@ from pdserve.node.router import RouterNode
 from pdserve.node.settings import RoleControl, RouterSettings
 from pdserve.obs import logs
 from pdserve.policy.registry import make_policy
+from pdserve.serve.cluster_secret import require_secret
 from pdserve.serve.deployment import Deployment
 from pdserve.serve.fits import FitFiles, known_costs
 from pdserve.serve.gateway import LiveGateway
+from pdserve.serve.greetings import Identity
+from pdserve.serve.guests import GuestEvents, Guests, Supervisors
 from pdserve.serve.launcher import Launcher
-from pdserve.serve.links import Identity, new_address
+from pdserve.serve.links import new_address
 from pdserve.serve.recorder import recorder_of
+from pdserve.serve.roster import Outside
+from pdserve.transport.tls import load_tls
+from pdserve.weights.identity import served_digest
 
 if TYPE_CHECKING:
     from pdserve.serve.edge_files import EdgeFiles
@@ -81,6 +89,14 @@ def spare_the_collector() -> None:
     gc.set_threshold(GC_THRESHOLD)
 
 
+def cluster_secret(config: ServeConfig) -> bytes:
+    """What all processes of the cluster prove to each other. Raises `ConfigError` if hosts are to
+    share one that is not given."""
+    if config.listen_workers is None:
+        return secrets.token_bytes(32)
+    return require_secret(config.cluster_secret_file, os.environ, "--listen-workers")
+
+
 class Server:
     """One server process: gateway, HTTP and the launcher of its workers."""
 
@@ -97,7 +113,7 @@ class Server:
         self._http: HttpServer | None = None
         self._failure: str | None = None
         self._user_error: str | None = None
-        secret = secrets.token_bytes(32)
+        secret = cluster_secret(self._config)
         gateway_address = new_address()
         self._launcher = Launcher(
             list(deployment.roles),
@@ -107,6 +123,19 @@ class Server:
             exited=lambda worker, epoch, detail: self._gateway.worker_ended(worker, epoch, detail),
             unusable=self._unusable,
             said=self._worker_said,
+        )
+        self._guests = Guests(
+            list(deployment.roles),
+            GuestEvents(
+                digest=lambda: asyncio.to_thread(served_digest, deployment.model_path),
+                start=deployment.guest_start,
+                came=lambda worker, role, host: self._gateway.admit(worker, role, host),
+                ended=lambda worker, epoch, detail: self._gateway.worker_ended(
+                    worker, epoch, detail
+                ),
+                left=lambda worker: self._gateway.dismiss(worker),
+                drain=lambda worker: self._gateway.command(DrainOne(command=0, worker=worker)),
+            ),
         )
         self._fits = FitFiles()
         settings = RouterSettings(
@@ -123,12 +152,23 @@ class Server:
             address=gateway_address,
             identity=Identity(worker=GATEWAY, epoch=Epoch(0), role=None, secret=secret),
             roles=deployment.roles,
-            supervisor=self._launcher,
+            supervisor=Supervisors(self._launcher, self._guests),
             recorder=recorder_of(self._config.record, self._config.policy, router=settings),
             crashed=self._fail,
             allow_faults=self._config.allow_faults,
             books=self._router.books,
             policy=self._config.policy,
+            outside=self._outside(),
+        )
+
+    def _outside(self) -> Outside:
+        """Workers of other hosts come in if the config says where."""
+        if self._config.listen_workers is None:
+            return Outside()
+        return Outside(
+            listen=self._config.listen_workers,
+            tls=load_tls(self._config.cluster_tls),
+            joining=self._guests.joining,
         )
 
     async def run(self, bound: socket.socket) -> int:
@@ -147,6 +187,7 @@ class Server:
             saving.cancel()
             self._fits.save(learned.saved())
             self._gateway.close()
+            self._guests.close()
             await self._launcher.stop(0.0 if self._at_once.is_set() else WORKER_GRACE_S)
         if self._user_error is not None:
             raise ConfigError(self._user_error)

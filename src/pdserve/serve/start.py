@@ -11,14 +11,17 @@ from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.request import Role
 from pdserve.cost.step_times import StepTimes
 from pdserve.policy.registry import DEFAULT_BATCHING
+from pdserve.transport.tls import TlsFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStart:
     """All that a worker needs to begin.
 
-    ``gateway_address`` is where it says hello, ``address`` where it takes links of other workers:
-    both names of abstract sockets. ``launcher_pid`` is the process with which it lives and dies.
+    ``gateway_address`` is where it says hello, ``address`` where it takes links of other workers of
+    this host, ``listen`` (host and port; 0: a free one) where those of others find it; KV comes in
+    on the port after that. ``family`` as in `Hello`; ``tls`` for what leaves the host.
+    ``launcher_pid`` is the process with which it lives and dies.
     ``threads`` is the number of CPU threads of its engine. ``mixed_chunk_tokens`` and
     ``one_shot_tokens`` are those of `WorkerSettings`; ``batching`` is for `make_batching`;
     ``step_times`` for the engine ``modelled``.
@@ -50,6 +53,9 @@ class WorkerStart:
     kv_dtype: str = "auto"
     batching: str = DEFAULT_BATCHING
     step_times: StepTimes | None = None
+    listen: tuple[str, int] | None = None
+    family: str = ""
+    tls: TlsFiles | None = None
 
     def encode(self) -> bytes:
         """JSON, for the worker's standard input. Holds the cluster secret."""

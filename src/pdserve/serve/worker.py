@@ -34,13 +34,15 @@ from pdserve.core.messages import Life, Message, Ticket
 from pdserve.serve.backend import Backend, Surroundings
 from pdserve.serve.driver import Driver, Machine
 from pdserve.serve.engine_thread import JobThread
-from pdserve.serve.links import Identity, Link, Listener, connect, greet
+from pdserve.serve.greetings import Identity, greet
+from pdserve.serve.links import Link, Listener, connect
 from pdserve.serve.mesh import Mesh, MeshEvents
 from pdserve.serve.recorder import recorder_of
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.base import Transport
 from pdserve.transport.link_faults import LinkFaults
-from pdserve.transport.peers import Peers
+from pdserve.transport.peers import Peers, Reachable
+from pdserve.transport.tls import load_tls
 from pdserve.transport.wire import WireMessage
 
 log = logging.getLogger(__name__)
@@ -69,8 +71,13 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._jobs = JobThread(f"engine {start.worker}")
         self._identity = Identity(
-            worker=start.worker, epoch=start.epoch, role=start.role, secret=start.secret
+            worker=start.worker,
+            epoch=start.epoch,
+            role=start.role,
+            secret=start.secret,
+            family=start.family,
         )
+        self._tls = load_tls(start.tls)
         self._life: list[LifeEvent] = []
         self._life_timer: asyncio.TimerHandle | None = None
         self._gateway: Link | None = None
@@ -85,7 +92,7 @@ class Worker:
 
     async def run(self) -> None:
         """Become ready. Returns when the machine has started; raises what keeps it from that."""
-        gateway = await connect(self._start.gateway_address)
+        gateway = await connect(self._start.gateway_address, self._tls)
         self._gateway = gateway
         await greet(gateway, self._identity, None)
         gateway.open(self._on_gateway_message, self._on_gateway_end)
@@ -98,8 +105,11 @@ class Worker:
             up=self._peer_up,
             lost=self._peer_lost,
         )
-        self._mesh = mesh = Mesh(self._identity, self._transport, backend.pool, events)
-        self._listener = Listener(self._start.address, mesh.accepted)
+        self._mesh = mesh = Mesh(self._identity, self._transport, backend.pool, events, self._tls)
+        self._listener = Listener(
+            self._start.address, mesh.accepted, listen=self._start.listen, tls=self._tls
+        )
+        gateway.send(Reachable(self._listener.addresses))
         self.machine = backend.begin(
             Surroundings(
                 jobs=self._jobs,

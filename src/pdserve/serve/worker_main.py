@@ -21,7 +21,10 @@ from pdserve.serve.launcher import USER_ERROR_STATUS
 from pdserve.serve.runners import load_backend
 from pdserve.serve.start import WorkerStart
 from pdserve.serve.worker import Worker
+from pdserve.transport.base import Transport
 from pdserve.transport.registry import create_transport
+from pdserve.transport.tcp import SocketOptions
+from pdserve.transport.tls import load_tls
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,24 @@ def main() -> int:
     return status
 
 
+def make_transport(start: WorkerStart) -> Transport:
+    """How its KV moves: within the host as was asked, and to others over sockets."""
+    # Committing a GiB of pool, and of each peer's view of it, takes longer than a small model.
+    # Touched bit by bit, its pages cost a step next to nothing.
+    prefault = {"prefault": False}
+    listen = start.listen
+    if listen is not None and listen[1]:
+        listen = (listen[0], listen[1] + 1)
+    sockets = {
+        "options": SocketOptions(secret=start.secret, listen=listen, tls=load_tls(start.tls))
+    }
+    if start.transport == "tcp":
+        return create_transport("tcp", **sockets)
+    if start.listen is None:
+        return create_transport(start.transport, **prefault)
+    return create_transport("hosts", **prefault, **sockets)
+
+
 async def _run(start: WorkerStart) -> tuple[int, bool]:
     """(exit status, whether every thread has ended)."""
     over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -67,10 +88,7 @@ async def _run(start: WorkerStart) -> tuple[int, bool]:
         if not over.done():
             over.set_result(reason)
 
-    # Committing a GiB of pool, and of each peer's view of it, takes longer than a small model.
-    # Touched bit by bit, its pages cost a step next to nothing.
-    options = {"prefault": False} if start.transport == "shm" else {}
-    transport = create_transport(start.transport, **options)
+    transport = make_transport(start)
     worker = Worker(start, lambda: load_backend(start, transport), transport, ended=ended)
     starting = asyncio.ensure_future(worker.run())
     await asyncio.wait((starting, over), return_when=asyncio.FIRST_COMPLETED)

@@ -60,6 +60,15 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_reachable(listen: tuple[str, int] | None, flag: str) -> None:
+    """Raises `ConfigError` for an address that means another host to each one that hears it."""
+    if listen is not None and listen[0] in ("0.0.0.0", "::", "*"):
+        raise ConfigError(
+            f"{flag} {listen[0]} does not say where other hosts find this one: give the address or "
+            "name by which they reach it"
+        )
+
+
 def is_usable(address: str) -> bool:
     """Can somebody on this host connect to it?"""
     return address.startswith((TCP, f"{UNIX}{host_id()}/"))

@@ -4,6 +4,9 @@ The side that connects sends `Hello`, the other answers with `Welcome`, which re
 nonce, so that a recorded welcome is worthless. The proof is an HMAC over every other field. Only
 then do the two exchange messages; a link whose first frame does not prove itself is closed.
 
+Over a network somebody may have recorded a hello too. There the side that takes links speaks first:
+it sends a `Challenge`, and the hello repeats its nonce.
+
 A frame also offers the sender's KV pool, if it has one that the receiver may write into; the
 descriptors of the offer travel beside the frame (SCM_RIGHTS).
 """
@@ -22,7 +25,7 @@ from pdserve.core.ids import Epoch, WorkerId
 from pdserve.core.request import Role
 from pdserve.transport.base import PoolExport
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised with any change of a frame, a message or the meaning of either."""
 
 NONCE_BYTES = 16
@@ -57,18 +60,29 @@ class PoolOffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    """What a hello that comes over a network must answer: random bytes, new for each link."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """First frame of the side that connects. ``role`` is None for the gateway.
 
-    ``nonce`` holds `NONCE_BYTES` random bytes, new for each link.
+    ``nonce`` holds `NONCE_BYTES` random bytes, new for each link; ``answers`` is the nonce of the
+    challenge, if there was one. ``family`` names who started the process: those of one family die
+    with the same launcher.
     """
 
     version: int = PROTOCOL_VERSION
     worker: WorkerId
     epoch: Epoch
     role: Role | None
+    family: str = ""
     pool: PoolOffer | None
     nonce: bytes
+    answers: bytes = b""
     proof: bytes = b""
 
 
@@ -80,6 +94,7 @@ class Welcome:
     worker: WorkerId
     epoch: Epoch
     role: Role | None
+    family: str = ""
     pool: PoolOffer | None
     nonce: bytes
     answers: bytes
@@ -101,11 +116,14 @@ def prove(frame: FirstFrame, secret: bytes) -> FirstFrame:
     return replace(frame, proof=_proof(frame, secret))
 
 
-def check_hello(frame: object, secret: bytes) -> Hello:
-    """The frame, if it is a hello that knows the secret. Raises `ProofError` if not."""
+def check_hello(frame: object, secret: bytes, asked: bytes = b"") -> Hello:
+    """The frame, if it is a hello that knows the secret and answers what was ``asked``. Raises
+    `ProofError` if not."""
     if not isinstance(frame, Hello):
         raise ProofError(f"the link begins with {type(frame).__name__}, not with a hello")
     _check(frame, secret)
+    if not hmac.compare_digest(frame.answers, asked):
+        raise ProofError(f"the hello of {frame.worker} answers another challenge")
     return frame
 
 

@@ -12,11 +12,20 @@ LINK_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAddress:
-    """A worker process that is up, and the abstract socket name on which it takes links."""
+    """A worker process that is up, and the addresses (``transport.addresses``) at which it takes
+    links. ``family`` names who started it: see ``handshake.Hello``."""
 
     worker: WorkerId
     epoch: Epoch
-    address: str
+    addresses: tuple[str, ...]
+    family: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reachable:
+    """What a worker says of itself before it is up: where it takes links."""
+
+    addresses: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

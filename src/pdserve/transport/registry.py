@@ -9,6 +9,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.transport.base import Transport
 
 TRANSPORTS = {
+    "hosts": "pdserve.transport.hosts:HostsTransport",
     "inproc": "pdserve.transport.inproc:InprocTransport",
     "shm": "pdserve.transport.shm:ShmTransport",
     "tcp": "pdserve.transport.tcp:SocketTransport",

@@ -74,9 +74,13 @@ class SocketDoor:
             addresses.append(tcp_address(host, port_of(listening[-1])))
         self._addresses = tuple(addresses)
         self._num_bytes = memory.nbytes
+        self._closed = False
         self._inbound = Inbound(memory, listening, secret=options.secret, tls=options.tls)
 
     def export(self, writer: Writer) -> PoolExport:
+        """Raises `TransferError` if closed."""
+        if self._closed:
+            raise TransferError("the pool is closed and cannot be exported")
         where = _Where(self._inbound.pool_id, self._addresses, writer.name)
         return PoolExport(SocketTransport.name, msgspec.msgpack.encode(where), self._num_bytes)
 
@@ -84,6 +88,7 @@ class SocketDoor:
         self._inbound.revoke(writer)
 
     def close(self) -> None:
+        self._closed = True
         self._inbound.close()
 
 
@@ -92,21 +97,16 @@ class SocketPool(Pool):
 
     def __init__(self, num_bytes: int, options: SocketOptions) -> None:
         self.memory = memoryview(mmap.mmap(-1, num_bytes))
-        self._door: SocketDoor | None = SocketDoor(self.memory, options)
+        self._door = SocketDoor(self.memory, options)
 
     def export(self, writer: Writer = KIN) -> PoolExport:
-        if self._door is None:
-            raise TransferError("the pool is closed and cannot be exported")
         return self._door.export(writer)
 
     def revoke(self, writer: str) -> None:
-        if self._door is not None:
-            self._door.revoke(writer)
+        self._door.revoke(writer)
 
     def close(self) -> None:
-        door, self._door = self._door, None
-        if door is not None:
-            door.close()
+        self._door.close()
         self.memory = memoryview(bytearray())
 
 

@@ -30,6 +30,18 @@ class Tls:
     client: ssl.SSLContext
 
 
+def tls_files(cert: str | None, key: str | None, ca: str | None) -> TlsFiles | None:
+    """All three or none. Raises `ConfigError` for anything between."""
+    if cert is None and key is None and ca is None:
+        return None
+    if cert is None or key is None or ca is None:
+        raise ConfigError(
+            "TLS between hosts needs --cluster-tls-cert, --cluster-tls-key and --cluster-tls-ca; "
+            "give all three, on every host"
+        )
+    return TlsFiles(cert=cert, key=key, ca=ca)
+
+
 def load_tls(files: TlsFiles | None) -> Tls | None:
     """Raises `ConfigError` if a file cannot be read or they do not belong together."""
     if files is None:

@@ -24,12 +24,35 @@ from pdserve.core import messages
 from pdserve.core.effects import WorkerUp
 from pdserve.core.errors import ProtocolError
 from pdserve.core.messages import Message
-from pdserve.transport.handshake import PROTOCOL_VERSION, Hello, Welcome
+from pdserve.transport.handshake import PROTOCOL_VERSION, Challenge, Hello, Welcome
+from pdserve.transport.joining import (
+    EndProcess,
+    Join,
+    Joined,
+    Leave,
+    NotJoined,
+    ProcessBegan,
+    ProcessEnded,
+)
 from pdserve.transport.link_faults import LinkFaults
-from pdserve.transport.peers import Peers
+from pdserve.transport.peers import Peers, Reachable
 from pdserve.transport.progress import LayersWritten
 
-WireMessage = Message | Hello | Welcome | WorkerUp | Peers | LayersWritten | LinkFaults
+Joining = Join | Joined | NotJoined | ProcessBegan | ProcessEnded | EndProcess | Leave
+"""Between the gateway and a host that brings a worker."""
+
+WireMessage = (
+    Message
+    | Challenge
+    | Hello
+    | Welcome
+    | WorkerUp
+    | Reachable
+    | Peers
+    | LayersWritten
+    | LinkFaults
+    | Joining
+)
 """What a frame can hold. `WorkerUp` is how a worker process introduces itself to the gateway."""
 
 KINDS: dict[int, type[Any]] = {
@@ -40,6 +63,16 @@ KINDS: dict[int, type[Any]] = {
     4: Peers,
     5: LayersWritten,
     6: LinkFaults,
+    7: Challenge,
+    8: Reachable,
+    # A host that brings a worker.
+    9: Join,
+    10: Joined,
+    11: NotJoined,
+    12: ProcessEnded,
+    13: EndProcess,
+    14: Leave,
+    15: ProcessBegan,
     # Router to worker.
     16: messages.StartJob,
     17: messages.AbortAttempt,
@@ -83,6 +116,7 @@ MAX_FIRST_FRAME_BYTES = 64 << 10
 KIND_OF = {cls: kind for kind, cls in KINDS.items()}
 _MAX_BYTES = dict.fromkeys(KINDS, MAX_FRAME_BYTES) | {
     KIND_OF[messages.OpaquePayload]: MAX_PAYLOAD_FRAME_BYTES,
+    KIND_OF[Challenge]: MAX_FIRST_FRAME_BYTES,
     KIND_OF[Hello]: MAX_FIRST_FRAME_BYTES,
     KIND_OF[Welcome]: MAX_FIRST_FRAME_BYTES,
 }
@@ -154,8 +188,9 @@ class Decoder:
     def feed(self, data: bytes | bytearray | memoryview) -> list[WireMessage]:
         """The messages that ``data`` completes, in order.
 
-        While guarded: the first one, which is a `Hello` or `Welcome`, and no other. Its receiver
-        checks it and then calls `admit`, or closes the link, before it feeds more.
+        While guarded: the first one, which is a `Challenge`, `Hello` or `Welcome`, and no other.
+        Its receiver checks it and then calls `admit`, or closes the link, before it feeds more;
+        after a challenge, it feeds again, if only nothing, to have the next one.
         """
         self._buffer += data
         return self._decode_all()
@@ -202,7 +237,7 @@ class Decoder:
             raise ProtocolError(f"unknown message kind {kind}")
         if length < _PREFIX.size - _LENGTH_BYTES:
             raise ProtocolError(f"a frame of {length} bytes is too short to be one")
-        if self._guarded and KINDS[kind] not in (Hello, Welcome):
+        if self._guarded and KINDS[kind] not in (Challenge, Hello, Welcome):
             raise ProtocolError(f"a {KINDS[kind].__name__} before any proof of the cluster secret")
         _check_length(kind, length, _MAX_BYTES[kind])
         end: int = start + _LENGTH_BYTES + length

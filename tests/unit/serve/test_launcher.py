@@ -121,8 +121,8 @@ def test_a_process_that_fails_is_started_again_with_the_next_epoch() -> None:
             ("a", 1, "exit status 3: out of luck"),
             ("a", 2, "exit status 3: out of luck"),
         ]
-        assert office.launcher.expects(A, Epoch(2)) is None
-        assert office.launcher.expects(A, Epoch(3)) is not None
+        assert not office.launcher.expects(A, Epoch(2))
+        assert office.launcher.expects(A, Epoch(3))
         await office.launcher.stop(0)
 
     run(work)

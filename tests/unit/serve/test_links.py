@@ -15,17 +15,14 @@ from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import LeaseRenew, OpaquePayload
 from pdserve.core.request import Role
 from pdserve.serve import links
-from pdserve.serve.links import (
+from pdserve.serve.greetings import (
     Identity,
-    Link,
-    Listener,
     Peer,
     answer,
-    connect,
     greet,
-    new_address,
     receive_hello,
 )
+from pdserve.serve.links import Link, Listener, connect, new_address
 from pdserve.transport.base import PoolExport
 from pdserve.transport.handshake import Hello
 from pdserve.transport.wire import WireMessage, encode
@@ -161,8 +158,8 @@ def test_a_listener_that_does_not_know_the_secret_is_not_believed() -> None:
     [
         (b"GET / HTTP/1.1\r\n\r\n", "protocol version"),
         (encode(renew(1)), "before any proof"),
-        (bytes.fromhex("7fffffff0301") + b"x" * 100, "over the limit"),
-        (bytes.fromhex("000000030301c1"), "not one"),
+        (bytes.fromhex("7fffffff0401") + b"x" * 100, "over the limit"),
+        (bytes.fromhex("000000030401c1"), "not one"),
     ],
 )
 def test_garbage_closes_its_link_and_no_other(first_bytes: bytes, reason: str) -> None:
@@ -175,7 +172,7 @@ def test_garbage_closes_its_link_and_no_other(first_bytes: bytes, reason: str) -
         ear = Ear(good_end)
 
         bad = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        bad.connect("\0" + listener.address)
+        bad.connect("\0" + listener.address.rpartition("/")[2])
         bad_end = await arrived.get()
         bad.send(first_bytes)
         with pytest.raises(ProtocolError, match=reason):

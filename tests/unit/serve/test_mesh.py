@@ -12,7 +12,8 @@ from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import LeaseRenew, Message
 from pdserve.core.request import Role
 from pdserve.serve import mesh as mesh_module
-from pdserve.serve.links import Identity, Link, Listener, connect, greet, new_address
+from pdserve.serve.greetings import Identity, greet
+from pdserve.serve.links import Link, Listener, connect, new_address
 from pdserve.serve.mesh import Mesh, MeshEvents
 from pdserve.transport.base import Region
 from pdserve.transport.inproc import InprocHub, InprocTransport
@@ -47,7 +48,7 @@ class Node:
 
     @property
     def address(self) -> PeerAddress:
-        return PeerAddress(worker=self.name, epoch=self.epoch, address=self.listener.address)
+        return PeerAddress(worker=self.name, epoch=self.epoch, addresses=self.listener.addresses)
 
     def _accepted(self, link: Link) -> None:
         self.links.append(link)

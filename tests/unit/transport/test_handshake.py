@@ -48,6 +48,8 @@ WELCOME = prove(
 )
 CHANGES: dict[str, Any] = {
     "version": PROTOCOL_VERSION + 1,
+    "family": "elsewhere",
+    "answers": bytes(16),
     "worker": WorkerId("prefill-1"),
     "epoch": Epoch(4),
     "role": Role.DECODE,
