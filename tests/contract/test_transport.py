@@ -14,8 +14,17 @@ from typing import Any
 import pytest
 
 from pdserve.core.errors import ConfigError, TransferError
-from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Transport
+from pdserve.transport.base import (
+    KIN,
+    Pool,
+    PoolExport,
+    Region,
+    RemotePool,
+    Transport,
+    Writer,
+)
 from pdserve.transport.fake import FakeTransport, Faults
+from pdserve.transport.hosts import HostsTransport
 from pdserve.transport.inproc import InprocHub, InprocTransport
 from pdserve.transport.registry import TRANSPORTS, create_transport
 from pdserve.transport.shm import ShmTransport
@@ -34,6 +43,7 @@ class Link:
     owner: Transport
     writer: Transport
     pools: list[Pool | RemotePool] = field(default_factory=list)
+    exported_to: Writer = KIN
 
     def source(self, num_bytes: int = SIZE) -> memoryview:
         pool = self.writer.allocate(num_bytes)
@@ -43,7 +53,7 @@ class Link:
 
     def target(self, num_bytes: int = SIZE) -> tuple[Pool, RemotePool]:
         pool = self.owner.allocate(num_bytes)
-        remote = self.writer.attach(pool.export())
+        remote = self.writer.attach(pool.export(self.exported_to))
         self.pools += [remote, pool]
         return pool, remote
 
@@ -72,6 +82,18 @@ def tcp_link(num_streams: int = 1, tls: Tls | None = None) -> Link:
 
 def tcp_streams_link() -> Link:
     return tcp_link(num_streams=3)
+
+
+def hosts_link() -> Link:
+    options = SocketOptions(secret=SECRET)
+    return Link(HostsTransport(options), HostsTransport(options))
+
+
+def joined_link() -> Link:
+    """Shared memory for kin, and a writer that is none."""
+    link = hosts_link()
+    link.exported_to = Writer("decode-9/1", False)
+    return link
 
 
 def lazy_shm_link() -> Link:
@@ -109,6 +131,8 @@ def leaked_descriptors(before: int) -> int:
         unix_link,
         tcp_link,
         tcp_streams_link,
+        hosts_link,
+        joined_link,
     ]
 )
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:
@@ -379,6 +403,7 @@ def test_fake_holds_a_write_until_it_is_released() -> None:
 
 def test_the_registry_makes_each_transport() -> None:
     options: dict[str, dict[str, Any]] = {
+        "hosts": {"options": SocketOptions(secret=SECRET), "prefault": False},
         "inproc": {"hub": InprocHub()},
         "shm": {"prefault": False},
         "tcp": {"options": SocketOptions(secret=SECRET)},
@@ -387,5 +412,5 @@ def test_the_registry_makes_each_transport() -> None:
 
 
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'telepathy': choose one of inproc, shm, tcp"):
+    with pytest.raises(ConfigError, match="'telepathy': choose one of hosts, inproc, shm, tcp"):
         create_transport("telepathy")

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +16,8 @@ from typing import Any
 
 import openai
 import pytest
+
+from pdserve.weights.random_model import write_random_model
 
 
 class ServerProcess:
@@ -117,3 +120,19 @@ def wait_for_exit() -> Callable[[list[int]], None]:
             assert ended, f"process {pid} is left"
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def other_tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_model_path``, with other weights."""
+    path = tmp_path_factory.mktemp("models") / "other"
+    write_random_model(path, seed=1)
+    return path
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port

@@ -47,6 +47,7 @@ from pdserve.weights.identity import served_digest
 
 log = logging.getLogger(__name__)
 
+CLOSING = "closing"
 ENDS_ALONE_S = 1.0
 """How long a process may take to end by itself once it has lost the gateway."""
 
@@ -99,7 +100,7 @@ class Host:
                     try:
                         await self._take_part(link)
                     finally:
-                        link.close("closing")
+                        link.close(CLOSING)
                         await self._end_process(ENDS_ALONE_S)
                 if not self._leaving.is_set():
                     await self._pause(retries.pause_s(time.monotonic() - began_s))
@@ -127,7 +128,8 @@ class Host:
         self._link_ended = ended = asyncio.Event()
 
         def on_end(reason: str) -> None:
-            log.warning("link to the gateway: %s", reason)
+            if reason != CLOSING:
+                log.warning("link to the gateway: %s", reason)
             ended.set()
 
         link.open(self._heard.put_nowait, on_end)

@@ -2,13 +2,14 @@
 
 It wraps another transport and consults a `Faults` script at each write: the write can fail, arrive
 with a flipped byte, or be held until the test lets it go, which is how a writer looks that was
-stopped past its lease and then wakes up. Everything else is the wrapped transport's behaviour.
+stopped past its lease and then wakes up. What has failed can be kept from settling, as if bytes of
+it were still on their way. Everything else is the wrapped transport's behaviour.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdserve.core.errors import TransferError
 from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Transport
@@ -24,6 +25,26 @@ class Faults:
         self._num_writes = 0
         self._num_held = 0
         self._holding = False
+        self._unsettled: list[Callable[[], None]] | None = None
+
+    def hold_settling(self) -> None:
+        """From now on nothing settles before `release_settling`."""
+        with self._changed:
+            self._unsettled = []
+
+    def release_settling(self) -> None:
+        with self._changed:
+            settled, self._unsettled = self._unsettled or [], None
+        for done in settled:
+            done()
+
+    def settle(self, done: Callable[[], None]) -> bool:
+        """False if it is not held."""
+        with self._changed:
+            if self._unsettled is None:
+                return False
+            self._unsettled.append(done)
+            return True
 
     def fail_write(self, number: int, detail: str = "scripted fault") -> None:
         """Write ``number`` raises `TransferError` and copies nothing."""
@@ -86,6 +107,10 @@ class FakeRemotePool(RemotePool):
                 self._inner.write(memoryview(wrong), [Region(0, region.target + corrupt, 1)])
                 return
             corrupt -= region.length
+
+    def settle(self, done: Callable[[], None]) -> None:
+        if not self._faults.settle(done):
+            self._inner.settle(done)
 
     def close(self) -> None:
         self._inner.close()

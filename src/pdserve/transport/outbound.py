@@ -240,6 +240,8 @@ class Outbound(RemotePool):
         data = channel.read_all(VERDICT.size, self._stall_s)
         verdict = unpack_verdict(data, self._secret, request.nonce)
         if verdict != TAKEN:
+            with contextlib.suppress(OSError):
+                channel.read_all(1, self._stall_s)  # the peer hangs up
             raise ConnectionError(WHY.get(verdict, f"verdict {verdict}"))
 
     def _hang_up(self) -> None:

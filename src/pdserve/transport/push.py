@@ -9,8 +9,10 @@ A worker has one `Pusher`. Three threads meet in it::
 
 The first two only put a call on the queue. The transfer thread alone holds the state of transfers
 and alone writes, and this is the fence: a `TransferStopped` that it posts comes after the last
-write of that attempt, whatever the other threads do. An attempt that is sent, failed or stopped is
-forgotten, and what is said of it later is ignored.
+write of that attempt, whatever the other threads do. If a write failed of which bytes may still be
+on their way to another host, it comes when they can no more land (`RemotePool.settle`), and nothing
+else waits for that. An attempt that is sent, failed or stopped is forgotten, and what is said of it
+later is ignored.
 
 A transfer is sent when its last layer is written, while the step still draws the first tokens: so
 the trailer can leave with the end of the step. Should the step break after that, the machine stops
@@ -96,6 +98,7 @@ class Pusher:
         self._announced: StepId | None = None
         # Of the transfer thread.
         self._transfers: dict[AttemptId, Transfer] = {}
+        self._failed: dict[AttemptId, RemotePool] = {}
         self._arrivals = Arrivals(self._pool)
         self._step: list[Transfer] = []
         # Shared. The queue orders everything; the other two only make a stop take effect early.
@@ -179,6 +182,13 @@ class Pusher:
     def _stop(self, attempt: AttemptId) -> None:
         self._transfers.pop(attempt, None)
         self._stopping.discard(attempt)
+        remote = self._failed.pop(attempt, None)
+        if remote is None:
+            self._post(TransferStopped(attempt))
+        else:
+            remote.settle(lambda: self._queue.put(partial(self._settled, attempt)))
+
+    def _settled(self, attempt: AttemptId) -> None:
         self._post(TransferStopped(attempt))
 
     def _begin_step(self, rows: Sequence[StepRow]) -> None:
@@ -219,6 +229,8 @@ class Pusher:
                     self._announce(transfer.peer, news)
         except Exception as error:  # Whatever broke the write: the attempt is tried again.
             del self._transfers[attempt]
+            if transfer.remote is not None:
+                self._failed[attempt] = transfer.remote
             self._post(TransferFailed(attempt=attempt, detail=f"{type(error).__name__}: {error}"))
             return
         if transfer.is_written and self._may_write(attempt):

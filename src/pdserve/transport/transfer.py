@@ -142,6 +142,11 @@ class Transfer:
         self._current = None
 
     @property
+    def remote(self) -> RemotePool | None:
+        """Where it is written to, once that is known."""
+        return None if self._destination is None else self._destination.remote
+
+    @property
     def is_bound(self) -> bool:
         return self._destination is not None
 

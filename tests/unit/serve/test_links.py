@@ -158,8 +158,8 @@ def test_a_listener_that_does_not_know_the_secret_is_not_believed() -> None:
     [
         (b"GET / HTTP/1.1\r\n\r\n", "protocol version"),
         (encode(renew(1)), "before any proof"),
-        (bytes.fromhex("7fffffff0401") + b"x" * 100, "over the limit"),
-        (bytes.fromhex("000000030401c1"), "not one"),
+        (bytes.fromhex("7fffffff0501") + b"x" * 100, "over the limit"),
+        (bytes.fromhex("000000030501c1"), "not one"),
     ],
 )
 def test_garbage_closes_its_link_and_no_other(first_bytes: bytes, reason: str) -> None:

@@ -45,6 +45,9 @@ class LoggedRemote(RemotePool):
         self._inner.write(source, regions)
         self._log.append(tuple(regions))
 
+    def settle(self, done: Callable[[], None]) -> None:
+        self._inner.settle(done)
+
     def close(self) -> None:
         self._inner.close()
 

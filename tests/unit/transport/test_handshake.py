@@ -91,7 +91,7 @@ def test_a_hello_is_not_a_welcome_in_disguise() -> None:
     names = {field.name for field in fields(Hello)}
     shared = {name: getattr(HELLO, name) for name in names}
     with pytest.raises(ProofError):
-        check_welcome(Welcome(**shared, answers=HELLO.nonce), SECRET, HELLO)
+        check_welcome(Welcome(**shared | {"answers": HELLO.nonce}), SECRET, HELLO)
 
 
 def test_an_old_welcome_opens_no_new_link() -> None:

@@ -435,3 +435,24 @@ def test_a_closed_pusher_neither_writes_nor_posts(make_scene: Callable[..., Any]
     done = list(scene.log)
     scene.pusher.stop(scene.attempt())
     assert scene.log == done
+
+
+def test_a_failed_write_has_stopped_only_when_nothing_of_it_can_land(
+    make_scene: Callable[..., Any],
+) -> None:
+    faults = Faults()
+    faults.fail_write(0, "the cable is cut")
+    faults.hold_settling()
+    scene = faulty_scene(make_scene, faults)
+    scene.open(HERE)
+    scene.bind(0, THERE)
+    scene.step(scene.row(HERE, 0, 16, last=True))
+    assert [type(event) for event in scene.drain()] == [TransferFailed]
+    scene.pusher.stop(scene.attempt())
+    assert scene.drain() == []
+    scene.open(HERE, name="other")  # and nobody else waits for that
+    scene.pusher.stop(scene.attempt("other"))
+    assert scene.drain() == [TransferStopped(scene.attempt("other"))]
+    faults.release_settling()
+    assert scene.drain() == [TransferStopped(scene.attempt())]
+    scene.close()

@@ -23,12 +23,12 @@ from pdserve.core.ids import AttemptId, Epoch, RequestId, WorkerId
 from pdserve.core.messages import Accepted, DrainWorker, LeaseRenew, OpaquePayload, Revoke, Ticket
 from pdserve.core.step import StepId, StepResult
 from pdserve.transport import wire
-from pdserve.transport.handshake import PROTOCOL_VERSION, Hello, Welcome
+from pdserve.transport.handshake import PROTOCOL_VERSION, Challenge, Hello, Welcome
 from pdserve.transport.link_faults import LinkFaults
-from pdserve.transport.peers import Peers
+from pdserve.transport.peers import Peers, Reachable
 from pdserve.transport.progress import LayersWritten
 from pdserve.transport.records import RECORD_KINDS, decode_record, encode_record
-from pdserve.transport.wire import KINDS, Decoder, encode
+from pdserve.transport.wire import KINDS, Decoder, Joining, encode
 
 MESSAGES = tuple(KINDS.values())
 RECORDS = tuple(RECORD_KINDS.values())
@@ -70,14 +70,16 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def test_every_message_has_a_kind_and_every_kind_is_a_message() -> None:
-    links = {Hello, Welcome, effects.WorkerUp, Peers, LayersWritten, LinkFaults}
+    links = {Challenge, Hello, Welcome, effects.WorkerUp, Reachable, Peers, LayersWritten}
+    links |= {LinkFaults, *typing.get_args(Joining)}
     assert set(KINDS.values()) == set(typing.get_args(messages.Message)) | links
     assert len(set(KINDS.values())) == len(KINDS)
 
 
 def test_kinds_stay_what_they_are() -> None:
     names = {
-        1: "Hello Welcome WorkerUp Peers LayersWritten LinkFaults",
+        1: "Hello Welcome WorkerUp Peers LayersWritten LinkFaults Challenge Reachable",
+        9: "Join Joined NotJoined ProcessEnded EndProcess Leave ProcessBegan",
         16: "StartJob AbortAttempt WorkerGone DrainWorker",
         20: "SetRole MoveAttempt SendPrefix UndrainWorker",
         32: "Tokens AttemptFailed TicketGranted Life LoadReport",
@@ -92,7 +94,7 @@ def test_kinds_stay_what_they_are() -> None:
 
 def test_a_frame_looks_as_documented() -> None:
     body = msgspec.msgpack.encode({"attempt": ["r", 1]})
-    assert encode(Revoke(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 4, 57) + body
+    assert encode(Revoke(ATTEMPT)) == struct.pack(">IBB", len(body) + 2, 5, 57) + body
 
 
 @pytest.mark.parametrize("cls", MESSAGES)
@@ -141,7 +143,7 @@ GOOD_BODY = encode(Accepted(ATTEMPT))[6:]
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (frame(GOOD_BODY, version=1), "version 1 is not 4"),
+        (frame(GOOD_BODY, version=1), "version 1 is not 5"),
         (frame(GOOD_BODY, kind=99), "unknown message kind 99"),
         (struct.pack(">IBB", 0, PROTOCOL_VERSION, 54), "too short"),
         (
@@ -286,10 +288,10 @@ def test_a_random_record_is_refused(body: bytes, kind: int) -> None:
     [
         (b"", "too short"),
         (b"\x01\x40\x80", "version 1"),
-        (b"\x04\x01\x80", "unknown record kind 1"),
-        (b"\x04\x60" + msgspec.msgpack.encode(["w", 7, {}]), "unknown message kind 7"),
-        (b"\x04\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
-        (b"\x04\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
+        (b"\x05\x01\x80", "unknown record kind 1"),
+        (b"\x05\x60" + msgspec.msgpack.encode(["w", 99, {}]), "unknown message kind 99"),
+        (b"\x05\x60" + msgspec.msgpack.encode(["w", 54, {}]), "body of a Accepted"),
+        (b"\x05\x60" + msgspec.msgpack.encode(["w", 1, None]), "body of a Hello"),
     ],
 )
 def test_a_bad_record_is_refused_with_the_reason(record: bytes, what: str) -> None:

@@ -1,0 +1,203 @@
+"""A worker of another process tree joins over TCP: the same tokens, and it may come and go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SECRET = "0123456789abcdef0123456789abcdef"
+FLAGS = ("--dtype", "fp32", "--kv-blocks", "256", "--threads", "1", "--policy", "shortest_queue")
+ASKED: dict[str, Any] = {
+    "prompt": "the cat sat on the mat " * 20,
+    "max_tokens": 40,
+    "temperature": 1.0,
+    "seed": 7,
+    "extra_body": {"ignore_eos": True},
+}
+
+
+class HostProcess:
+    """``pdserve worker --join``, as a process tree of its own."""
+
+    def __init__(self, log_file: Path, arguments: list[str], secret: str) -> None:
+        self.log_file = log_file
+        with log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pdserve", "worker", *arguments],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PDSERVE_CLUSTER_SECRET": secret},
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = 60) -> int:
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+StartHost = Callable[..., HostProcess]
+
+
+@pytest.fixture
+def start_host(tmp_path: Path) -> Iterator[StartHost]:
+    started: list[HostProcess] = []
+
+    def start(*arguments: str, secret: str = SECRET) -> HostProcess:
+        log_file = tmp_path / f"host-{len(started)}.log"
+        started.append(HostProcess(log_file, list(arguments), secret))
+        return started[-1]
+
+    yield start
+    for host in started:
+        host.close()
+
+
+@pytest.fixture
+def cluster_flags(tmp_path: Path, free_port: int) -> tuple[str, ...]:
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    return (
+        *("--listen-workers", f"127.0.0.1:{free_port}"),
+        *("--cluster-secret-file", str(secret)),
+    )
+
+
+def until(server: Any, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Look at the workers until it holds. Each look is a request, so this yields."""
+    give_up_s = time.monotonic() + 60
+    while time.monotonic() < give_up_s:
+        workers: dict[str, Any] = server.workers()
+        if holds(workers):
+            return workers
+    pytest.fail(f"it did not happen:\n{workers}\n{server.log[-3000:]}")
+
+
+def is_ready(worker: str, epoch: int = 1) -> Callable[[dict[str, Any]], bool]:
+    return lambda workers: (
+        worker in workers
+        and (workers[worker]["state"], workers[worker]["epoch"]) == ("ready", epoch)
+    )
+
+
+def last_attempt(server: Any, answer_id: str) -> dict[str, Any]:
+    attempt: dict[str, Any] = server.get(f"/v1/requests/{answer_id}/timeline")["attempts"][-1]
+    return attempt
+
+
+def test_a_joined_worker_decodes_the_same_tokens_and_comes_back_with_a_newer_epoch(
+    start_server: Callable[..., Any],
+    start_host: StartHost,
+    cluster_flags: tuple[str, ...],
+    free_port: int,
+    tiny_model_path: Path,
+    wait_for_exit: Callable[[list[int]], None],
+) -> None:
+    model = str(tiny_model_path)
+    server = start_server(
+        "--model", model, *FLAGS, *cluster_flags, "--prefill", "1", "--decode", "0"
+    )
+    asked = {"model": tiny_model_path.name, **ASKED}
+    joining = (
+        *("--join", f"127.0.0.1:{free_port}", "--id", "far", "--role", "decode"),
+        *("--kv-blocks", "256", "--threads", "1"),
+    )
+    with server.client() as client:
+        expected = client.completions.create(**asked).choices[0].text
+        host = start_host("--model", model, *joining)
+        far = until(server, is_ready("far"))["far"]
+        assert (far["role"], far["host"], far["pid"]) != (None, None, None)
+        answer = client.completions.create(**asked)
+        assert answer.choices[0].text == expected
+        attempt = last_attempt(server, answer.id)
+        assert (attempt["prefill_worker"], attempt["decode_worker"]) == ("prefill-0", "far")
+
+        # Its process is killed in mid-answer: a pause, the same text, and the next process.
+        text = ""
+        for number, chunk in enumerate(client.completions.create(**asked, stream=True)):
+            text += chunk.choices[0].text
+            if number == 5:
+                os.kill(far["pid"], signal.SIGKILL)
+        assert text == expected
+        far = until(server, is_ready("far", 2))["far"]
+        answer = client.completions.create(**asked)
+        assert answer.choices[0].text == expected
+        assert last_attempt(server, answer.id)["decode_worker"] == "far"
+
+        # The whole host dies and comes back under the same id.
+        host.process.kill()
+        wait_for_exit([far["pid"]])
+        until(server, lambda workers: workers["far"]["state"] == "down")
+        assert client.completions.create(**asked).choices[0].text == expected
+        host = start_host("--model", model, *joining)
+        until(server, is_ready("far", 3))
+        assert client.completions.create(**asked).choices[0].text == expected
+
+        # It leaves: the worker holds nothing, the slot is gone, nobody was disturbed.
+        host.process.send_signal(signal.SIGTERM)
+        assert host.wait() == 0
+        assert set(server.workers()) == {"prefill-0"}
+        assert client.completions.create(**asked).choices[0].text == expected
+
+
+def test_who_may_not_join_is_told_why(
+    start_server: Callable[..., Any],
+    start_host: StartHost,
+    cluster_flags: tuple[str, ...],
+    free_port: int,
+    tiny_model_path: Path,
+    other_tiny_model_path: Path,
+) -> None:
+    model, join = str(tiny_model_path), ("--join", f"127.0.0.1:{free_port}")
+    server = start_server("--model", model, *FLAGS, *cluster_flags, "--mixed", "1")
+    refused = {
+        "other weights: ": start_host(*join, "--model", str(other_tiny_model_path), "--id", "a"),
+        "choose another --id": start_host(*join, "--model", model, "--id", "mixed-0"),
+        "needs a cluster secret": start_host(*join, "--model", model, secret=""),
+        "anybody could guess it": start_host(*join, "--model", model, secret="short"),
+    }
+    for what, host in refused.items():
+        assert host.wait() == 2
+        assert what in host.log
+    stranger = start_host(*join, "--model", model, "--id", "b", secret=SECRET[::-1])
+    give_up_s = time.monotonic() + 30
+    while "is the cluster secret the same there?" not in stranger.log:
+        assert time.monotonic() < give_up_s, stranger.log
+        server.workers()
+    assert set(server.workers()) == {"mixed-0"}
+
+
+def test_a_host_joins_again_when_the_gateway_is_back(
+    start_server: Callable[..., Any],
+    start_host: StartHost,
+    cluster_flags: tuple[str, ...],
+    free_port: int,
+    tiny_model_path: Path,
+) -> None:
+    model = str(tiny_model_path)
+    flags = ("--model", model, *FLAGS, *cluster_flags, "--mixed", "1")
+    server = start_server(*flags)
+    start_host(
+        *("--join", f"127.0.0.1:{free_port}", "--model", model, "--id", "far"),
+        *("--kv-blocks", "64", "--threads", "1"),
+    )
+    until(server, is_ready("far"))
+    server.signal(signal.SIGKILL)
+    server.wait()
+    again = start_server(*flags)
+    until(again, is_ready("far"))
