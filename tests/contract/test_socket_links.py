@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from pdserve.core.errors import TransferError
 from pdserve.transport.addresses import split_host_port, tcp_address
 from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Writer
 from pdserve.transport.tcp import SocketOptions, SocketTransport
+from pdserve.transport.tls import Tls, load_tls, tls_files
 
 SIZE = 1 << 20
 SECRET = b"s" * 32
@@ -285,3 +287,37 @@ def test_a_writer_with_another_secret_does_not_get_in(scene: Scene) -> None:
     raw.close()
     scene.remote.write(scene.source, [Region(0, 0, 64)])
     assert scene.pool.memory[:64] == scene.source[:64]
+
+
+def tls_of(name: str) -> Tls | None:
+    pki = Path(__file__).parents[1] / "pki"
+    files = tls_files(
+        str(pki / f"{name}.pem"), str(pki / f"{name}.key"), str(pki / f"{name}-ca.pem")
+    )
+    return load_tls(files)
+
+
+@pytest.mark.parametrize("theirs", ["stranger", None])
+def test_tls_lets_in_nobody_of_another_authority(theirs: str | None) -> None:
+    options = SocketOptions(
+        secret=SECRET, listen=("127.0.0.1", 0), stall_s=0.5, tls=tls_of("cluster")
+    )
+    pool = SocketTransport(options).allocate(4096)
+    export = pool.export(PEER)
+    pool_id, addresses, writer = msgspec.msgpack.decode(export.token)
+    from_elsewhere = msgspec.msgpack.encode([pool_id, addresses[1:], writer])
+    export = replace(export, token=from_elsewhere)
+    SocketTransport(options).attach(export).close()
+    other = replace(options, tls=None if theirs is None else tls_of(theirs))
+    with pytest.raises(TransferError, match="cannot be reached"):
+        SocketTransport(other).attach(export).write(memoryview(bytearray(8)), [Region(0, 0, 8)])
+    pool.close()
+
+
+def test_a_memory_of_many_pieces_moves_in_frames_of_a_bounded_number(scene: Scene) -> None:
+    regions = [Region(3 * place, 3 * place, 2) for place in range(70_000)]
+    scene.remote.write(scene.source, regions)
+    expected = bytearray(4 * SIZE)
+    for start in range(0, 210_000, 3):
+        expected[start : start + 2] = scene.source[start : start + 2]
+    assert scene.pool.memory == expected

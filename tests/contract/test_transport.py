@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from pdserve.transport.inproc import InprocHub, InprocTransport
 from pdserve.transport.registry import TRANSPORTS, create_transport
 from pdserve.transport.shm import ShmTransport
 from pdserve.transport.tcp import SocketOptions, SocketTransport
-from pdserve.transport.tls import Tls
+from pdserve.transport.tls import Tls, load_tls, tls_files
 
 SIZE = 3 * 4096 + 100
 SECRET = b"s" * 32
@@ -78,6 +79,17 @@ def tcp_link(num_streams: int = 1, tls: Tls | None = None) -> Link:
         secret=SECRET, listen=("127.0.0.1", 0), num_streams=num_streams, tls=tls
     )
     return Link(SocketTransport(options), FromElsewhere(options))
+
+
+def cluster_tls() -> Tls | None:
+    pki = Path(__file__).parents[1] / "pki"
+    return load_tls(
+        tls_files(str(pki / "cluster.pem"), str(pki / "cluster.key"), str(pki / "cluster-ca.pem"))
+    )
+
+
+def tls_link() -> Link:
+    return tcp_link(num_streams=2, tls=cluster_tls())
 
 
 def tcp_streams_link() -> Link:
@@ -131,6 +143,7 @@ def leaked_descriptors(before: int) -> int:
         unix_link,
         tcp_link,
         tcp_streams_link,
+        tls_link,
         hosts_link,
         joined_link,
     ]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 SECRET = "0123456789abcdef0123456789abcdef"
 FLAGS = ("--dtype", "fp32", "--kv-blocks", "256", "--threads", "1", "--policy", "shortest_queue")
+MODELLED = ("--engine", "modelled")
 ASKED: dict[str, Any] = {
     "prompt": "the cat sat on the mat " * 20,
     "max_tokens": 40,
@@ -22,6 +24,7 @@ ASKED: dict[str, Any] = {
     "seed": 7,
     "extra_body": {"ignore_eos": True},
 }
+PAUSE = threading.Event()
 
 
 class HostProcess:
@@ -79,12 +82,13 @@ def cluster_flags(tmp_path: Path, free_port: int) -> tuple[str, ...]:
 
 
 def until(server: Any, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Look at the workers until it holds. Each look is a request, so this yields."""
+    """Look at the workers now and then until it holds."""
     give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
         workers: dict[str, Any] = server.workers()
         if holds(workers):
             return workers
+        PAUSE.wait(0.1)
     pytest.fail(f"it did not happen:\n{workers}\n{server.log[-3000:]}")
 
 
@@ -164,7 +168,7 @@ def test_who_may_not_join_is_told_why(
     other_tiny_model_path: Path,
 ) -> None:
     model, join = str(tiny_model_path), ("--join", f"127.0.0.1:{free_port}")
-    server = start_server("--model", model, *FLAGS, *cluster_flags, "--mixed", "1")
+    server = start_server("--model", model, *FLAGS, *MODELLED, *cluster_flags, "--mixed", "1")
     refused = {
         "other weights: ": start_host(*join, "--model", str(other_tiny_model_path), "--id", "a"),
         "choose another --id": start_host(*join, "--model", model, "--id", "mixed-0"),
@@ -178,11 +182,11 @@ def test_who_may_not_join_is_told_why(
     give_up_s = time.monotonic() + 30
     while "is the cluster secret the same there?" not in stranger.log:
         assert time.monotonic() < give_up_s, stranger.log
-        server.workers()
+        PAUSE.wait(0.1)
     assert set(server.workers()) == {"mixed-0"}
 
 
-def test_a_host_joins_again_when_the_gateway_is_back(
+def test_a_host_joins_again_over_tls_when_the_gateway_is_back(
     start_server: Callable[..., Any],
     start_host: StartHost,
     cluster_flags: tuple[str, ...],
@@ -190,11 +194,17 @@ def test_a_host_joins_again_when_the_gateway_is_back(
     tiny_model_path: Path,
 ) -> None:
     model = str(tiny_model_path)
-    flags = ("--model", model, *FLAGS, *cluster_flags, "--mixed", "1")
+    pki = Path(__file__).parents[1] / "pki"
+    tls_flags = (
+        *("--cluster-tls-cert", str(pki / "cluster.pem")),
+        *("--cluster-tls-key", str(pki / "cluster.key")),
+        *("--cluster-tls-ca", str(pki / "cluster-ca.pem")),
+    )
+    flags = ("--model", model, *FLAGS, *MODELLED, *cluster_flags, *tls_flags, "--mixed", "1")
     server = start_server(*flags)
     start_host(
         *("--join", f"127.0.0.1:{free_port}", "--model", model, "--id", "far"),
-        *("--kv-blocks", "64", "--threads", "1"),
+        *("--kv-blocks", "64", "--threads", "1", *tls_flags),
     )
     until(server, is_ready("far"))
     server.signal(signal.SIGKILL)
