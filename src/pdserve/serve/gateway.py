@@ -138,21 +138,20 @@ class LiveGateway:
         self._life.subscribe(self._metrics.on_event)
         self._life.subscribe(log_life_event)
         self._driver = Driver(machine, self._perform, crashed=self._crashed, recorder=recorder)
-        self._roster = Roster(
-            address,
-            identity,
-            RosterEvents(
-                expects=supervisor.expects,
-                up=self._worker_up,
-                received=self._received,
-                unlinked=self._unlinked,
-            ),
-            outside or Outside(),
-        )
+        self._roster = self._make_roster(address, identity, outside or Outside())
         self._commands = Commands(self._driver.feed)
         faults = LiveFaults(self._roles, self._roster.set_faults, supervisor)
         self.faults: FaultHooks | None = faults if allow_faults else None
         self._driver.feed(Started())
+
+    def _make_roster(self, address: str, identity: Identity, outside: Outside) -> Roster:
+        events = RosterEvents(
+            expects=self._supervisor.expects,
+            up=self._worker_up,
+            received=self._received,
+            unlinked=self._unlinked,
+        )
+        return Roster(address, identity, events, outside)
 
     # --- the edge -----------------------------------------------------------------------------
 

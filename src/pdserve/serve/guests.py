@@ -77,10 +77,12 @@ class Guests:
         self._own = frozenset((GATEWAY, *own))
         self._events = events
         self._guests: dict[WorkerId, _Guest] = {}
+        self._links: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def joining(self, link: Link, peer: Peer) -> None:
         """A host has proved itself; what it wants, it says next."""
+        self._links.add(link)
         link.open(
             lambda message: self._on_message(link, peer.worker, message),
             lambda reason: self._on_end(link, peer.worker, reason),
@@ -88,12 +90,11 @@ class Guests:
 
     def close(self) -> None:
         """Close every link, which ends the workers. Nobody hears of it."""
-        guests, self._guests = self._guests, {}
+        self._guests = {}
         for task in self._tasks:
             task.cancel()
-        for guest in guests.values():
-            if guest.link is not None:
-                guest.link.close("the gateway stops")
+        for link in list(self._links):
+            link.close("the gateway stops")
 
     # --- Supervisor ---------------------------------------------------------------------------
 
@@ -196,6 +197,7 @@ class Guests:
         self._events.left(guest.worker)
 
     def _on_end(self, link: Link, worker: WorkerId, reason: str) -> None:
+        self._links.discard(link)
         guest = self._guests.get(worker)
         if guest is None or guest.link is not link:
             return

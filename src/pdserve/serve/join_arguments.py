@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdserve.config import parse_size
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.request import Role
+from pdserve.options import parse_size
 from pdserve.serve.cluster_secret import require_secret
 from pdserve.transport.addresses import check_reachable, split_host_port, tcp_address
 from pdserve.transport.tls import TlsFiles, tls_files
