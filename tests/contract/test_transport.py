@@ -155,6 +155,9 @@ def link(request: pytest.FixtureRequest) -> Iterator[Link]:
     yield link
     for pool in link.pools:
         pool.close()
+    for thread in threading.enumerate():
+        if thread.name == "kv-mend":  # a writer that was closed while it tried to connect
+            thread.join()
     assert not leaked_descriptors(before)
 
 

@@ -124,19 +124,7 @@ class Server:
             unusable=self._unusable,
             said=self._worker_said,
         )
-        self._guests = Guests(
-            list(deployment.roles),
-            GuestEvents(
-                digest=lambda: asyncio.to_thread(served_digest, deployment.model_path),
-                start=deployment.guest_start,
-                came=lambda worker, role, host: self._gateway.admit(worker, role, host),
-                ended=lambda worker, epoch, detail: self._gateway.worker_ended(
-                    worker, epoch, detail
-                ),
-                left=lambda worker: self._gateway.dismiss(worker),
-                drain=lambda worker: self._gateway.command(DrainOne(command=0, worker=worker)),
-            ),
-        )
+        self._guests = self._make_guests()
         self._fits = FitFiles()
         settings = RouterSettings(
             queue_timeout_s=self._config.queue_timeout,
@@ -160,6 +148,17 @@ class Server:
             policy=self._config.policy,
             outside=self._outside(),
         )
+
+    def _make_guests(self) -> Guests:
+        events = GuestEvents(
+            digest=lambda: asyncio.to_thread(served_digest, self._deployment.model_path),
+            start=self._deployment.guest_start,
+            came=lambda worker, role, host: self._gateway.admit(worker, role, host),
+            ended=lambda worker, epoch, detail: self._gateway.worker_ended(worker, epoch, detail),
+            left=lambda worker: self._gateway.dismiss(worker),
+            drain=lambda worker: self._gateway.command(DrainOne(command=0, worker=worker)),
+        )
+        return Guests(list(self._deployment.roles), events)
 
     def _outside(self) -> Outside:
         """Workers of other hosts come in if the config says where."""
