@@ -138,7 +138,7 @@ class Outbound(RemotePool):
             self._send(source, pieces)
             return
         except OSError as error:
-            log.info("the link for KV to %s broke: %s", self._door.addresses, error)
+            log.info("the link for KV to %s broke: %s", self._door.addresses, str(error))
         try:
             if self._closed:
                 raise ConnectionError("closed")
@@ -275,7 +275,7 @@ class Outbound(RemotePool):
                 if not self._closed:
                     self._connect()
             except (OSError, PdserveError) as error:
-                log.debug("no link for KV to %s: %s", self._door.addresses, error)
+                log.debug("no link for KV to %s: %s", self._door.addresses, str(error))
                 self._hang_up()
                 return False
             with self._changed:
