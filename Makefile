@@ -4,6 +4,7 @@
 #   make test            lint, import contracts, every test that is neither slow nor for a GPU
 #   make test-slow       the tests that take minutes
 #   make test-gpu        the tests that need a CUDA device
+#   make test-netns      the tests of two hosts, which are network namespaces: as root
 #   make lint            ruff, mypy, import contracts
 #
 # PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install; a machine that has
@@ -30,7 +31,7 @@ KERNELS := $(wildcard src/pdserve/engine/native/*.[ch]* src/pdserve/engine/nativ
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: help serve test test-slow test-gpu lint pull clean
+.PHONY: help serve test test-slow test-gpu test-netns lint pull clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
@@ -47,10 +48,13 @@ test: lint pull
 	$(BIN)/python -m pytest
 
 test-slow: $(TEST_READY) pull
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu and not netns'
 
 test-gpu: $(TEST_READY) pull
 	$(BIN)/python -m pytest -m gpu
+
+test-netns: $(TEST_READY)
+	$(BIN)/python -m pytest -m netns
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
