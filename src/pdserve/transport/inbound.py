@@ -256,5 +256,7 @@ class _Stream:
                         return
                     channel.read(cursor)
             except BlockingIOError:
+                channel.want(cursor.remaining)
                 channel.wait(select.POLLIN, IDLE_S)
+        channel.want(1)
         channel.write_all(ACK.pack(number, TAKEN), GREETING_TIMEOUT_S)

@@ -44,6 +44,10 @@ FRAME = struct.Struct("<QQQ")
 ACK = struct.Struct("<QQ")
 
 MAX_FRAME_PIECES = 1 << 16
+WAKE_BYTES = 128 << 10
+"""A reader that is woken for less spends its time on waking up."""
+UNIX_BUFFER_BYTES = 1 << 20
+"""A writer is woken when three quarters of its buffer are free: a small one would run empty."""
 GREETING_TIMEOUT_S = 5.0
 
 TAKEN, UNKNOWN, REVOKED, STALE = range(4)
@@ -61,9 +65,13 @@ class Channel:
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
+        if connected.family == socket.AF_UNIX:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
         self._socket = connected
         self._poll = select.poll()
         self._fd = connected.fileno()
+        self._wakes_late = connected.family != socket.AF_UNIX
+        self._wanted = 1
 
     def fileno(self) -> int:
         return self._fd
@@ -80,6 +88,13 @@ class Channel:
         """Until there is something to do, or the stream has broken; False if neither in time."""
         self._poll.register(self._fd, events)
         return bool(self._poll.poll(timeout_s * 1000))
+
+    def want(self, num_bytes: int) -> None:
+        """Wake the reader when so many bytes are there, or a good part of them."""
+        wanted = min(num_bytes, WAKE_BYTES)
+        if wanted != self._wanted and self._wakes_late:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+            self._wanted = wanted
 
     def read_all(self, num_bytes: int, timeout_s: float) -> bytes:
         """So many bytes, more than 0. Raises `OSError`; `TimeoutError` if they take longer."""
@@ -123,6 +138,7 @@ class TlsChannel(Channel):
             connected, server_side=is_server, do_handshake_on_connect=False
         )
         super().__init__(self._tls)
+        self._wakes_late = False  # what OpenSSL has read already would be waited for again
 
     def greet(self, timeout_s: float) -> None:
         """The TLS handshake. Raises `OSError`."""
