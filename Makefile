@@ -5,6 +5,7 @@
 #   make test-slow       the tests that take minutes
 #   make test-gpu        the tests that need a CUDA device
 #   make test-netns      the tests of two hosts, which are network namespaces: as root
+#   make test-clients    other projects' clients against the server, each in a venv of its own
 #   make lint            ruff, mypy, import contracts
 #
 # PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install; a machine that has
@@ -31,7 +32,7 @@ KERNELS := $(wildcard src/pdserve/engine/native/*.[ch]* src/pdserve/engine/nativ
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: help serve test test-slow test-gpu test-netns lint pull clean
+.PHONY: help serve test test-slow test-gpu test-netns test-clients lint pull clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
@@ -55,6 +56,9 @@ test-gpu: $(TEST_READY) pull
 
 test-netns: $(TEST_READY)
 	$(BIN)/python -m pytest -m netns
+
+test-clients: $(TEST_READY)
+	$(BIN)/python -m pytest -m clients
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
