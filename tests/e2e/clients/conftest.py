@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -66,17 +67,8 @@ def client_venv() -> Callable[..., ClientVenv]:
     return make
 
 
-@pytest.fixture(scope="session")
-def server_url(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the tiny model, one worker for each phase, for all clients."""
-    log = (tmp_path_factory.mktemp("clients") / "log").open("wb")
-    flags = ["--port", "0", "--prefill", "1", "--decode", "1", "--max-model-len", "2048"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pdserve", "serve", "--model", str(tiny_model_path), *flags],
-        stdout=subprocess.PIPE,
-        stderr=log,
-    ) as server:
-        assert server.stdout is not None
-        yield json.loads(server.stdout.readline())["url"]
-        server.terminate()
-    log.close()
+@pytest.fixture
+def server(start_server: Callable[..., Any], tiny_model_path: Path) -> Any:
+    """Of the tiny model, a worker for each phase."""
+    flags = ["--prefill", "1", "--decode", "1", "--threads", "1", "--max-model-len", "2048"]
+    return start_server("--model", str(tiny_model_path), *flags)
