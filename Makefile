@@ -58,7 +58,7 @@ test-netns: $(TEST_READY)
 	$(BIN)/python -m pytest -m netns
 
 test-clients: $(TEST_READY)
-	$(if $(VLLM),VLLM="$(VLLM)") $(BIN)/python -m pytest -m clients
+	$(if $(VLLM),VLLM="$(VLLM)") $(BIN)/python -m pytest -m clients $(if $(VLLM),,-k "not vllm")
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
