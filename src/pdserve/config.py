@@ -63,7 +63,7 @@ class ServeConfig:
     """Options of ``pdserve serve``. Raises `ConfigError` if they cannot work together."""
 
     model: str = _option(
-        "smollm2-135m", _text, "known model, or folder in Hugging Face layout (Llama family)"
+        "smollm2-135m", _text, "known name, folder in Hugging Face layout, GGUF file or hub id"
     )
     served_model_name: str | None = _option(None, _text, "model name that clients use")
     host: str = _option("127.0.0.1", _text, "address to listen on")

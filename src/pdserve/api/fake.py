@@ -197,12 +197,10 @@ class FakeGateway(Gateway):
             index += 1
 
     def _prompt_news(self, request: Request) -> PromptNews | None:
-        scores = [
-            self._logprobs(token_id, request.params.prompt_logprobs)
-            for token_id in request.prompt_token_ids[1:]
-        ]
-        if request.params.prompt_logprobs is None:
+        num_top = request.params.prompt_logprobs
+        if num_top is None:
             return None
+        scores = [self._logprobs(token_id, num_top) for token_id in request.prompt_token_ids[1:]]
         return PromptNews(logprobs=tuple(score for score in scores if score is not None))
 
     def _logprobs(self, token_id: int, num_top: int | None) -> TokenLogprobs | None:

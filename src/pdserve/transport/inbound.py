@@ -37,7 +37,7 @@ from pdserve.transport.streams import (
     UNKNOWN,
     Channel,
     Request,
-    TlsChannel,
+    channel_over,
     lies_inside,
     pack_verdict,
     unpack_pieces,
@@ -138,15 +138,7 @@ class Inbound:
 
     def channel(self, connected: socket.socket) -> Channel:
         """The socket, inside TLS if there is any. Raises `OSError`."""
-        if self._tls is None or connected.family == socket.AF_UNIX:
-            return Channel(connected)
-        channel = TlsChannel(connected, self._tls.server, is_server=True)
-        try:
-            channel.greet(GREETING_TIMEOUT_S)
-        except BaseException:
-            channel.close()
-            raise
-        return channel
+        return channel_over(connected, self._tls, is_server=True)
 
     def admit(self, stream: _Stream, asked: Request) -> int:
         """The verdict over a writer that has proved itself. Bars what it replaces."""

@@ -29,7 +29,6 @@ from pdserve.transport.scatter import Cursor, Numbers
 from pdserve.transport.streams import (
     ACK,
     GREETING,
-    GREETING_TIMEOUT_S,
     MAGIC,
     MAX_FRAME_PIECES,
     NONCE_BYTES,
@@ -38,7 +37,7 @@ from pdserve.transport.streams import (
     WHY,
     Channel,
     Request,
-    TlsChannel,
+    channel_over,
     pack_frame,
     unpack_verdict,
 )
@@ -202,23 +201,12 @@ class Outbound(RemotePool):
             connected.settimeout(CONNECT_S)
             connected.connect(where)
             tune(connected)
-            channel = self._channel(connected)
+            channel = channel_over(connected, self._tls, is_server=False)
         except BaseException:
             connected.close()
             raise
         try:
             self._greet(channel)
-        except BaseException:
-            channel.close()
-            raise
-        return channel
-
-    def _channel(self, connected: socket.socket) -> Channel:
-        if self._tls is None or connected.family == socket.AF_UNIX:
-            return Channel(connected)
-        channel = TlsChannel(connected, self._tls.client, is_server=False)
-        try:
-            channel.greet(GREETING_TIMEOUT_S)
         except BaseException:
             channel.close()
             raise

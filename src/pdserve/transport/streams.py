@@ -33,6 +33,7 @@ import numpy as np
 
 from pdserve.core.errors import ProofError
 from pdserve.transport.scatter import Cursor, Numbers, whole
+from pdserve.transport.tls import Tls
 
 MAGIC = b"pdkv\x00\x00\x00\x01"
 NONCE_BYTES = 16
@@ -177,6 +178,20 @@ class TlsChannel(Channel):
         if events & select.POLLIN and self._tls.pending():
             return True
         return super().wait(events, timeout_s)
+
+
+def channel_over(connected: socket.socket, tls: Tls | None, *, is_server: bool) -> Channel:
+    """The connected socket, inside TLS if there is any and it leaves the host. Raises `OSError`;
+    the socket is then closed, or still the caller's to close."""
+    if tls is None or connected.family == socket.AF_UNIX:
+        return Channel(connected)
+    channel = TlsChannel(connected, tls.server if is_server else tls.client, is_server)
+    try:
+        channel.greet(GREETING_TIMEOUT_S)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bitwise import LENGTHS, Lab, Reference, Shape, ask_of, prompt_of
+from bitwise import LENGTHS, Lab, Shape, ask_of, lab_of, prompt_of
 
 from pdserve.core.events import LifeName
 from pdserve.core.request import RoutePreference
-from pdserve.serve.runners import build_runner
 
 SHAPE = Shape("split", prefill=1, decode=1, max_step_tokens=80, one_shot_tokens=33)
 
@@ -20,14 +19,8 @@ SHAPE = Shape("split", prefill=1, decode=1, max_step_tokens=80, one_shot_tokens=
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def int8_lab(request: pytest.FixtureRequest, tiny_model_path: Path) -> Iterator[Lab]:
     start = replace(SHAPE.start(tiny_model_path, request.param), kv_dtype="int8")
-    reference = Reference(build_runner(start))
-    lab = Lab(SHAPE, start, reference)
-    yield lab
-    try:
-        lab.assert_clean()
-    finally:
-        lab.close()
-        reference.close()
+    with lab_of(SHAPE, start) as lab:
+        yield lab
 
 
 def test_split_and_local_at_once_and_again_from_the_cache(int8_lab: Lab) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bitwise import LENGTHS, Lab, Reference, Shape, ask_of, prompt_of
+from bitwise import LENGTHS, Lab, Shape, ask_of, lab_of, prompt_of
 
-from pdserve.serve.runners import build_runner
 from pdserve.weights.random_model import write_random_model
 
 ODD = {
@@ -37,14 +36,8 @@ def odd_lab(
     dtype, sizes = MODELS[request.param]
     write_random_model(model, seed=1, **sizes)
     start = SHAPE.start(model, dtype)
-    reference = Reference(build_runner(start))
-    lab = Lab(SHAPE, start, reference)
-    yield lab
-    try:
-        lab.assert_clean()
-    finally:
-        lab.close()
-        reference.close()
+    with lab_of(SHAPE, start) as lab:
+        yield lab
 
 
 def test_together(odd_lab: Lab) -> None:

@@ -8,11 +8,12 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -175,3 +176,29 @@ def serving_in_thread() -> Callable[[FastAPI], contextlib.AbstractContextManager
             listener.close()
 
     return serve
+
+
+@pytest.fixture
+def connect(
+    serving_in_thread: Callable[[FastAPI], contextlib.AbstractContextManager[str]],
+    make_app: Callable[..., FastAPI],
+    card: ModelCard,
+    say: Callable[..., Any],
+) -> Callable[..., contextlib.AbstractContextManager[tuple[openai.OpenAI, FakeGateway]]]:
+    """Serve a gateway that says these texts and give (client, gateway)."""
+
+    @contextlib.contextmanager
+    def connected(
+        *texts: str,
+        settings: Mapping[str, Any] | None = None,
+        client_options: Mapping[str, Any] | None = None,
+        **gateway_options: Any,
+    ) -> Iterator[tuple[openai.OpenAI, FakeGateway]]:
+        script = {"script": say(*texts)} if texts else {}
+        gateway = FakeGateway(card, **{**script, **gateway_options})
+        with serving_in_thread(make_app(gateway, **(settings or {}))) as url:
+            options = {"api_key": "none", **(client_options or {})}
+            with openai.OpenAI(base_url=f"{url}/v1", max_retries=0, **options) as client:
+                yield client, gateway
+
+    return connected

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import openai
 import pytest
 
@@ -11,28 +9,6 @@ from pdserve.api.fake import FakeGateway
 from pdserve.core.errors import GenerationError, OverloadedError
 
 HELLO = [{"role": "user", "content": "Hello?"}]
-
-
-def client_at(url, **options):
-    return openai.OpenAI(base_url=f"{url}/v1", max_retries=0, **{"api_key": "none", **options})
-
-
-@pytest.fixture
-def connect(serving_in_thread, make_app, card, say):
-    """Serve a scripted gateway and give (client, gateway)."""
-
-    @contextmanager
-    def connected(*texts, settings=None, client_options=None, **gateway_options):
-        script = say(*texts) if texts else None
-        options = {"script": script, **gateway_options} if script else gateway_options
-        gateway = FakeGateway(card, **options)
-        with (
-            serving_in_thread(make_app(gateway, **(settings or {}))) as url,
-            client_at(url, **(client_options or {})) as client,
-        ):
-            yield client, gateway
-
-    return connected
 
 
 def test_completion_and_chat(connect):

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
-import openai
 import pytest
 
-from pdserve.api.fake import FakeGateway
 from pdserve.core.errors import GenerationError
 
 URL = "/v1/responses"
-
-
-@pytest.fixture
-def connect(serving_in_thread, make_app, card, say):
-    """Serve a scripted gateway and give (client, gateway)."""
-
-    @contextmanager
-    def connected(*texts, **options):
-        gateway = FakeGateway(card, script=say(*texts), **options)
-        with (
-            serving_in_thread(make_app(gateway)) as url,
-            openai.OpenAI(base_url=f"{url}/v1", max_retries=0, api_key="none") as client,
-        ):
-            yield client, gateway
-
-    return connected
 
 
 def test_an_answer_in_one_piece(connect, tokenizer):

@@ -62,7 +62,8 @@ async def _order(
     params = []
     for ids in token_ids:
         default = settings.default_max_tokens
-        wanted = body.max_tokens or (1 if body.max_tokens == 0 else None)  # no answer: one dropped
+        # Without an answer one token is drawn and dropped.
+        wanted = None if body.max_tokens is None else max(1, body.max_tokens)
         max_tokens = answer_tokens(len(ids), wanted, default, card, "prompt")
         echoed = body.logprobs if body.echo else None
         of_prompt = sampling_params(body, card, max_tokens, body.logprobs, echoed)

@@ -14,16 +14,9 @@ from pydantic import ConfigDict, Field
 
 from pdserve.api.body import validated
 from pdserve.api.openai.schema import INT64_MAX, INT64_MIN, Body, ChatBody
+from pdserve.api.openai.unserved import refuse_unserved_of_responses
 from pdserve.core.errors import RequestError
 
-_STATELESS = "the server keeps no responses; send the whole conversation as input"
-_UNSERVED = {
-    "previous_response_id": _STATELESS,
-    "conversation": _STATELESS,
-    "background": "the server answers while the client waits",
-    "prompt": "send the text itself as input",
-    "tools": "use /v1/chat/completions for tools",
-}
 _FIELDS_OF_CHAT = (
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stream", "cache_salt", "user"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos"),
@@ -85,9 +78,7 @@ class ResponsesBody(Body):
     def chat(self) -> ChatBody:
         """The chat that is asked for. Raises `RequestError`."""
         extras = self.model_extra or {}
-        for field, remedy in _UNSERVED.items():
-            if extras.get(field):
-                raise RequestError(f"{field} is not served: {remedy}", field)
+        refuse_unserved_of_responses(extras)
         given = self.model_fields_set
         document = {name: value for name, value in extras.items() if name in _FIELDS_OF_CHAT}
         document |= {name: getattr(self, name) for name in _FIELDS_OF_CHAT if name in given}

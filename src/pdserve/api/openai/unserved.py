@@ -25,6 +25,7 @@ def _is_text_only(value: Any) -> bool:
 
 
 _TOOLS = "send tools and tool_choice, which took its place"
+_STATELESS = "the server keeps no responses; send the whole conversation as input"
 _VOCABULARY = "use logit_bias to steer single tokens"
 
 _BOTH: dict[str, tuple[_Harmless, str]] = {
@@ -49,10 +50,26 @@ _CHAT: dict[str, tuple[_Harmless, str]] = {
     "chat_template": (_is_empty, "the model's own chat template is used"),
     "chat_template_kwargs": (_is_empty, "the model's own chat template is used"),
 }
+_RESPONSES: dict[str, tuple[_Harmless, str]] = {
+    "previous_response_id": (_is_empty, _STATELESS),
+    "conversation": (_is_empty, _STATELESS),
+    "background": (_is_empty, "the server answers while the client waits"),
+    "prompt": (_is_empty, "send the text itself as input"),
+    "tools": (_is_empty, "use /v1/chat/completions for tools"),
+}
 
 
 def refuse_unserved(document: Mapping[str, Any], *, is_chat: bool) -> None:
     """Raise `RequestError` naming the first field that asks for what is not served."""
-    for field, (is_harmless, remedy) in {**_BOTH, **(_CHAT if is_chat else _COMPLETIONS)}.items():
+    _refuse(document, {**_BOTH, **(_CHAT if is_chat else _COMPLETIONS)})
+
+
+def refuse_unserved_of_responses(document: Mapping[str, Any]) -> None:
+    """The same of what ``/v1/responses`` takes beyond a chat."""
+    _refuse(document, _RESPONSES)
+
+
+def _refuse(document: Mapping[str, Any], fields: Mapping[str, tuple[_Harmless, str]]) -> None:
+    for field, (is_harmless, remedy) in fields.items():
         if document.get(field) is not None and not is_harmless(document[field]):
             raise RequestError(f"{field} is not served: {remedy}", field)

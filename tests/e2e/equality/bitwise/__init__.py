@@ -14,7 +14,7 @@ from bitwise.asks import (
     ask_of,
     prompt_of,
 )
-from bitwise.lab import Heard, Lab
+from bitwise.lab import Heard, Lab, lab_of
 from bitwise.reference import Reference, Token
 from bitwise.shapes import Shape
 
@@ -29,5 +29,6 @@ __all__ = [
     "Shape",
     "Token",
     "ask_of",
+    "lab_of",
     "prompt_of",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -301,3 +302,16 @@ class Lab:
             assert pool.num_free == self.shape.num_blocks
         books = self.cluster.router.books.workers.values()
         assert not any(book.promised for book in books)
+
+
+@contextmanager
+def lab_of(shape: Shape, start: WorkerStart) -> Iterator[Lab]:
+    """A lab with a reference of its own, which is clean in the end."""
+    reference = Reference(build_runner(start))
+    lab = Lab(shape, start, reference)
+    try:
+        yield lab
+        lab.assert_clean()
+    finally:
+        lab.close()
+        reference.close()
