@@ -43,6 +43,7 @@ from pdserve.policy.registry import (
 from pdserve.service_classes import ONE_CLASS, ServiceClasses, parse_classes
 from pdserve.toml_flags import read_table
 from pdserve.transport.addresses import check_reachable, split_host_port
+from pdserve.transport.registry import is_foreign
 from pdserve.transport.tls import TlsFiles, tls_files
 
 ENVIRONMENT_PREFIX = "PDSERVE_"
@@ -100,7 +101,9 @@ class ServeConfig:
     kv_dtype: str = _option("auto", _text, "KV in the pool: auto (as --dtype) or int8")
     numerics: str = _option("exact", _text, "exact: equal bit by bit however batched; or fast")
     threads: int | None = _option(None, _whole, "CPU threads per worker (default: cores / workers)")
-    transport: str = _option("shm", _text, "how KV moves between workers")
+    transport: str = _option(
+        "shm", _text, "how KV moves between workers: shm, tcp, or your own as MODULE:CLASS"
+    )
     block_size: int = _option(16, _whole, "tokens per KV block; divides 64")
     kv_blocks: int | None = _option(None, _whole, "KV blocks per worker")
     kv_memory: int | None = _option(
@@ -237,6 +240,11 @@ class ServeConfig:
             raise ConfigError(
                 "--transport inproc moves KV inside one process, and pdserve serve starts a "
                 "process per worker; use shm"
+            )
+        if is_foreign(self.transport) and self.listen_workers is not None:
+            raise ConfigError(
+                "--transport MODULE:CLASS is for the workers of one host, and --listen-workers "
+                "lets others in: KV goes to those over sockets, so use shm or tcp"
             )
         tls_files(self.cluster_tls_cert, self.cluster_tls_key, self.cluster_tls_ca)
         if self.engine != "modelled" and (self.step_times, self.speeds) != (None, None):

@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ def lazy_shm_link() -> Link:
     return Link(ShmTransport(prefault=False), ShmTransport(prefault=False))
 
 
+def folder_link() -> Link:
+    """The example that docs/hosts.md leads through."""
+    path = Path(__file__).parents[2] / "examples" / "folder_transport.py"
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Link(module.FolderTransport(), module.FolderTransport())
+
+
 def fake_link() -> Link:
     return Link(FakeTransport(ShmTransport(), Faults()), FakeTransport(ShmTransport(), Faults()))
 
@@ -146,6 +158,7 @@ def leaked_descriptors(before: int) -> int:
         tls_link,
         hosts_link,
         joined_link,
+        folder_link,
     ]
 )
 def link(request: pytest.FixtureRequest) -> Iterator[Link]:

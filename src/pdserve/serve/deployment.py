@@ -23,7 +23,7 @@ from pdserve.cost.step_times import DEFAULT_PROFILE, PROFILES, StepTimes, speed_
 from pdserve.serve.runners import ENGINES, SELF_BATCHING
 from pdserve.serve.start import WorkerStart
 from pdserve.text.tools.registry import syntax_named
-from pdserve.transport.registry import TRANSPORTS
+from pdserve.transport.registry import check_servable
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.pull import resolve as resolve_model
 
@@ -138,9 +138,7 @@ def deploy(config: ServeConfig) -> Deployment:
 
     Raises `ConfigError` or `ModelError` with the reason why this cannot be served here.
     """
-    if config.transport not in TRANSPORTS:
-        known = ", ".join(sorted(set(TRANSPORTS) - {"inproc", "hosts"}))
-        raise ConfigError(f"--transport is {config.transport!r}; it is one of {known}")
+    check_servable(config.transport)
     if config.engine not in ENGINES:
         raise ConfigError(f"--engine is {config.engine!r}; it is one of {', '.join(ENGINES)}")
     if config.edge.tool_call_parser is not None:

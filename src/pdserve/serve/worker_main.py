@@ -22,7 +22,7 @@ from pdserve.serve.runners import load_backend
 from pdserve.serve.start import WorkerStart
 from pdserve.serve.worker import Worker
 from pdserve.transport.base import Transport
-from pdserve.transport.registry import create_transport
+from pdserve.transport.registry import create_transport, is_foreign
 from pdserve.transport.tcp import SocketOptions
 from pdserve.transport.tls import load_tls
 
@@ -75,6 +75,8 @@ def make_transport(start: WorkerStart) -> Transport:
     }
     if start.transport == "tcp":
         return create_transport("tcp", **sockets)
+    if is_foreign(start.transport):
+        return create_transport(start.transport)
     if start.listen is None:
         return create_transport(start.transport, **prefault)
     return create_transport("hosts", **prefault, **sockets)

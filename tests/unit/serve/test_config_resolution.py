@@ -71,6 +71,7 @@ def test_giving_one_count_leaves_the_others_at_none(
         ({"numerics": "loose"}, "one of exact, fast"),
         ({"log_format": "xml"}, "one of text, json"),
         ({"transport": "inproc"}, "use shm"),
+        ({"transport": "my:Own", "listen_workers": "10.0.0.1:7000"}, "shm or tcp"),
         ({"device": "cuda:0,,cuda:1"}, "between the commas"),
         ({"port": "70000"}, "0 to 65535"),
         ({"threads": "0"}, "at least 1"),

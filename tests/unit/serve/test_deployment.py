@@ -34,6 +34,9 @@ def test_the_longest_request_fits_the_model_and_the_pool(tiny_model_path: Path) 
         ({"max_model_len": 2000}, "holds 1024 tokens: give more with --kv-memory"),
         ({"kv_blocks": None, "kv_memory": 100}, "does not hold a single block"),
         ({"transport": "pigeons"}, "one of shm"),
+        ({"transport": "hosts"}, "one of shm"),
+        ({"transport": "no_such_module:Pigeons"}, "No module.*PYTHONPATH"),
+        ({"transport": "collections:OrderedDict"}, "no class of a Transport"),
         ({"edge": EdgeConfig(tool_call_parser="smoke")}, "one of hermes, llama3_json"),
     ],
 )
