@@ -25,6 +25,16 @@ ASKED: dict[str, Any] = {
     "extra_body": {"ignore_eos": True},
 }
 PAUSE = threading.Event()
+ELSEWHERE = "192.0.2.1:7100"  # no host has it (RFC 5737)
+
+
+def tls_flags() -> tuple[str, ...]:
+    pki = Path(__file__).parents[1] / "pki"
+    return (
+        *("--cluster-tls-cert", str(pki / "cluster.pem")),
+        *("--cluster-tls-key", str(pki / "cluster.key")),
+        *("--cluster-tls-ca", str(pki / "cluster-ca.pem")),
+    )
 
 
 class HostProcess:
@@ -174,13 +184,16 @@ def test_who_may_not_join_is_told_why(
         "choose another --id": start_host(*join, "--model", model, "--id", "mixed-0"),
         "needs a cluster secret": start_host(*join, "--model", model, secret=""),
         "anybody could guess it": start_host(*join, "--model", model, secret="short"),
+        "choose an address of this host": start_host(
+            *join, *("--model", model, "--id", "c", "--kv-blocks", "64", "--listen", ELSEWHERE)
+        ),
     }
     for what, host in refused.items():
         assert host.wait() == 2
         assert what in host.log
     stranger = start_host(*join, "--model", model, "--id", "b", secret=SECRET[::-1])
     give_up_s = time.monotonic() + 30
-    while "is the cluster secret the same there?" not in stranger.log:
+    while "is the cluster secret the same there" not in stranger.log:
         assert time.monotonic() < give_up_s, stranger.log
         PAUSE.wait(0.1)
     assert set(server.workers()) == {"mixed-0"}
@@ -194,20 +207,44 @@ def test_a_host_joins_again_over_tls_when_the_gateway_is_back(
     tiny_model_path: Path,
 ) -> None:
     model = str(tiny_model_path)
-    pki = Path(__file__).parents[1] / "pki"
-    tls_flags = (
-        *("--cluster-tls-cert", str(pki / "cluster.pem")),
-        *("--cluster-tls-key", str(pki / "cluster.key")),
-        *("--cluster-tls-ca", str(pki / "cluster-ca.pem")),
-    )
-    flags = ("--model", model, *FLAGS, *MODELLED, *cluster_flags, *tls_flags, "--mixed", "1")
+    flags = ("--model", model, *FLAGS, *MODELLED, *cluster_flags, *tls_flags(), "--mixed", "1")
     server = start_server(*flags)
     start_host(
         *("--join", f"127.0.0.1:{free_port}", "--model", model, "--id", "far"),
-        *("--kv-blocks", "64", "--threads", "1", *tls_flags),
+        *("--kv-blocks", "64", "--threads", "1", *tls_flags()),
     )
     until(server, is_ready("far"))
     server.signal(signal.SIGKILL)
     server.wait()
     again = start_server(*flags)
     until(again, is_ready("far"))
+
+
+@pytest.mark.model
+def test_a_joined_worker_of_the_real_model_decodes_over_tls(
+    start_server: Callable[..., Any],
+    start_host: StartHost,
+    cluster_flags: tuple[str, ...],
+    free_port: int,
+    smollm_path: Path,
+) -> None:
+    small = ("--model", str(smollm_path), "--kv-blocks", "64", "--threads", "1", *tls_flags())
+    join = ("--join", f"127.0.0.1:{free_port}", "--id", "far", "--role", "decode")
+    server = start_server(*small, *cluster_flags, "--prefill", "1", "--decode", "0")
+    host = start_host(*join, *small)
+    until(server, is_ready("far"))
+    assert "far is ready" in host.log
+    answers = {}
+    with server.client() as client:
+        for route in ("split", "local"):
+            answers[route] = client.completions.create(
+                model="smollm2-135m",
+                prompt="The capital of France is",
+                max_tokens=12,
+                temperature=0.0,
+                extra_headers={"X-Pdserve-Route": route},
+            )
+    attempt = last_attempt(server, answers["split"].id)
+    assert (attempt["prefill_worker"], attempt["decode_worker"]) == ("prefill-0", "far")
+    assert "Paris" in answers["split"].choices[0].text
+    assert answers["split"].choices[0].text == answers["local"].choices[0].text

@@ -138,7 +138,11 @@ class Guests:
                 if guest.epoch == epoch:
                     self._ended(guest, detail)
             case Leave() if guest and is_its:
-                self._spawn(self._see_off(guest, link))
+                log.info("%s wants to leave", guest.worker)
+                if guest.runs:
+                    self._spawn(self._see_off(guest, link))
+                else:
+                    self._let_go(guest, link)
             case _:
                 link.close(f"it sent a {type(message).__name__} out of turn")
 
@@ -162,7 +166,11 @@ class Guests:
                 is_final=True,
             )
         elif guest is not None and guest.link not in (None, link):
-            refusal = NotJoined(detail=f"another host takes part as {asked.worker}", is_final=False)
+            refusal = NotJoined(
+                detail=f"another host takes part as {asked.worker} until its link closes; if both "
+                "are to take part, give one of them another --id",
+                is_final=False,
+            )
         if refusal is not None:
             log.warning("%s may not join: %s", asked.worker, refusal.detail)
             link.send(refusal)
@@ -182,17 +190,16 @@ class Guests:
         link.send(Joined(epoch=guest.epoch, start=start.encode()))
 
     async def _see_off(self, guest: _Guest, link: Link) -> None:
-        log.info("%s wants to leave", guest.worker)
-        epoch = guest.epoch
-        if guest.runs:
-            try:
-                await self._events.drain(guest.worker)
-            except PdserveError as error:
-                log.warning("%s could not be drained: %s", guest.worker, error)
-        if self._guests.get(guest.worker) is not guest or guest.link is not link:
-            return
+        try:
+            await self._events.drain(guest.worker)
+        except PdserveError as error:
+            log.warning("%s could not be drained: %s", guest.worker, error)
+        if self._guests.get(guest.worker) is guest and guest.link is link:
+            self._let_go(guest, link)
+
+    def _let_go(self, guest: _Guest, link: Link) -> None:
         self._ended(guest, "it has left")
-        link.send(EndProcess(epoch=epoch))
+        link.send(EndProcess(epoch=guest.epoch))
         del self._guests[guest.worker]
         self._events.left(guest.worker)
 

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from pdserve.transport.joining import (
     ProcessBegan,
     ProcessEnded,
 )
-from pdserve.transport.tls import load_tls
+from pdserve.transport.tls import Tls, load_tls
 from pdserve.transport.wire import WireMessage
 from pdserve.weights.config import ModelConfig
 from pdserve.weights.identity import served_digest
@@ -95,7 +96,7 @@ class Host:
                 try:
                     link = await self._connect()
                 except (OSError, ProtocolError) as error:
-                    log.warning("%s: %s", self._config.gateway, error)
+                    log.warning("%s: %s", self._config.gateway, reason_of(error, self._tls))
                 else:
                     try:
                         await self._take_part(link)
@@ -118,12 +119,7 @@ class Host:
             secret=self._config.secret,
             family=self._config.worker,
         )
-        try:
-            await greet(link, identity, None)
-        except ProtocolError as error:
-            raise ProtocolError(
-                f"the server ended the greeting ({error}); is the cluster secret the same there?"
-            ) from error
+        await greet(link, identity, None)
         self._heard = asyncio.Queue()
         self._link_ended = ended = asyncio.Event()
 
@@ -177,13 +173,16 @@ class Host:
                 )
             message = await self._hear(running.is_over, wakes_to_leave=not leave_sent)
             if isinstance(message, EndProcess) and message.epoch == running.epoch:
-                running.child.kill()
+                # One that has given up by itself gets the time to say why.
+                await self._end_process(ENDS_ALONE_S)
             if self._link_ended.is_set() or self._at_once.is_set():
                 await self._end_process(0.0 if self._at_once.is_set() else ENDS_ALONE_S)
+        log.info("process %d has ended: %s", running.epoch, running.child.detail)
         link.send(ProcessEnded(epoch=running.epoch, detail=running.child.detail))
         self._running = None
         self._ran_s = time.monotonic() - running.began_s
         if running.child.status == USER_ERROR_STATUS:
+            link.send(Leave())
             raise ConfigError(f"the worker cannot run here: {running.child.detail}")
 
     def _start(self, link: Link, joined: Joined) -> _Running:
@@ -244,6 +243,24 @@ class Host:
             await asyncio.wait_for(running.is_over.wait(), grace_s)
         running.child.kill()
         await running.is_over.wait()
+
+
+def reason_of(error: OSError | ProtocolError, tls: Tls | None) -> str:
+    """Why there is no link, and what to look at."""
+    if isinstance(error, ssl.SSLError):
+        return (
+            f"TLS: {error}; the server needs --cluster-tls-cert, -key and -ca as this host does, "
+            "and certificates of one authority"
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return "nobody takes links there; is the server up, with this as its --listen-workers?"
+    if isinstance(error, OSError) or "run the same build" in str(error):
+        return str(error)
+    other = "has it no TLS, unlike this host?" if tls else "does it want TLS (--cluster-tls-cert)?"
+    return (
+        f"the server ended the greeting ({error}); is the cluster secret the same there, "
+        f"and {other}"
+    )
 
 
 def print_joined(config: JoinConfig, running: _Running) -> None:

@@ -340,10 +340,11 @@ class Listener:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept_tls(self, connected: socket.socket, tls: Tls) -> None:
+        remote_host = _remote_host(connected)
         try:
             self._accepted(Link(await _secure(connected, tls.server, is_server=True)))
         except OSError as error:
-            log.warning("a link was refused: %s", error)
+            log.warning("a link from %s was refused, for it needs TLS: %s", remote_host, error)
 
     def close(self) -> None:
         """Take no more links; those that are open stay open."""

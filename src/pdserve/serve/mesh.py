@@ -212,7 +212,7 @@ class Mesh:
             await self._establish(link, peer)
         except (ProtocolError, TransferError) as error:
             link.close(str(error))
-            log.warning("a link was refused: %s", error)
+            log.warning("a link from %s was refused: %s", link.remote_host, error)
         except asyncio.CancelledError:
             link.close("closing")
             raise

@@ -141,7 +141,7 @@ class Roster:
             answer(link, self._identity, hello, None)
         except ProtocolError as error:
             link.close(str(error))
-            log.warning("a link was refused: %s", error)
+            log.warning("a link from %s was refused: %s", link.remote_host, error)
             return
         except asyncio.CancelledError:
             link.close("the gateway stops")

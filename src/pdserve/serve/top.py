@@ -66,12 +66,14 @@ def render(before: Look | None, after: Look) -> Group:
         ("  draining", "yellow") if document["draining"] else "",
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("worker", "role", "state"):
+    hosts = any(worker.get("host") for worker in document["workers"])
+    for column in ("worker", *(["host"] if hosts else []), "role", "state"):
         table.add_column(column, no_wrap=True)
     for column in ("pid", "queued", "wait", "run", "blocks", "cached", "steps/s", "MB/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for worker in document["workers"]:
-        table.add_row(*_row(worker, per_s))
+        name, *rest = _row(worker, per_s)
+        table.add_row(name, *([worker.get("host") or "here"] if hosts else []), *rest)
     return Group(head, table)
 
 

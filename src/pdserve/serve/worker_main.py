@@ -97,6 +97,8 @@ async def _run(start: WorkerStart) -> tuple[int, bool]:
     if starting.done() and not starting.cancelled() and starting.exception() is not None:
         await worker.close()
         starting.result()
+    if start.family and not over.done():
+        log.info("%s is ready", start.worker)  # on its own host nobody else says so
     reason = await over
     starting.cancel()
     log.info("%s ends: %s", start.worker, reason)

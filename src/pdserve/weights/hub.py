@@ -77,9 +77,11 @@ def fetch_from_hub(
         if kept is not None:
             return kept
         raise PullError(
-            f"cannot fetch {model} from the Hugging Face hub: {_first_line(error)}. Check the name "
-            "and the network (HF_ENDPOINT names a mirror, HF_TOKEN opens what is gated), or fetch "
-            f"it elsewhere with `hf download {repository} --local-dir FOLDER` and give that folder"
+            f"no file or folder here is called {model}, and it cannot be fetched from the Hugging "
+            f"Face hub: {_first_line(error)}. If it is a path, check that; if it is on the hub, "
+            "check the name and the network (HF_ENDPOINT names a mirror, HF_TOKEN opens what is "
+            f"gated), or fetch it elsewhere with `hf download {repository} --local-dir FOLDER` and "
+            "give that folder"
         ) from error
 
 

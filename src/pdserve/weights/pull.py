@@ -82,7 +82,14 @@ def resolve(
         return path
     if path.is_file() and path.suffix == ".gguf":
         return folder_of_gguf(path, cache_dir, progress)
-    if is_hub_id(model) and not path.exists():
+    if path.exists():
+        raise ModelError(
+            f"{path} is neither a folder nor a .gguf file: give the folder that has the model's "
+            "config.json, *.safetensors and tokenizer.json"
+        )
+    if _is_path(model):
+        raise ModelError(_missing(model, path))
+    if is_hub_id(model):
         found = fetch_from_hub(model, progress=progress)
         return found if found.is_dir() else folder_of_gguf(found, cache_dir, progress)
     raise ModelError(
@@ -90,6 +97,24 @@ def resolve(
         f"tokenizer.json), a .gguf file, one of {', '.join(SOURCES)}, or the id of a model on the "
         "Hugging Face hub, as OWNER/NAME, OWNER/NAME@REVISION or OWNER/NAME/FILE.gguf"
     )
+
+
+def _is_path(model: str) -> bool:
+    """Whether whoever writes this means a file or folder of theirs, though it is not there."""
+    if model.startswith((".", "/", "~")):
+        return True
+    if model.endswith((".gguf", ".safetensors")) and model.count("/") < 2:
+        return True  # with an owner and a name before the file, it is one on the hub
+    first, slash, _ = model.partition("/")
+    return bool(slash) and "@" not in model and Path(first).is_dir()
+
+
+def _missing(model: str, path: Path) -> str:
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    text = f"no such file or folder: {path.absolute()} ({there} is there)"
+    if is_hub_id(model) and "@" not in model:
+        text += f"; if you mean {model} on the Hugging Face hub, write {model}@main"
+    return text
 
 
 def folder_of_gguf(

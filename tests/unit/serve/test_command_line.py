@@ -23,7 +23,7 @@ from pdserve.options import flag_of
 from pdserve.page import page
 from pdserve.serve import explain as explain_module
 from pdserve.serve.client import Client
-from pdserve.serve.top import Look, once, rates, watch
+from pdserve.serve.top import Look, once, rates, render, watch
 
 CLUSTER: dict[str, Any] = {
     "model": "tiny",
@@ -204,6 +204,15 @@ def test_top_shows_workers_and_json_is_the_document_alone(
     assert row.split()[5:] == ["77", "5", "6", "30/50", "10", "-", "-"]
     (row,) = (line for line in text.splitlines() if line.startswith("decode-0"))
     assert row.split()[1:4] == ["decode", "down", "-"]
+
+
+def test_top_shows_where_workers_are_once_one_is_elsewhere() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    joined = json.loads(json.dumps(CLUSTER))
+    joined["workers"][0]["host"] = "10.0.0.2"
+    console.print(render(None, Look(0.0, joined)))
+    rows = {line.split()[0]: line.split()[1] for line in console.export_text().splitlines()[1:]}
+    assert rows == {"worker": "host", "prefill-0": "10.0.0.2", "decode-0": "here"}
 
 
 def test_rates_are_per_second_and_a_restarted_counter_counts_from_zero() -> None:

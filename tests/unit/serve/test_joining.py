@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from typing import Any
 import pytest
 
 from pdserve.cli import main
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, ProtocolError
 from pdserve.core.ids import GATEWAY, Epoch, WorkerId
 from pdserve.core.request import Role
 from pdserve.serve import guests as guests_module
 from pdserve.serve.cluster_secret import read_secret, require_secret
 from pdserve.serve.greetings import Identity, answer, greet, receive_hello
 from pdserve.serve.guests import GuestEvents, Guests, Supervisors
+from pdserve.serve.host import reason_of
 from pdserve.serve.links import Link, Listener, connect, new_address
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.joining import (
@@ -28,6 +31,7 @@ from pdserve.transport.joining import (
     ProcessBegan,
     ProcessEnded,
 )
+from pdserve.transport.tls import load_tls, tls_files
 from pdserve.transport.wire import WireMessage
 
 SECRET = b"s" * 32
@@ -202,6 +206,20 @@ def test_a_host_leaves_when_its_worker_holds_nothing(run: Any) -> None:
     run(work)
 
 
+def test_a_host_whose_process_has_ended_leaves_at_once(run: Any) -> None:
+    async def work(gateway: Gateway) -> None:
+        host = await HostEnd.connect(gateway)
+        await host.join()
+        host.link.send(ProcessEnded(epoch=Epoch(1), detail="exit status 2"))
+        host.link.send(Leave())
+        host.link.close("it cannot run here")
+        while gateway.guests.slots():
+            await asyncio.wait((host.ended,), timeout=0.01)
+        assert gateway.log[-2:] == [("ended", FAR, 1), ("left", FAR)]
+
+    run(work)
+
+
 def test_a_host_that_does_not_kill_its_process_is_given_up(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +236,28 @@ def test_a_host_that_does_not_kill_its_process_is_given_up(
         assert gateway.log[-1] == ("ended", FAR, 1)
 
     run(work)
+
+
+# --- why there is no link ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "has_tls", "what"),
+    [
+        (ConnectionRefusedError(111, "refused"), False, "its --listen-workers"),
+        (OSError("tcp://10.0.0.1:7000 does not answer"), False, "does not answer"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong"), True, "certificates of one author"),
+        (ProtocolError("protocol version 5 is not 6: run the same build"), False, r"same build$"),
+        (ProtocolError("closed by the peer"), False, "secret the same there, and does it want TLS"),
+        (ProtocolError("closed by the peer"), True, "secret the same there, and has it no TLS"),
+    ],
+)
+def test_a_host_that_gets_no_link_says_what_to_look_at(
+    error: OSError | ProtocolError, has_tls: bool, what: str
+) -> None:
+    pki = Path(__file__).parents[2] / "pki"
+    files = tls_files(*(str(pki / f"cluster{end}") for end in (".pem", ".key", "-ca.pem")))
+    assert re.search(what, reason_of(error, load_tls(files if has_tls else None)))
 
 
 # --- the secret and the flags -----------------------------------------------------------------

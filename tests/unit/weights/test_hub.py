@@ -168,5 +168,7 @@ def test_without_a_network_the_cache_is_served(fetch: Callable[..., Path], hub: 
 
 
 def test_what_the_hub_does_not_have(fetch: Callable[..., Path]) -> None:
-    with pytest.raises(PullError, match="cannot fetch owner/other"):
+    with pytest.raises(
+        PullError, match="no file or folder here is called owner/other, and it cannot be"
+    ):
         fetch("owner/other")

@@ -181,9 +181,32 @@ def test_resolve_takes_folders(tiny_model_path: Path) -> None:
     assert resolve(str(tiny_model_path)) == tiny_model_path
 
 
-@pytest.mark.parametrize("model", ["SmolLM2-135M", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("model", ["SmolLM2-135M", "a/b/c"])
 def test_resolve_lists_what_works(model: str) -> None:
     with pytest.raises(ModelError, match=r"Hugging Face layout.*smollm2-135m.*hub"):
+        resolve(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("/no/such/folder", r"no such file or folder: /no/such/folder \(/ is there\)$"),
+        ("./smolm2.gguf", r"no such file or folder: .*/smolm2\.gguf \("),
+        ("../other/model", "no such file or folder"),
+        ("~/no/model", "no such file or folder: [^~]*/no/model"),
+        ("smolm2.gguf", "no such file or folder"),
+        ("models/smol.gguf", "no such file or folder"),
+        ("models/foo", r"no such file or folder: .*/models is there.*hub, write models/foo@main"),
+        ("models/real.bin", "neither a folder nor a .gguf file"),
+    ],
+)
+def test_a_mistyped_path_is_no_name_on_the_hub(
+    model: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "real.bin").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=reason):
         resolve(model)
 
 
