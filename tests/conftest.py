@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pdserve.weights.pull import resolve
 from pdserve.weights.random_model import write_random_model
+
+# An example may take as long as a busy machine lets it; pytest's own timeout bounds a test.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

@@ -428,7 +428,7 @@ def _payload(make_engine: MakeEngine, asked: EngineWork) -> tuple[bytes, tuple[T
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_payload_is_refused(name: str, data: st.DataObject) -> None:
     asked = work(token_ids=PROMPT[:9])

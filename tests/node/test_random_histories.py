@@ -66,7 +66,6 @@ def test_nothing_leaks_and_every_answer_is_right(faults: str) -> None:
     @settings(
         max_examples=60,
         derandomize=True,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(scenario=scenarios(faults), numbers=schedules)

@@ -176,7 +176,7 @@ def pass_steps(one_by_one: Side, in_one_go: Side, data: st.DataObject) -> int:
     return count
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     role=st.sampled_from([Role.MIXED, Role.DECODE]),
     num_blocks=st.sampled_from([26, 40, 200]),

@@ -115,7 +115,7 @@ def test_endless_new_tenants_do_not_starve_an_old_request() -> None:
     assert PATIENCE_S <= now <= PATIENCE_S + 0.1 * AGED_TURN
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrivals=st.lists(
         st.tuples(st.sampled_from([QUICK, BATCH]), st.sampled_from("xyz"), st.integers(1, 3000)),

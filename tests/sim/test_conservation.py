@@ -22,7 +22,6 @@ POLICIES = ("predicted", "shortest_queue", "splitwise")
 ALIKE_TOKENS = 96
 RANDOM = settings(
     max_examples=20,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

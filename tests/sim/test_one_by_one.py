@@ -56,7 +56,6 @@ def loads(draw: st.DrawFn) -> list[TraceRequest]:
 
 @settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

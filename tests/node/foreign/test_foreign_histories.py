@@ -25,7 +25,6 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 @settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

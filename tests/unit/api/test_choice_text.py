@@ -32,7 +32,6 @@ def examples(number):
     return settings(
         max_examples=number,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
-        deadline=None,
         derandomize=True,
     )
 

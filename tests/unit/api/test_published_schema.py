@@ -46,7 +46,6 @@ def test_no_input_makes_it_fail(
         @settings(
             max_examples=12 if operation.path in GENERATING else 5,
             derandomize=True,
-            deadline=None,
             database=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

@@ -35,7 +35,7 @@ def hashed_as_numbers(tokens: NamedTokens, size: int) -> list[tuple[int, ...]]:
     return [numbers[:end] for end in range(size, len(numbers) + 1, size)]
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens=named(), data=st.data())
 def test_they_are_cut_and_joined_as_their_numbers_are(
     tokens: NamedTokens, data: st.DataObject
@@ -53,7 +53,7 @@ def test_they_are_cut_and_joined_as_their_numbers_are(
     assert (tokens + MORE)[len(numbers) :] == NamedTokens(()) + MORE
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @given(one=named(), other=named(), size=st.integers(1, 9))
 def test_hashes_are_equal_where_everything_up_to_there_is(
     one: NamedTokens, other: NamedTokens, size: int
@@ -68,7 +68,7 @@ def test_hashes_are_equal_where_everything_up_to_there_is(
     assert [a == b for a, b in pairs] == [a == b for a, b in zip(*before, strict=False)]
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens=named(), answer=st.lists(st.integers(0, 3), max_size=20), size=st.integers(1, 9))
 def test_an_answer_is_hashed_alike_when_it_is_drawn_and_when_it_is_resumed(
     tokens: NamedTokens, answer: list[int], size: int

@@ -73,7 +73,7 @@ def test_text_that_is_no_fit_is_refused(path: tuple[str, ...], value: Any) -> No
         from_text(json.dumps(document))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 5000), st.text(max_size=3))
 def test_broken_text_is_refused(at: int, instead: str) -> None:
     text = to_text(saved_link())

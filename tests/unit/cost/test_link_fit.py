@@ -55,7 +55,7 @@ def test_hand_offs_that_are_all_hidden_show_the_constant_alone() -> None:
 
 
 @example([(0, 1e-260, 0.0), (0, 1e-260, 0.0)])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1 << 40), st.floats(0.0, 100.0), st.floats(0.0, 100.0)),

@@ -164,7 +164,7 @@ shapes = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(shapes, st.floats(1e-7, 1e3)), max_size=80), st.sampled_from((1e-3, 1.0, 50))
 )
@@ -182,7 +182,7 @@ def test_whatever_is_measured_coefficients_are_not_negative(
     assert fits[0].state() == fits[1].state()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.0, 0.1), st.floats(0.0, 1e-2), st.floats(0.0, 1e-5), st.integers(0, 1 << 30))
 def test_any_machine_without_noise_is_found(
     base_s: float, per_sequence_s: float, per_context_token_s: float, seed: int

@@ -195,7 +195,6 @@ def test_logits_do_not_depend_on_how_they_came_about(
     @settings(
         max_examples=6 if "two threads" in model else 30,
         derandomize=True,
-        deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )

@@ -249,7 +249,7 @@ def test_the_reference_attends_to_what_was_written() -> None:
 
 
 @pytest.mark.parametrize("level", library.levels())
-@settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_query_has_the_same_bits_in_any_step(seed: int, level: str) -> None:
     """Any mixture of chunks, block size, scattered tables and threads, with NaN around it."""

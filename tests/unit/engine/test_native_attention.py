@@ -130,7 +130,7 @@ def test_it_agrees_with_the_reference(dtype: torch.dtype, level: str) -> None:
 
 @pytest.mark.parametrize("level", library.levels())
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_query_has_the_same_bits_in_any_step(seed: int, dtype: torch.dtype, level: str) -> None:
     """Any mixture of chunks, block size, scattered tables and threads, with NaN around it."""

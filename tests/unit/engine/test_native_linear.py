@@ -89,7 +89,7 @@ def test_residual_and_gate_are_fused_without_further_rounding(level: str, weight
 
 @per_level
 @per_weight
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_row_has_the_same_bits_in_any_batch(
     level: str, weights: str, data: st.DataObject

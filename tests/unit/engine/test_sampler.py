@@ -111,7 +111,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150, derandomize=True, database=None)
 @given(st.lists(specs, min_size=1, max_size=6), st.integers(0, 1000))
 def test_equals_the_slow_sampler_and_itself_alone(batch: list[SampleSpec], seed: int) -> None:
     logits = random_logits(len(batch), seed=seed)

@@ -161,9 +161,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
-TestPoolAgainstModel.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, derandomize=True
-)
+TestPoolAgainstModel.settings = settings(max_examples=120, stateful_step_count=40, derandomize=True)
 
 
 def cached_pool(num_blocks: int, num_cached: int) -> BlockPool:

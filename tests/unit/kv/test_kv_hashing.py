@@ -32,7 +32,7 @@ def test_hashes_are_the_same_in_every_build() -> None:
     assert extend_hash(ROOT, [1, 2, 3]).hex() == "3aa28dee6d4d218b0b63f6ca007e1a1a"
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens, st.integers(1, 9))
 def test_one_hash_per_full_block(token_ids: list[int], block_size: int) -> None:
     hashes = block_hashes(ROOT, token_ids, block_size)
@@ -41,7 +41,7 @@ def test_one_hash_per_full_block(token_ids: list[int], block_size: int) -> None:
     assert all(len(block_hash) == HASH_BYTES for block_hash in hashes)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens, tokens, st.integers(1, 9))
 def test_hashes_agree_exactly_as_far_as_the_tokens_do(
     first: list[int], second: list[int], block_size: int
@@ -54,7 +54,7 @@ def test_hashes_agree_exactly_as_far_as_the_tokens_do(
         assert (mine == theirs) == (first[:end] == second[:end])
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens, st.integers(0, 39), st.integers(0, 31), st.integers(1, 9))
 def test_a_changed_token_changes_its_block_and_all_after_it(
     token_ids: list[int], position: int, bit: int, block_size: int
@@ -70,7 +70,7 @@ def test_a_changed_token_changes_its_block_and_all_after_it(
     assert all(x != y for x, y in zip(before[first:], after[first:], strict=True))
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(tokens, st.integers(1, 9), st.integers(0, 5))
 def test_a_chain_can_be_continued(token_ids: list[int], block_size: int, split: int) -> None:
     head = block_hashes(ROOT, token_ids[: split * block_size], block_size)
@@ -92,7 +92,7 @@ def test_what_must_not_share_has_another_root(other: bytes) -> None:
     assert other != ROOT
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(st.lists(st.text(max_size=4), min_size=3, max_size=3), st.data())
 def test_a_root_does_not_depend_on_where_fields_end(fields: list[str], data: st.DataObject) -> None:
     """Shifting characters from one field into the next makes another root."""

@@ -18,7 +18,7 @@ pieces = st.lists(
 pairs = pieces | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12)
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(pairs)
 def test_runs_copy_the_same_and_cannot_be_joined(copies: list[tuple[int, int]]) -> None:
     runs = coalesce([BlockId(s) for s, _ in copies], [BlockId(t) for _, t in copies])

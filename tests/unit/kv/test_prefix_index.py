@@ -59,7 +59,7 @@ class Model(RuleBasedStateMachine):
             assert self.index.num_blocks(worker) == len(held)
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Model.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 TestPrefixIndex = Model.TestCase
 
 

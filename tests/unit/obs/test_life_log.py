@@ -96,7 +96,7 @@ def test_a_life_without_end_is_cut(event) -> None:
     assert (kept[0].name, kept[-1].name) == ("submitted", "finished")
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(
     st.integers(1, 4),
     st.lists(

@@ -218,7 +218,7 @@ def test_labels_that_a_node_makes_up_are_bounded(metrics: Metrics, event) -> Non
     assert samples(metrics)["pdserve:resumes_total"] == MAX_LABEL_VALUES + 5
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
+@settings(derandomize=True, max_examples=60)
 @given(st.data())
 def test_any_part_of_a_life_in_any_order_leaves_nothing(
     split_life, resumed_life, failed_life, data
@@ -256,7 +256,7 @@ def test_events_of_two_workers_may_overtake_each_other(metrics: Metrics, split_l
     assert samples(metrics, outcome="accepted")["pdserve:handoffs_total"] == 1
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(st.sampled_from(["text", True, -1, float("nan"), float("inf")]))
 def test_detail_that_makes_no_sense_is_no_detail(event, value) -> None:
     metrics = Metrics("tiny")

@@ -149,7 +149,7 @@ def test_the_route_is_told_as_far_as_it_is_known(event, values, route) -> None:
     assert document["attempts"][0]["route"] == route
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(st.data())
 def test_any_part_of_a_life_in_any_order_is_described(split_life, resumed_life, data) -> None:
     life = data.draw(st.sampled_from([split_life, resumed_life]))

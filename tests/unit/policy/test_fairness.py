@@ -134,7 +134,7 @@ def played(history: list[tuple[object, ...]], *, in_turn: bool) -> tuple[list[It
     return served, drained(queue)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(history=steps, in_turn=st.booleans())
 def test_within_a_flow_order_is_kept_and_nothing_is_lost(
     history: list[tuple[object, ...]], in_turn: bool
@@ -147,7 +147,7 @@ def test_within_a_flow_order_is_kept_and_nothing_is_lost(
     assert (served, left) == played(history, in_turn=in_turn)  # and again the same
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     costs=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=20, max_size=60),
     weight=st.sampled_from([0.25, 1.0, 3.0]),
@@ -187,7 +187,7 @@ def test_shares_are_right_within_one_request_of_each(
     assert max(differences) - min(differences) <= bound + 1e-6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(moves=st.lists(st.tuples(st.sampled_from("uvwxyz"), st.floats(0.1, 100)), max_size=100))
 def test_a_share_remembers_nobody_for_ever(moves: list[tuple[str, float]]) -> None:
     """Those who are away are forgotten once the others have caught up, or nobody waits."""

@@ -42,7 +42,7 @@ def load(parts: list[tuple[float, int, int, bool]]) -> list[TraceRequest]:
     return requests
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     parts=st.lists(asked, min_size=1, max_size=15),
     cluster=st.sampled_from(

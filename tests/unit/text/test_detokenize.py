@@ -26,7 +26,7 @@ def assert_prefixes_are_final(tokenizer: Tokenizer, ids: list[int], skip: bool) 
     assert "\ufffd" in whole or not any("\ufffd" in part for part in parts)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), skip=st.booleans())
 def test_any_ids_of_the_tiny_model(
     tiny_tokenizer: Tokenizer, data: st.DataObject, skip: bool
@@ -37,7 +37,7 @@ def test_any_ids_of_the_tiny_model(
 
 
 @pytest.mark.model
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_any_ids_of_the_real_model(
     smollm_tokenizer: Tokenizer, data: st.DataObject, skip: bool
@@ -48,7 +48,7 @@ def test_any_ids_of_the_real_model(
     assert_prefixes_are_final(smollm_tokenizer, ids, skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40))
 def test_any_text_of_the_tiny_model(tiny_tokenizer: Tokenizer, text: str) -> None:
     parts = pieces(tiny_tokenizer, tiny_tokenizer.encode(text), skip=False)
@@ -56,7 +56,7 @@ def test_any_text_of_the_tiny_model(tiny_tokenizer: Tokenizer, text: str) -> Non
     assert parts[-1] == ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=30), skip=st.booleans())
 def test_any_text_of_a_sentencepiece_model(sentencepiece_path: Path, text: str, skip: bool) -> None:
     tokenizer = Tokenizer.from_folder(sentencepiece_path)

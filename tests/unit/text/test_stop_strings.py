@@ -45,7 +45,7 @@ few_letters = st.text(alphabet="ab\n", max_size=8)
 some_stops = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=few_letters, stops=some_stops, include=st.booleans())
 def test_every_chunking_gives_what_a_naive_search_gives(
     text: str, stops: list[str], include: bool
@@ -56,7 +56,7 @@ def test_every_chunking_gives_what_a_naive_search_gives(
         assert ("".join(emitted), matched) == (expected_text, expected_stop)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=few_letters, stops=some_stops)
 def test_what_is_held_back_could_become_a_stop_string(text: str, stops: list[str]) -> None:
     """Nothing is emitted too early (it may yet be part of a match) nor too late."""
@@ -109,7 +109,7 @@ def test_nothing_matches_before_it_is_armed() -> None:
     assert watcher.matched == "stop"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(before=few_letters, after=few_letters, stops=some_stops)
 def test_a_match_may_begin_before_it_is_armed(before: str, after: str, stops: list[str]) -> None:
     watcher = StopStrings(stops)

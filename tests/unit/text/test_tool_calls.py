@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.core.errors import ConfigError
@@ -130,7 +130,6 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(
     syntax=st.sampled_from([HERMES, LLAMA3]),
     fragments=st.lists(FRAGMENTS, max_size=12),
@@ -189,7 +188,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(document=st.dictionaries(st.text(), JSON, max_size=4), indent=st.sampled_from([None, 2]))
 def test_every_json_object_is_one(document: dict[str, object], indent: int | None) -> None:
     text = json.dumps(document, indent=indent)
@@ -201,7 +199,6 @@ def test_every_json_object_is_one(document: dict[str, object], indent: int | Non
     assert values == document
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet='{}[]:,"\\ue0129.-+ truefalsn\n', max_size=30))
 def test_what_python_does_not_read_is_no_object(text: str) -> None:
     text = "{" + text

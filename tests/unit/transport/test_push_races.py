@@ -224,7 +224,7 @@ def shm_pair() -> tuple[Transport, Transport]:
 
 
 @pytest.mark.parametrize("make_pair", [inproc_pair, shm_pair])
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, max_examples=150)
 @given(cases=cases(), broken_step=st.none() | st.integers(0, 4))
 def test_what_arrives_is_exact_or_the_writer_has_stopped(
     make_scene: Callable[..., Any],

@@ -98,7 +98,7 @@ def test_a_frame_looks_as_documented() -> None:
 
 
 @pytest.mark.parametrize("cls", MESSAGES)
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(derandomize=True, max_examples=20)
 @given(data=st.data())
 def test_a_message_comes_out_as_it_went_in(cls: type[Any], data: st.DataObject) -> None:
     message = data.draw(values_of(cls))
@@ -109,7 +109,7 @@ def test_a_message_comes_out_as_it_went_in(cls: type[Any], data: st.DataObject) 
     assert encode(found) == encode(Decoder().feed(encode(found))[0])
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, max_examples=50)
 @given(
     sent=st.lists(st.sampled_from(MESSAGES).flatmap(values_of), max_size=5),
     cuts=st.lists(st.integers(0, 2000), max_size=10),
@@ -176,7 +176,7 @@ def test_a_bad_frame_is_refused_with_the_reason_and_ends_the_stream(data: bytes,
         decoder.feed(encode(DrainWorker()))
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_or_awaited(data: bytes) -> None:
     try:
@@ -185,7 +185,7 @@ def test_random_bytes_are_refused_or_awaited(data: bytes) -> None:
         return
 
 
-@settings(derandomize=True, deadline=None, max_examples=500)
+@settings(derandomize=True, max_examples=500)
 @given(kind=st.sampled_from(sorted(KINDS)), body=st.binary(max_size=200))
 @example(kind=48, body=b"\xdf\xff\xff\xff\xff")
 @example(kind=32, body=b"\x81\xa6deltas\xdd\xff\xff\xff\xff")
@@ -198,7 +198,7 @@ def test_random_bodies_are_refused_and_cost_no_memory(kind: int, body: bytes) ->
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @given(
     cls=st.sampled_from(MESSAGES),
     data=st.data(),
@@ -252,7 +252,7 @@ def test_every_input_and_effect_has_a_record_kind() -> None:
 
 
 @pytest.mark.parametrize("cls", RECORDS)
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(derandomize=True, max_examples=20)
 @given(data=st.data())
 def test_a_record_gives_the_value_back_and_always_the_same_bytes(
     cls: type[Any], data: st.DataObject
@@ -273,7 +273,7 @@ def test_equal_times_give_equal_bytes() -> None:
     assert encode_record(one) == encode_record(other)
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @given(st.binary(max_size=100), st.sampled_from(sorted(RECORD_KINDS)))
 def test_a_random_record_is_refused(body: bytes, kind: int) -> None:
     for record in (body, bytes((1, kind)) + body):

@@ -86,7 +86,7 @@ two_prices = st.fixed_dictionaries({"a": st.floats(0.5, 3.0), "b": st.floats(0.5
 
 
 @given(prefill=speeds, decode=speeds, cost=two_prices, rate=st.floats(0.5, 12.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_contest_finds_the_cheapest_of_all_clusters(prefill, decode, cost, rate):
     prices = replace(PRICES, cost=cost)
     goal = Goal(Measure.COST, rate=rate)
@@ -102,7 +102,7 @@ def test_the_contest_finds_the_cheapest_of_all_clusters(prefill, decode, cost, r
 
 
 @given(prefill=speeds, decode=speeds, cost=two_prices, budget=st.floats(4.0, 20.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_contest_finds_the_most_of_all_clusters_within_a_budget(prefill, decode, cost, budget):
     prices = replace(PRICES, cost=cost)
     goal = Goal(Measure.COST, budget=budget)

@@ -28,7 +28,7 @@ def upward_closed(draw: st.DrawFn) -> list[tuple[int, int]]:
     weights=weights_of_two,
     start=st.tuples(*[st.floats(0.05, 20.0)] * 2),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_least_of_two_kinds_is_what_trying_all_gives(corners, weights, start):
     def holds(counts):
         return any(counts[0] >= p and counts[1] >= d for p, d in corners)
@@ -47,7 +47,7 @@ def test_the_least_of_two_kinds_is_what_trying_all_gives(corners, weights, start
     start=st.tuples(*[st.floats(0.5, 8.0)] * 2),
     refused_sum=st.integers(2, 10),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_refused_is_not_asked_and_does_not_change_the_answer(
     corners, weights, start, refused_sum
 ):
@@ -89,7 +89,7 @@ def test_the_least_of_one_kind(true, start):
     start=st.tuples(*[st.floats(0.05, 20.0)] * 2),
     limit=st.floats(1.0, 40.0),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_with_a_limit_it_finds_what_weighs_less_if_there_is_any(corners, weights, start, limit):
     def holds(counts):
         return any(counts[0] >= p and counts[1] >= d for p, d in corners)
@@ -121,7 +121,7 @@ def test_nothing_is_least_if_nothing_within_the_limit_holds():
 
 
 @given(weights=weights_of_two, budget=st.floats(0.1, 30.0))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_affordable_is_all_to_which_nothing_can_be_added(weights, budget):
     def fits(counts):
         return sum(c * w for c, w in zip(counts, weights, strict=True)) <= budget * (1 + 1e-9)
@@ -137,7 +137,7 @@ def test_affordable_is_all_to_which_nothing_can_be_added(weights, budget):
     slack=st.integers(0, 10),
     beat=st.integers(-1, 20),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_most_is_what_trying_all_gives(capacities, likely, slack, beat):
     candidates = [((n + 1,), likely[n]) for n in range(len(capacities))]
     above_ceiling = []
