@@ -28,7 +28,9 @@ PIP_VERSION := pip==26.3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint $(VENV)/constraints.txt
-KERNELS := $(wildcard src/pdserve/engine/native/*.[ch]* src/pdserve/engine/native/CMakeLists.txt)
+COMPILED := src/pdserve/engine/native src/pdserve/transport/native
+KERNELS := $(wildcard src/pdserve/CMakeLists.txt \
+  $(foreach folder,$(COMPILED),$(folder)/*.[ch]* $(folder)/CMakeLists.txt))
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 

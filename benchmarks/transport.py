@@ -27,8 +27,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from pdserve.transport.base import PoolExport, Region, Writer
+from pdserve.transport.base import PoolExport, Writer
+from pdserve.transport.regions import Regions
 from pdserve.transport.shm import ShmTransport
 from pdserve.transport.tcp import SocketOptions, SocketTransport
 
@@ -90,16 +92,15 @@ def bare(
     return move
 
 
-def regions_of(block: int, scattered: bool) -> list[Region]:
-    """16 MiB in blocks, each region one block, or runs of them where they are neighbours."""
+def regions_of(block: int, scattered: bool) -> Regions:
+    """16 MiB in blocks, each region one block, as a transfer tells many."""
     starts = list(range(0, TOTAL, block))
     targets = list(starts)
-    if not scattered:
-        return [Region(start, start, block) for start in starts]
-    chance = random.Random(1)
-    chance.shuffle(starts)
-    chance.shuffle(targets)
-    return [Region(*pair, block) for pair in zip(starts, targets, strict=True)]
+    if scattered:
+        chance = random.Random(1)
+        chance.shuffle(starts)
+        chance.shuffle(targets)
+    return Regions(np.array([starts, targets, [block] * len(starts)], np.int64).T.copy())
 
 
 class Ways:
@@ -120,7 +121,7 @@ class Ways:
             "unix": sockets.attach(only(export, "unix://")),
             "tcp": sockets.attach(only(export, "tcp://")),
         }
-        self.moves: dict[str, Callable[[list[Region]], object]] = {
+        self.moves: dict[str, Callable[[Regions], object]] = {
             "memcpy": lambda regions: ctypes.memmove(there, here, TOTAL)
         }
         for name, remote in remotes.items():

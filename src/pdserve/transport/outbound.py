@@ -24,7 +24,7 @@ import numpy as np
 from pdserve.core.errors import PdserveError, ProofError, TransferError
 from pdserve.transport.addresses import resolve, tune, usable
 from pdserve.transport.base import Region, RemotePool
-from pdserve.transport.regions import check_regions
+from pdserve.transport.regions import checked_table
 from pdserve.transport.scatter import Cursor, Numbers
 from pdserve.transport.streams import (
     ACK,
@@ -126,11 +126,9 @@ class Outbound(RemotePool):
             raise TransferError("this side has closed its view of the peer's pool")
         if self._broken is not None:
             raise TransferError(f"the link is broken ({self._broken}) and not made again yet")
-        check_regions(regions, source.nbytes, self._door.num_bytes)
-        rows = [(r.source, r.target, r.length) for r in regions if r.length]
-        for start in range(0, len(rows), MAX_FRAME_PIECES):
-            pieces = np.array(rows[start : start + MAX_FRAME_PIECES], np.int64)
-            self._send_twice(source, pieces)
+        table = checked_table(regions, source.nbytes, self._door.num_bytes)
+        for start in range(0, len(table), MAX_FRAME_PIECES):
+            self._send_twice(source, table[start : start + MAX_FRAME_PIECES])
 
     def _send_twice(self, source: memoryview, pieces: Numbers) -> None:
         try:

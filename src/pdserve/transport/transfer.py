@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pdserve.core.effects import OpenTransfer
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import BlockId
@@ -23,6 +25,7 @@ from pdserve.kv.runs import coalesce
 from pdserve.transport.base import Region, RemotePool
 from pdserve.transport.digest import DIGEST_ALGORITHM, DIGESTS
 from pdserve.transport.progress import LayersWritten
+from pdserve.transport.regions import FEW, Regions, Table
 
 ANNOUNCED_BYTES = 256 << 10
 """A chunk's layers are announced when so much is new, or none is left to write: a message costs
@@ -33,6 +36,16 @@ ReadKv = Callable[[int, Sequence[BlockId]], None]
 
 Runs = Sequence[tuple[BlockId, BlockId, int]]
 """As `coalesce` gives them: first source, first target, number of blocks."""
+
+
+def regions_of(runs: Runs | Table, source: int, target: int, size: int) -> Sequence[Region]:
+    """Where runs of blocks of ``size`` bytes lie in layers that begin at these offsets."""
+    if isinstance(runs, np.ndarray):
+        return Regions(runs * size + (source, target, 0))
+    return [
+        Region(source + here * size, target + there * size, count * size)
+        for here, there, count in runs
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ class Chunk:
     announced: int = 0
     digests: list[bytes] = field(default_factory=list)
     runs: Runs | None = None
+    table: Table | None = None
 
     def skip_to(self, first_block: int) -> None:
         """The receiver has all blocks before ``first_block``: leave them out."""
@@ -217,14 +231,16 @@ class Transfer:
         if chunk.runs is None:
             target = destination.blocks(chunk.first_block, len(chunk.block_ids))
             chunk.runs = coalesce(chunk.block_ids, target)
+            if len(chunk.runs) > FEW:
+                chunk.table = np.array(chunk.runs, np.int64)
         layer = len(chunk.digests)
         size = self._pool.layout.block_bytes
-        source_base = self._pool.offset(layer, 0)
-        target_base = layer * destination.num_blocks * size
-        regions = [
-            Region(source_base + here * size, target_base + there * size, count * size)
-            for here, there, count in chunk.runs
-        ]
+        regions = regions_of(
+            chunk.runs if chunk.table is None else chunk.table,
+            self._pool.offset(layer, 0),
+            layer * destination.num_blocks * size,
+            size,
+        )
         read_kv(layer, chunk.block_ids)
         # The digest first: if the bytes change under the copy, the receiver finds out.
         digest = self._pool.digest(layer, chunk.runs)

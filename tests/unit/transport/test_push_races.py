@@ -125,8 +125,6 @@ class Race:
         """On the transfer thread, at the very moment of the post."""
         assert isinstance(event, TransferSent | TransferStopped), event
         name = event.attempt.request_id
-        if name == "barrier":
-            return
         if isinstance(event, TransferSent):
             assert name not in self.at_stop, "sent after it was stopped"
             self.sent[name] = event

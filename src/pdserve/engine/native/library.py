@@ -1,9 +1,7 @@
 """Finds the compiled kernels, and names the instruction set that they are to use.
 
-The library lies beside this file: put there by an installation, or by a build in the source tree;
-of two, the newer one counts. It may be missing, because installing pdserve does not demand a
-compiler, or be of another version after an update; then `load` gives None, says why once, and
-everything runs on torch alone.
+The library lies beside this file (``pdserve.compiled``). If it is missing or of another version,
+`load` gives None, says why once, and everything runs on torch alone.
 
 ``PDSERVE_KERNELS`` forces a level of `LEVELS`, or ``torch`` for none; by default the best one that
 the processor has is taken.
@@ -15,8 +13,8 @@ import ctypes
 import logging
 import os
 from functools import cache
-from pathlib import Path
 
+from pdserve import compiled
 from pdserve.core.errors import ConfigError
 from pdserve.engine import native
 
@@ -35,22 +33,10 @@ _log = logging.getLogger(__name__)
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, or None if there is none that fits; that is logged, once per process."""
-    found = [path for folder in native.__path__ if (path := Path(folder) / "_kernels.so").exists()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:1]:
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            _log.warning("kernels %s do not load (%s): computing with torch alone", path, error)
-            return None
-        if library.pdserve_abi() == ABI:
-            return library
-        _log.warning("kernels %s are of another version: install pdserve again", path)
-        return None
-    _log.warning(
-        "no compiled kernels: computing with torch alone, which is slower; "
-        "install a C++ compiler and then pdserve again"
-    )
-    return None
+    library, why = compiled.find(native.__path__, "_kernels.so", "kernels", "pdserve_abi", ABI)
+    if library is None:
+        _log.warning("%s (computing with torch alone, which is slower)", why)
+    return library
 
 
 def levels() -> tuple[str, ...]:
