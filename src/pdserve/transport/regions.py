@@ -24,6 +24,8 @@ from pdserve.transport.base import Region
 Table = npt.NDArray[np.int64]
 """Shape (regions, 3): source, target and length of each, in bytes."""
 
+Numbers = npt.NDArray[np.int64]
+
 FEW = 48
 """So many are copied by Python in the time that a table takes to be checked."""
 
@@ -61,16 +63,16 @@ def checked_table(regions: Sequence[Region], source_bytes: int, target_bytes: in
     table = _table_of(regions, source_bytes, target_bytes)
     if not len(table):
         return table
-    source, target, length = table.T
-    # No difference overflows where no number is negative.
-    if (
-        table.min() < 0
-        or ((source > source_bytes - length) | (target > target_bytes - length)).any()
-    ):
+    if table.min() < 0 or table.max() > max(source_bytes, target_bytes):
         _check_each(regions, source_bytes, target_bytes)
-    if not length.min():
-        table = table[length > 0]
-    return np.ascontiguousarray(_joined(table))
+    # No number is so large that a sum could overflow.
+    ends = table[:, 2] + table[:, 0], table[:, 2] + table[:, 1]
+    if ends[0].max() > source_bytes or ends[1].max() > target_bytes:
+        _check_each(regions, source_bytes, target_bytes)
+    table = _joined(table, *ends)
+    if not table[:, 2].min():
+        table = table[table[:, 2] > 0]
+    return np.ascontiguousarray(table)
 
 
 def copy_regions(source: memoryview, target: memoryview, regions: Sequence[Region]) -> None:
@@ -122,15 +124,13 @@ def _check_each(regions: Sequence[Region], source_bytes: int, target_bytes: int)
             )
 
 
-def _joined(table: Table) -> Table:
+def _joined(table: Table, source_ends: Numbers, target_ends: Numbers) -> Table:
     """A region that begins on both sides where the one before it ends is part of that one."""
-    steps = table[1:, :2] - table[:-1, :2]
-    length = table[:-1, 2]
-    is_first = np.ones(len(table), np.bool_)
-    np.logical_or(steps[:, 0] != length, steps[:, 1] != length, out=is_first[1:])
-    firsts = np.flatnonzero(is_first)
-    if len(firsts) == len(table):
+    follows = table[1:, 0] == source_ends[:-1]
+    follows &= table[1:, 1] == target_ends[:-1]
+    if not follows.any():
         return table
+    firsts = np.flatnonzero(np.concatenate(([True], ~follows)))
     joined = table[firsts]
     joined[:, 2] = np.add.reduceat(table[:, 2], firsts)
     return joined

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ import numpy.typing as npt
 
 MAX_PIECES = 1024
 """IOV_MAX of Linux."""
+CALL_BYTES = 1 << 20
+"""About so much is offered to a call: it looks at each piece before it moves the first."""
 
 Numbers = npt.NDArray[np.int64]
 
@@ -56,10 +57,12 @@ class Cursor:
         pieces[first:, 1] = lengths
         self._pieces = pieces
         self._address = pieces.ctypes.data
-        self._ends: list[int] = np.cumsum(pieces[:, 1]).tolist()
+        self._ends = np.cumsum(pieces[:, 1])
         self._next = 0
         self._done = 0
-        self.remaining: int = self._ends[-1] if self._ends else 0
+        self.remaining = int(self._ends[-1]) if len(pieces) else 0
+        usual = self.remaining // max(1, len(pieces))
+        self._at_once = min(MAX_PIECES, 2 + CALL_BYTES // max(1, usual))
 
     def read_from(self, fd: int) -> int:
         """Bytes that were there, at most what is missing. Raises `BlockingIOError` if there were
@@ -87,14 +90,14 @@ class Cursor:
         self.remaining -= num_bytes
         if not self.remaining:
             return
-        self._next = number = bisect_right(self._ends, self._done)
-        left = self._ends[number] - self._done
+        self._next = number = int(self._ends.searchsorted(self._done, "right"))
+        left = int(self._ends[number]) - self._done
         moved = int(self._pieces[number, 1]) - left
         self._pieces[number, 0] += moved
         self._pieces[number, 1] = left
 
     def _move(self, call: Any, fd: int) -> int:
-        count = min(len(self._ends) - self._next, MAX_PIECES)
+        count = min(len(self._ends) - self._next, self._at_once)
         moved: int = call(fd, self._address + 16 * self._next, count)
         if moved < 0:
             number = ctypes.get_errno()
