@@ -59,7 +59,8 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def read_kv(self, layer: int, block_ids: Sequence[BlockId]) -> None:
-        """Make these blocks of a finished layer current in the attached memory. Any thread."""
+        """Make these blocks of a finished layer current in the attached memory. Any thread,
+        several at a time."""
 
     @abstractmethod
     def write_kv(self, block_ids: Sequence[BlockId]) -> None:

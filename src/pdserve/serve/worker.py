@@ -1,9 +1,9 @@
 """The live driver of one worker: a machine with a real engine, transport, links and clock.
 
-Three threads. The event loop's thread is the node thread: it runs the machine, sockets and timers,
-and nothing on it takes long. The engine thread loads the model and runs one step at a time. The
-transfer thread of a native worker (``transport.push``) writes KV into peers' pools and verifies
-what arrived. The other two only post inputs to the node thread; idle, all three sleep.
+The event loop's thread is the node thread: it runs the machine, sockets and timers, and nothing on
+it takes long. The engine thread loads the model and runs one step at a time. The threads of a
+native worker's pusher (``transport.push``) write KV into peers' pools, one thread for each peer,
+and verify what arrived. The others only post inputs to the node thread; idle, all of them sleep.
 
 The life of a worker: it says hello to the gateway, loads its `Backend`, says `WorkerUp`, lets the
 machine hear `Started`, and from then on performs its effects until the link to the gateway closes.

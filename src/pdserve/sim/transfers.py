@@ -1,4 +1,4 @@
-"""The transfer thread of a simulated worker: when the bytes of a hand-off are where they belong.
+"""The transfers of a simulated worker: when the bytes of a hand-off are where they belong.
 
 A transfer is opened before its prefill starts and bound when the ticket is there, in either order
 with the steps. Layer by layer: a chunk of the prompt can be sent from when its first layer is

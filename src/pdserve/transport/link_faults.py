@@ -47,7 +47,7 @@ class LinkFaults:
 
 
 class Throttle:
-    """Makes the writes to a peer take longer. Used on the transfer thread; `close` from any.
+    """Makes the writes to a peer take longer. Used on transfer threads; `close` from any.
 
     ``slowness`` gives the factor of a peer now, 1 if its link is well.
     """

@@ -5,7 +5,7 @@ then those that each step completes. Chunks end on block borders except at the p
 (layer, block) belongs to one chunk and is written once. Within a chunk the layers finish, and are
 written, in ascending order.
 
-Used by the transfer thread of ``transport.push`` only; nothing in here is shared.
+Used by the thread of its peer's ``transport.lane`` only; nothing in here is shared.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class _Expected:
 
 
 class Arrivals:
-    """What has arrived of transfers that are under way. For the transfer thread of one worker."""
+    """What has arrived of transfers that are under way. For the arrivals thread of one worker."""
 
     def __init__(self, pool: PoolView) -> None:
         self._pool = pool

@@ -268,7 +268,7 @@ def test_a_process_that_stops_reading_holds_up_nobody_else(
 def test_a_process_that_reads_no_more_is_given_up_and_nobody_else(
     scene: Any, start: Callable[[str, float], Process]
 ) -> None:
-    stopped, other = start("stopped", 0.1), start("other", 60.0)
+    stopped, other = start("stopped", 1.0), start("other", 60.0)
     sender = Sender(scene, [stopped.peer, other.peer])
     stopped.stop()
     sender.push()
