@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from pdserve.core.errors import TransferError
+from pdserve.transport import native
 from pdserve.transport.addresses import split_host_port, tcp_address
 from pdserve.transport.base import Pool, PoolExport, Region, RemotePool, Writer
 from pdserve.transport.tcp import SocketOptions, SocketTransport
@@ -312,6 +313,21 @@ def test_tls_lets_in_nobody_of_another_authority(theirs: str | None) -> None:
     with pytest.raises(TransferError, match="cannot be reached"):
         SocketTransport(other).attach(export).write(memoryview(bytearray(8)), [Region(0, 0, 8)])
     pool.close()
+
+
+def test_a_link_that_breaks_is_made_again_where_nothing_is_compiled(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "loops", lambda: None)
+    scene.cable.cut_after(SIZE)
+    scene.remote.write(scene.source, [Region(0, 0, 4 * SIZE)])
+    assert scene.pool.memory == scene.source
+    scene.cable.hold()
+    with pytest.raises(TransferError, match=r"nothing moved|says nothing"):
+        scene.remote.write(scene.source, [Region(0, 0, 4 * SIZE)])
+    waiting = settled(scene.remote)
+    scene.cable.heal()
+    assert waiting.wait(30)
 
 
 def test_a_memory_of_many_pieces_moves_in_frames_of_a_bounded_number(scene: Scene) -> None:

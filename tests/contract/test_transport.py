@@ -13,6 +13,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pdserve.core.errors import ConfigError, TransferError
@@ -28,6 +29,7 @@ from pdserve.transport.base import (
 from pdserve.transport.fake import FakeTransport, Faults
 from pdserve.transport.hosts import HostsTransport
 from pdserve.transport.inproc import InprocHub, InprocTransport
+from pdserve.transport.regions import Regions
 from pdserve.transport.registry import TRANSPORTS, create_transport
 from pdserve.transport.shm import ShmTransport
 from pdserve.transport.tcp import SocketOptions, SocketTransport
@@ -234,6 +236,27 @@ def test_a_region_outside_either_pool_writes_nothing(link: Link, bad: Region) ->
     assert bytes(pool.memory) == bytes(SIZE)
     remote.write(source, [Region(0, 0, 16)])
     assert pool.memory[:16] == source[:16]
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+def test_many_regions_go_as_one_table(link: Link, block: int) -> None:
+    count = 300
+    source = link.source(count * block)
+    pool, remote = link.target(2 * count * block)
+    chance = random.Random(5)
+    starts, targets = chance.sample(range(count), count), chance.sample(range(2 * count), count)
+    starts[:20], targets[:20] = sorted(starts[:20]), sorted(targets[:20])
+    table = np.array([starts, targets, [1] * count], np.int64).T * block
+    remote.write(source, Regions(table))
+    expected = bytearray(2 * count * block)
+    for start, target, length in table.tolist():
+        expected[target : target + length] = source[start : start + length]
+    assert bytes(pool.memory) == expected
+    table[-1, 1] = 2 * count * block - 1
+    pool.memory[:] = bytes(2 * count * block)
+    with pytest.raises(TransferError, match="outside"):
+        remote.write(source, Regions(table))
+    assert not any(pool.memory)
 
 
 def test_several_peers_write_into_one_pool(link: Link) -> None:

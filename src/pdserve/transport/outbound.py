@@ -152,6 +152,8 @@ class Outbound(RemotePool):
             _Sending(stream, self._number, source, part)
             for stream, part in zip(self._streams, self._divided(pieces), strict=False)
         ]
+        if len(sendings) == 1:
+            sendings[0].write_out(self._stall_s)
         while sendings:
             moved = [sending.advance() for sending in sendings]
             if any(moved):
@@ -292,6 +294,10 @@ class _Sending:
     @property
     def events(self) -> int:
         return select.POLLIN | (select.POLLOUT if self._cursor.remaining else 0)
+
+    def write_out(self, timeout_s: float) -> None:
+        """All of it, if nothing else is to be done meanwhile. Raises `OSError`."""
+        self.stream.write_out(self._cursor, timeout_s)
 
     def advance(self) -> bool:
         """Send or hear something. False if neither is possible now. Raises `OSError`."""

@@ -85,10 +85,10 @@ def copy_regions(source: memoryview, target: memoryview, regions: Sequence[Regio
     target_start = ctypes.c_char.from_buffer(target)
     source_address = ctypes.addressof(source_start)
     target_address = ctypes.addressof(target_start)
-    copy = native.copies() if len(regions) > FEW else None
-    if copy is not None:
+    loops = native.loops() if len(regions) > FEW else None
+    if loops is not None:
         table = checked_table(regions, source.nbytes, target.nbytes)
-        copy(target_address, source_address, table.ctypes.data, len(table))
+        loops.copy(target_address, source_address, table.ctypes.data, len(table))
         return
     _check_each(regions, source.nbytes, target.nbytes)
     move = ctypes.memmove  # Releases the GIL; as fast as one large memcpy from 64 KiB on.

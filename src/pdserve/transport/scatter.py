@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pdserve.transport import native
+
 MAX_PIECES = 1024
 """IOV_MAX of Linux."""
 CALL_BYTES = 1 << 20
@@ -75,6 +77,19 @@ class Cursor:
     def write_to(self, fd: int) -> int:
         """Bytes that the socket took. Raises `BlockingIOError` if it took none, else `OSError`."""
         return self._move(_LIBC.writev, fd)
+
+    def write_all_to(self, fd: int, timeout_s: float) -> None:
+        """Write all, without Python in between. Does nothing where that is not compiled. Raises
+        `TimeoutError` if the socket takes nothing for so long, else `OSError`."""
+        loops = native.loops()
+        while loops is not None and self.remaining:
+            address, count = self._address + 16 * self._next, len(self._ends) - self._next
+            moved = loops.write(fd, address, count, self._at_once, int(timeout_s * 1000))
+            if moved == 0:
+                raise TimeoutError(f"nothing moved for {timeout_s:g} s")
+            if moved < 0:
+                raise OSError(-moved, os.strerror(-moved))
+            self.advance(moved)
 
     def piece(self) -> memoryview:
         """What is left of the piece that is next; for those who cannot take several."""

@@ -85,6 +85,10 @@ class Channel:
         """As `Cursor.write_to`."""
         return cursor.write_to(self._fd)
 
+    def write_out(self, cursor: Cursor, timeout_s: float) -> None:
+        """As `Cursor.write_all_to`, if it can be had."""
+        cursor.write_all_to(self._fd, timeout_s)
+
     def wait(self, events: int, timeout_s: float) -> bool:
         """Until there is something to do, or the stream has broken; False if neither in time."""
         self._poll.register(self._fd, events)
@@ -173,6 +177,9 @@ class TlsChannel(Channel):
             raise BlockingIOError from None
         cursor.advance(sent)
         return sent
+
+    def write_out(self, cursor: Cursor, timeout_s: float) -> None:
+        """OpenSSL takes one piece at a time."""
 
     def wait(self, events: int, timeout_s: float) -> bool:
         if events & select.POLLIN and self._tls.pending():

@@ -30,10 +30,10 @@ def as_table(regions: list[Region]) -> Regions:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "python":
         monkeypatch.setattr(native, "__path__", [])
-    native.copies.cache_clear()
-    assert (native.copies() is None) == (request.param == "python")
+    native.loops.cache_clear()
+    assert (native.loops() is None) == (request.param == "python")
     yield request.param
-    native.copies.cache_clear()
+    native.loops.cache_clear()
 
 
 @pytest.fixture(params=[list, as_table])
@@ -134,6 +134,6 @@ def test_a_library_that_is_none_is_passed_over(
 ) -> None:
     (tmp_path / "_regions.so").write_bytes(b"no library")
     monkeypatch.setattr(native, "__path__", [str(tmp_path)])
-    native.copies.cache_clear()
-    assert native.copies() is None
-    native.copies.cache_clear()
+    native.loops.cache_clear()
+    assert native.loops() is None
+    native.loops.cache_clear()
