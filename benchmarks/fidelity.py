@@ -1,17 +1,17 @@
 """How right is the simulator? A calibrated profile predicts loads that it was not calibrated on.
 
 For each layout of the live server on this machine (one prefill and one decode worker; one mixed
-worker): calibrate; measure what it can do in a closed loop (its capacity, for each mix of lengths);
-then send open loads at 0.2, 0.5 and 0.75 of that, each twice with the same arrivals and lengths and
-other prompts, and simulate the same loads with the profile. The second runs begin when all first
-ones are done: minutes lie between two runs of a load, so that how the machine itself drifts is in
-what they differ by. A cell is a percentile of TTFT, TPOT or E2E: it is met if the prediction (the
-median of five seeds) is off the mean of the two live runs by no more than the larger of 10 % (TTFT)
-or 5 % (TPOT, E2E) and of what the two runs differ by.
+worker) one server is started. Rounds of the calibration, and open loads at 0.2, 0.5 and 0.75 of
+what it can do in a closed loop, follow each other on it, so that both see the machine as it is in
+the same minutes (``fidelity_live.py``). Each load, of two mixes of lengths, is sent twice with the
+same arrivals and lengths and other prompts, minutes apart, and is simulated with the profile. A
+cell is a percentile of TTFT, TPOT or E2E: it is met if the prediction (the median of five seeds) is
+off the mean of the two live runs by no more than the larger of 10 % (TTFT) or 5 % (TPOT, E2E) and
+of what the two runs differ by.
 
-Whatever is measured is kept in ``--folder`` at once, and what is there already is not measured
-again: the script can be stopped, and the layouts be measured in separate runs. The model is that
-of ``pdserve serve``; further flags go to it, and to the calibration.
+What was measured of a layout is kept in ``--folder``; if it is there already, it is fitted and
+compared anew, and nothing is measured. The model is that of ``pdserve serve``; further flags go to
+it.
 
     python benchmarks/fidelity.py --folder fidelity [--layouts 1+1,mixed] [--cores 0,1] [FLAG ...]
 """
@@ -19,179 +19,38 @@ of ``pdserve serve``; further flags go to it, and to the calibration.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from server import Server, serving
+from fidelity_live import (
+    LAYOUTS,
+    MIXES,
+    SHARES,
+    Latencies,
+    Measured,
+    Place,
+    Times,
+    fitted,
+    latencies,
+    measured,
+    pace_load,
+    timed_load,
+)
 
-from pdserve.bench.options import LoadOptions, TargetOptions
-from pdserve.bench.plan import Load, make_load
-from pdserve.bench.run import Result, run_load
-from pdserve.bench.target import Target
-from pdserve.cost.profile import Profile, from_text, machine_from_profile
+from pdserve.cost.profile import Profile, machine_from_profile, to_text
 from pdserve.sim.observe import Ended, Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.simulation import Simulation
 from pdserve.sim.spec import parse_cluster
-from pdserve.workload.outcome import Ending
+from pdserve.workload.request import TraceRequest
 from pdserve.workload.summary import percentile
 
-LAYOUTS = {
-    "1+1": (["--prefill", "1", "--decode", "1"], "1xcalibrated:prefill,1xcalibrated:decode"),
-    "mixed": (["--mixed", "1"], "1xcalibrated:mixed"),
-}
-MIXES = {"short": ("32:256", "16:64"), "long": ("256:1024", "8:32")}
-"""Prompt and answer tokens, drawn evenly."""
-SHARES = (0.2, 0.5, 0.75)
 BOUNDS = {"TTFT": 0.10, "TPOT": 0.05, "E2E": 0.05}
 PERCENTS = (50, 90, 99)
 SEEDS = range(5)
-CAPACITY_STREAMS = 16
-LEAST_REQUESTS = 30
-FORCED = ("--admission", "none", "--queue-timeout", "600")
-
-Latencies = dict[str, list[float]]
-"""In seconds, by what they are; sorted."""
-
-
-class Quiet:
-    """Watches a run without a word."""
-
-    def sent(self) -> None: ...
-
-    def ended(self, outcome: object) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Everything that was measured, one file each."""
-
-    folder: Path
-
-    def path(self, *parts: object) -> Path:
-        return self.folder / ("-".join(map(str, parts)) + ".json")
-
-    def load(self, *parts: object) -> Any:
-        path = self.path(*parts)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def save(self, value: Any, *parts: object) -> Any:
-        self.path(*parts).write_text(json.dumps(value))
-        return value
-
-
-# --- live --------------------------------------------------------------------------------------
-
-
-def calibrate(kept: Kept, layout: str, seconds: float, flags: Sequence[str]) -> Profile:
-    path = kept.path("profile", layout)
-    if not path.exists():
-        say(f"{layout}: calibrating for about {seconds:g} s")
-        roles, _ = LAYOUTS[layout]
-        command = [sys.executable, "-m", "pdserve", "calibrate", *roles, *flags]
-        command += ["--seconds", str(seconds), "--out", str(path)]
-        command += ["--recording", str(kept.folder / f"calibration-{layout}")]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return from_text(path.read_text(), str(path))
-
-
-class Live:
-    """One server for all runs of a layout, started when the first one needs it."""
-
-    def __init__(self, layout: str, flags: Sequence[str]) -> None:
-        self._flags = [*LAYOUTS[layout][0], *FORCED, *flags]
-        self._entered: Any = None
-        self._server: Server | None = None
-        self._runs = 0
-
-    @property
-    def url(self) -> str:
-        if self._server is None:
-            self._entered = serving(self._flags)
-            self._server = self._entered.__enter__()
-        return self._server.url
-
-    def close(self) -> None:
-        if self._entered is not None:
-            self._entered.__exit__(None, None, None)
-
-    def send(self, load: Load, seed: int) -> Result:
-        """``seed``: of the prompts."""
-        return asyncio.run(self._send(load, seed))
-
-    async def _send(self, load: Load, seed: int) -> Result:
-        target = Target(TargetOptions(url=self.url, seed=seed))
-        try:
-            await target.ask_for_model()
-            return await run_load(load, target, Quiet())
-        finally:
-            target.close()
-
-
-@contextmanager
-def live(layout: str, flags: Sequence[str]) -> Iterator[Live]:
-    server = Live(layout, flags)
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-def load_of(mix: str, seed: int, **options: Any) -> Load:
-    prompts, answers = MIXES[mix]
-    return make_load(
-        LoadOptions(input_tokens=prompts, output_tokens=answers, seed=seed, warmup=3, **options)
-    )
-
-
-def capacity_of(kept: Kept, server: Live, layout: str, mix: str, seconds: float) -> float:
-    """Requests per second in a closed loop, of those that ended while it was full."""
-    found = kept.load("capacity", layout, mix)
-    if found is None:
-        say(f"{layout}, {mix}: what it can do, for {seconds:g} s")
-        load = load_of(mix, 7, concurrency=CAPACITY_STREAMS, duration_s=seconds)
-        result = server.send(load, 1 + list(MIXES).index(mix))
-        ends = [o.last_s for o in result.outcomes if o.last_s is not None and o.last_s <= seconds]
-        found = kept.save(len(ends) / seconds, "capacity", layout, mix)
-    return float(found)
-
-
-def measured(
-    kept: Kept, server: Live, layout: str, mix: str, share: float, run: int, load: Load
-) -> Latencies:
-    found: Latencies | None = kept.load("live", layout, mix, share, run)
-    if found is None:
-        say(f"{layout}, {mix}, {share:g} of its capacity, run {run + 1}: {load.num_requests}")
-        # No prompt may begin like one of another run: the server would have its KV.
-        seed = 1000 * (1 + list(MIXES).index(mix)) + 100 * run + round(100 * share)
-        outcomes = server.send(load, seed).outcomes
-        if any(outcome.ending is not Ending.COMPLETED for outcome in outcomes):
-            say("  some requests failed; the others count")
-        found = kept.save(latencies(outcomes), "live", layout, mix, share, run)
-    return found
-
-
-def latencies(requests: Sequence[Any]) -> Latencies:
-    """Of live outcomes or of simulated ones."""
-    done = [request for request in requests if request.ending is Ending.COMPLETED]
-    values = {
-        "TTFT": [request.ttft_s for request in done],
-        "TPOT": [request.tpot_s for request in done],
-        "E2E": [request.e2e_s for request in done],
-    }
-    return {name: sorted(v for v in of if v is not None) for name, of in values.items()}
-
-
-# --- simulated ---------------------------------------------------------------------------------
 
 
 class Ends(Observer):
@@ -202,7 +61,9 @@ class Ends(Observer):
         self.requests.append(request)
 
 
-def simulated(profile: Profile, layout: str, load: Load, seed: int) -> Latencies:
+def simulated(
+    profile: Profile, layout: str, requests: Iterable[TraceRequest], seed: int
+) -> Latencies:
     cluster = parse_cluster(LAYOUTS[layout][1])
     settings = SimSettings(
         cluster=cluster,
@@ -214,11 +75,8 @@ def simulated(profile: Profile, layout: str, load: Load, seed: int) -> Latencies
         seed=seed,
     )
     ends = Ends()
-    Simulation(settings, iter(load.requests), [ends]).run()
+    Simulation(settings, iter(requests), [ends]).run()
     return latencies(ends.requests)
-
-
-# --- together ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +87,7 @@ class Cell:
     name: str
     percent: int
     num: int
-    lives_s: tuple[float, float]
+    lives_s: tuple[float, ...]
     predicted_s: float
 
     @property
@@ -242,82 +100,102 @@ class Cell:
 
     @property
     def bound(self) -> float:
-        spread = abs(self.lives_s[0] - self.lives_s[1]) / self.live_s
+        spread = (max(self.lives_s) - min(self.lives_s)) / self.live_s
         return max(BOUNDS[self.name], spread)
 
     @property
     def is_met(self) -> bool:
         return abs(self.off) <= self.bound
 
+    @property
+    def text(self) -> str:
+        """How far off; bold if by more than the bound."""
+        return f"{self.off:+.1%}" if self.is_met else f"**{self.off:+.1%}**"
 
-def loads_of(
-    kept: Kept, server: Live, layout: str, arguments: argparse.Namespace
-) -> dict[tuple[str, float], Load]:
-    """By mix of lengths and share of the capacity."""
-    loads = {}
+
+def cells_of(profile: Profile, layout: str, found: Measured) -> Iterator[Cell]:
     for mix in MIXES:
-        capacity = capacity_of(kept, server, layout, mix, arguments.capacity_seconds)
         for share in SHARES:
-            rate = share * capacity
-            seconds = min(max(arguments.duration, LEAST_REQUESTS / rate), 2.0 * arguments.duration)
-            loads[mix, share] = load_of(mix, 11, rate=rate, duration_s=seconds)
-    return loads
+            runs = found.of(mix, share)
+            load = timed_load(mix, runs[0].rate, runs[0].seconds)
+            guesses = [simulated(profile, layout, load.requests, seed) for seed in SEEDS]
+            for name in BOUNDS:
+                for percent in PERCENTS:
+                    predicted_s = [percentile(guess[name], percent) for guess in guesses]
+                    yield Cell(
+                        layout=layout,
+                        mix=mix,
+                        share=share,
+                        name=name,
+                        percent=percent,
+                        num=len(runs[0].latencies[name]),
+                        lives_s=tuple(percentile(run.latencies[name], percent) for run in runs),
+                        predicted_s=statistics.median(predicted_s),
+                    )
 
 
-def cells_of(
-    kept: Kept, profile: Profile, server: Live, layout: str, arguments: argparse.Namespace
-) -> Iterator[Cell]:
-    loads = loads_of(kept, server, layout, arguments)
-    lives = [
-        {
-            (mix, share): measured(kept, server, layout, mix, share, run, load)
-            for (mix, share), load in loads.items()
-        }
-        for run in range(2)
-    ]
-    for (mix, share), load in loads.items():
-        runs = [run[mix, share] for run in lives]
-        predictions = [simulated(profile, layout, load, seed) for seed in SEEDS]
-        for name in BOUNDS:
-            for percent in PERCENTS:
-                first_s, second_s = (percentile(run[name], percent) for run in runs)
-                guesses_s = [percentile(guess[name], percent) for guess in predictions]
-                yield Cell(
-                    layout=layout,
-                    mix=mix,
-                    share=share,
-                    name=name,
-                    percent=percent,
-                    num=len(runs[0][name]),
-                    lives_s=(first_s, second_s),
-                    predicted_s=statistics.median(guesses_s),
-                )
+# --- shown -------------------------------------------------------------------------------------
+
+
+def show_profile(layout: str, profile: Profile, found: Measured) -> None:
+    """Which machine it was, how it drifted, and what the profile says of itself."""
+    one_by_one = [replace(r, at_s=10.0 * place) for place, r in enumerate(pace_load().requests)]
+    lone = simulated(profile, layout, one_by_one, 0)
+    threads = profile.machines[0].threads
+    errors = [(k, e) for machine in profile.machines for k, e in machine.errors.items()]
+    print(
+        f"{layout}: {profile.host.cpu}, {profile.host.pinning}, {threads} threads a worker; "
+        f"capacity {', '.join(f'{mix} {rate:.2f}/s' for mix, rate in found.capacity.items())}; "
+        f"steps off by {', '.join(f'{kind} {error.median:.1%}' for kind, error in errors)}"
+    )
+    for place, name in ((1, "TTFT"), (2, "TPOT")):
+        values = [pace[place] * 1e3 for pace in found.paces]
+        print(
+            f"{layout}: {name} of a lone request {statistics.median(values):.4g} ms "
+            f"({min(values):.4g} to {max(values):.4g}), by the profile "
+            f"{percentile(lone[name], 50) * 1e3:.4g}; between the pieces "
+            + " ".join(f"{value:.3g}" for value in values)
+        )
+    for warning in profile.warnings:
+        print(f"{layout}: warning: {warning}")
 
 
 def show(cells: Sequence[Cell]) -> None:
-    print(
-        "| layout | lengths | of capacity | requests | | live ms | predicted ms | off | bound | |"
-    )
-    print("| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |")
+    """A row for each load, misses in bold."""
+    titles = [f"{name} P50 | P90 | P99" for name in BOUNDS]
+    print(f"| workers | lengths | load | requests | {' | '.join(titles)} |")
+    print("| --- | --- | ---: | ---: |" + 3 * len(BOUNDS) * " ---: |")
+    rows: dict[tuple[str, str, float, int], list[str]] = {}
+    for cell in cells:
+        rows.setdefault((cell.layout, cell.mix, cell.share, cell.num), []).append(cell.text)
+    for (layout, mix, share, num), texts in rows.items():
+        print(f"| {layout} | {mix} | {share:g} | {num} | {' | '.join(texts)} |")
+
+
+def show_details(cells: Sequence[Cell]) -> None:
+    """A row for each cell, both live runs in it."""
+    print("| layout | lengths | load | | live ms | predicted ms | off | bound | |")
+    print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- |")
     for cell in cells:
         lives = " / ".join(f"{live_s * 1e3:.4g}" for live_s in cell.lives_s)
         print(
-            f"| {cell.layout} | {cell.mix} | {cell.share:g} | {cell.num} "
-            f"| {cell.name} P{cell.percent} | {lives} | {cell.predicted_s * 1e3:.4g} "
-            f"| {cell.off:+.1%} | {cell.bound:.1%} | {'' if cell.is_met else 'miss'} |"
+            f"| {cell.layout} | {cell.mix} | {cell.share:g} | {cell.name} P{cell.percent} "
+            f"| {lives} | {cell.predicted_s * 1e3:.4g} | {cell.off:+.1%} | {cell.bound:.1%} "
+            f"| {'' if cell.is_met else 'miss'} |"
         )
     print()
-    for name in BOUNDS:
-        of = [cell for cell in cells if cell.name == name]
-        met = sum(cell.is_met for cell in of)
-        middle = statistics.median(abs(cell.off) for cell in of)
-        print(
-            f"{name}: {met} of {len(of)} cells within the bound, off by {middle:.1%} in the median"
-        )
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def show_sums(cells: Sequence[Cell]) -> None:
+    for layout in dict.fromkeys(cell.layout for cell in cells):
+        for name in BOUNDS:
+            of = [cell for cell in cells if (cell.layout, cell.name) == (layout, name)]
+            middle = statistics.median(abs(cell.off) for cell in of)
+            lean = statistics.median(cell.off for cell in of)
+            print(
+                f"{layout}, {name}: {sum(cell.is_met for cell in of)} of {len(of)} cells within "
+                f"the bound, off by {middle:.1%} in the median ({lean:+.1%} with its sign)"
+            )
 
 
 def main() -> None:
@@ -327,27 +205,36 @@ def main() -> None:
     )
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of " + ", ".join(LAYOUTS))
     parser.add_argument("--cores", help="run on these, as 0,1 (client, gateway and workers)")
-    parser.add_argument("--seconds", type=float, default=150.0, help="of each calibration")
-    parser.add_argument("--capacity-seconds", type=float, default=20.0)
-    parser.add_argument("--duration", type=float, default=30.0, help="seconds of arrivals in a run")
+    parser.add_argument(
+        "--seconds", type=float, default=150.0, help="of each calibration, all rounds (150)"
+    )
+    parser.add_argument(
+        "--capacity-seconds", type=float, default=12.0, help="to find it, for each mix (12)"
+    )
+    parser.add_argument(
+        "--duration", type=float, default=24.0, help="seconds of arrivals in a run, at least (24)"
+    )
+    parser.add_argument("--details", action="store_true", help="print a row for each cell, too")
     arguments, flags = parser.parse_known_args()
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    kept = Kept(arguments.folder)
+    times = Times(
+        calibration=arguments.seconds, load=arguments.duration, capacity=arguments.capacity_seconds
+    )
     cells: list[Cell] = []
     for layout in arguments.layouts.split(","):
-        profile = calibrate(kept, layout, arguments.seconds, flags)
-        with live(layout, flags) as server:
-            cells += cells_of(kept, profile, server, layout, arguments)
-        print(f"{layout}: {profile.host.cpu}, {profile.host.pinning}, ", end="")
-        print(f"{profile.machines[0].threads} threads a worker; steps off by ", end="")
-        errors = [(k, e) for machine in profile.machines for k, e in machine.errors.items()]
-        print(", ".join(f"{kind} {error.median:.1%}" for kind, error in errors))
-        for warning in profile.warnings:
-            print(f"warning: {warning}")
+        place = Place(arguments.folder / layout)
+        found = measured(place, layout, times, flags)
+        profile = fitted(place, layout, found)
+        (place.folder / "profile.json").write_text(to_text(profile))
+        show_profile(layout, profile, found)
+        cells += cells_of(profile, layout, found)
     print()
+    if arguments.details:
+        show_details(cells)
     show(cells)
+    print()
+    show_sums(cells)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from pdserve.calibrate.fit import profile_of
+from pdserve.calibrate.live import Asked
 from pdserve.cli import main
 from pdserve.core.request import Role
 from pdserve.core.step import StepShape
-from pdserve.cost.profile import from_text, machine_from_profile
+from pdserve.cost.profile import from_text, machine_from_profile, to_text
 from pdserve.cost.step_times import parse_step_times
 from pdserve.serve.recorded import read_run
 
@@ -64,6 +67,18 @@ def test_it_finds_the_pace_that_the_engine_keeps(
     assert 0 < profile.times.message_s < 0.1
     run = read_run(tmp_path / "recording")
     assert len(run.requests) > 30
+    asked = msgspec.json.decode((tmp_path / "asked.json").read_bytes(), type=Asked)
+    again = profile_of(
+        run,
+        asked,
+        name=profile.name,
+        made=profile.made,
+        model=profile.model,
+        host=profile.host,
+        flags=profile.flags,
+        threads=machine.threads,
+    )
+    assert to_text(again) == text
     assert all(request.num_tokens for request in run.requests.values())
 
     words = ["sim", "--profile", str(out), "--cluster", "1xcalibrated:prefill,1xcalibrated:decode"]

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,7 +30,7 @@ from rich.table import Table
 from pdserve.calibrate.arguments import OWN_FLAGS, QUICK_SECONDS, SECONDS
 from pdserve.calibrate.design import Design, Limits
 from pdserve.calibrate.fit import errors_of, profile_of
-from pdserve.calibrate.live import Asked, ask, serving
+from pdserve.calibrate.live import Asked, Asker, ask, serving
 from pdserve.config import OPTIONS, resolve
 from pdserve.core.errors import ConfigError, why
 from pdserve.cost.profile import Host, Profile, to_text
@@ -44,18 +45,10 @@ FORCED = ("--admission", "none", "--queue-timeout", "3600", "--drain-timeout", "
 
 def run(parsed: argparse.Namespace) -> int:
     """Gives the exit status."""
-    typed = {
-        name: getattr(parsed, name)
-        for name in OPTIONS
-        if name not in OWN_FLAGS and getattr(parsed, name) is not None
-    }
-    deployment = deploy(resolve(typed, os.environ, parsed.config).config)
+    deployment, flags = deployment_of(parsed)
     seconds = parsed.seconds or (QUICK_SECONDS if parsed.quick else SECONDS)
     if not 0 < seconds < math.inf:
         raise ConfigError(f"--seconds is {seconds:g}: give a number above 0")
-    flags = tuple(word for name, value in typed.items() for word in (flag_of(name), str(value)))
-    if parsed.config is not None:
-        flags = ("--config", str(parsed.config), *flags)
     out = Path(parsed.out)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {out.parent}")
@@ -89,6 +82,20 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def deployment_of(parsed: argparse.Namespace) -> tuple[Deployment, tuple[str, ...]]:
+    """What is to be measured, and the flags of ``serve`` for it, of what `add_arguments` knows."""
+    typed = {
+        name: getattr(parsed, name)
+        for name in OPTIONS
+        if name not in OWN_FLAGS and getattr(parsed, name) is not None
+    }
+    deployment = deploy(resolve(typed, os.environ, parsed.config).config)
+    flags = tuple(word for name, value in typed.items() for word in (flag_of(name), str(value)))
+    if parsed.config is not None:
+        flags = ("--config", str(parsed.config), *flags)
+    return deployment, flags
+
+
 def measure(
     deployment: Deployment,
     flags: tuple[str, ...],
@@ -101,28 +108,38 @@ def measure(
     progress: Callable[[str, float], None],
 ) -> Profile:
     """Start, ask, end, read, fit."""
-    config = deployment.config
-    workers = len(config.worker_slots)
-    limits = Limits(
-        longest_tokens=deployment.card.max_model_tokens,
-        pool_tokens=deployment.num_blocks * config.block_size,
-        workers=workers,
-    )
-    design = Design(limits, seed, splits=config.prefill > 0 and config.decode > 0)
     recording.parent.mkdir(parents=True, exist_ok=True)
     progress("starting the server", 0.0)
     with serving((*flags, *FORCED), recording) as url:
-        asked: Asked = asyncio.run(
-            ask(
-                url,
-                design,
-                rounds,
-                seconds,
-                vocab_size=deployment.card.vocab_size,
-                progress=progress,
-            )
-        )
+        asker = asker_of(url, deployment, seed)
+        asked = asyncio.run(ask(asker, rounds, seconds, progress))
+    kept_asked(recording).write_bytes(msgspec.json.encode(asked))
     progress("fitting", 1.0)
+    return profile_from(recording, asked, deployment, flags, name)
+
+
+def kept_asked(recording: Path) -> Path:
+    """Where it is kept what was asked (`Asked`, as JSON): beside the recording, which says nothing
+    of it. With both a profile can be fitted again."""
+    return recording.with_name("asked.json")
+
+
+def asker_of(url: str, deployment: Deployment, seed: int) -> Asker:
+    """Of a server of that deployment."""
+    config = deployment.config
+    limits = Limits(
+        longest_tokens=deployment.card.max_model_tokens,
+        pool_tokens=deployment.num_blocks * config.block_size,
+        workers=len(config.worker_slots),
+    )
+    design = Design(limits, seed, splits=config.prefill > 0 and config.decode > 0)
+    return Asker(url, design, vocab_size=deployment.card.vocab_size)
+
+
+def profile_from(
+    recording: Path, asked: Asked, deployment: Deployment, flags: tuple[str, ...], name: str
+) -> Profile:
+    """Read what the server recorded, and fit what was asked."""
     return profile_of(
         read_run(recording),
         asked,

@@ -4,7 +4,8 @@ Steps are grouped by the kind of worker that ran them (weights, engine, device, 
 `cost.store.StepKey` says takes the same time), whatever their roles. Each step knows for how long
 neighbours on the host computed beside it and how many tokens they drew, and how many messages came
 meanwhile. The link is what transfers show that had it for themselves. Messages and the edge take
-their median: in a burst they wait for the processes at their ends, which is no delay of theirs; of
+their median over requests that did not come in a burst: in one they wait for the processes at their
+ends, which is no delay of theirs, and a calibration sends most of its requests in bursts; of
 messages only those count that come once a request, since the many that bring a token each would
 outvote them. Of the gap between two steps the mean counts, since every token pays it, without the
 twentieth on either side; it is told apart by kind of step, and by whether a neighbour computed.
@@ -16,6 +17,7 @@ import statistics
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from pdserve.calibrate.live import Asked
 from pdserve.core.errors import ConfigError
@@ -34,6 +36,9 @@ URGENT = {"StartJob", "Header", "Ticket", "Trailer", "Accepted"}
 LEAST_TRANSFERS = 4
 LEAST_GAPS = 8
 """Fewer say nothing of their own."""
+BURST_S = 0.02
+"""Requests that come within this time of each other wait for each other in the gateway."""
+LEAST_CALM = 8
 UNEVEN = 0.15
 """A median error above this says that something else used the machine, or that it is out of what
 the fit can say."""
@@ -57,14 +62,14 @@ def profile_of(
             "calibrate measures the steps of engines that batch by our policies, and this engine "
             "batches for itself"
         )
-    steps = [step for step in run.steps if not step.failed and step.asked_s >= asked.since_s]
+    steps = [step for step in run.steps if not step.failed and asked.holds(step.asked_s)]
     beside = Neighbours(steps, run.mail)
     machines = []
     for workers in _alike(run):
         own = [step for step in steps if step.worker in workers]
         if own:
             machines.append(_machine(run, workers, own, beside, threads))
-    transfers = [t for t in run.transfers.values() if t.opened_s >= asked.since_s]
+    transfers = [t for t in run.transfers.values() if asked.holds(t.opened_s)]
     layers = machines[0].num_layers
     workers_by_role: dict[str, int] = defaultdict(int)
     for worker in run.births:
@@ -252,21 +257,23 @@ def _line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
-    """Delays of what a request waits for."""
-    since_s = asked.since_s
-    mail_s = [m.delay_s for m in run.mail if m.kind in URGENT and m.sent_s >= since_s]
-    gaps_s = [step.gap_s for step in run.steps if step.asked_s >= since_s]
+    """Delays of what a request waits for, of those that did not come in a burst."""
+    calm = _calm(run, asked)
+    mail = [m for m in run.mail if m.kind in URGENT and asked.holds(m.sent_s)]
+    mail_s = [m.delay_s for m in mail if m.about in calm] or [m.delay_s for m in mail]
+    gaps_s = [step.gap_s for step in run.steps if asked.holds(step.asked_s)]
     edge_in_s, edge_out_s = [], []
     for outcome in asked.outcomes:
         request = run.requests.get(RequestId(outcome.response_id))
         if request is None or not request.delivered_s or outcome.first_s is None:
             continue
-        edge_in_s.append(max(0.0, request.submitted_s - outcome.sent_s))
-        edge_out_s.append(max(0.0, outcome.first_s - request.delivered_s[0]))
+        if request.request.request_id in calm:
+            edge_in_s.append(max(0.0, request.submitted_s - outcome.sent_s))
+            edge_out_s.append(max(0.0, outcome.first_s - request.delivered_s[0]))
     checks = [
         (float(t.num_bytes), t.verified_s - t.verify_asked_s)
         for t in run.transfers.values()
-        if t.verified_s is not None and t.verify_asked_s is not None and t.opened_s >= since_s
+        if t.verified_s is not None and t.verify_asked_s is not None and asked.holds(t.opened_s)
     ]
     verify_s, verify_byte_s = _line(checks) if len(checks) >= LEAST_TRANSFERS else (0.0, 0.0)
     return ClusterTimes(
@@ -277,6 +284,23 @@ def times_of(run: RecordedRun, asked: Asked) -> ClusterTimes:
         verify_byte_s=verify_byte_s,
         verify_s=verify_s,
     )
+
+
+def _calm(run: RecordedRun, asked: Asked) -> set[RequestId]:
+    """Requests of the calibration that the router did not get together with others, as it gets the
+    batches that the calibration sends at one moment; all of them, if there are hardly any."""
+    own = sorted(
+        (request.submitted_s, request_id)
+        for request_id, request in run.requests.items()
+        if asked.holds(request.submitted_s)
+    )
+    times_s = [-inf, *(submitted_s for submitted_s, _ in own), inf]
+    calm = {
+        request_id
+        for place, (submitted_s, request_id) in enumerate(own, 1)
+        if times_s[place - 1] + BURST_S < submitted_s < times_s[place + 1] - BURST_S
+    }
+    return calm if len(calm) >= LEAST_CALM else {request_id for _, request_id in own}
 
 
 def _median(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,46 +60,93 @@ def serving(flags: Sequence[str], recording: Path) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was sent after the probes, from ``since_s`` on, and what came of it; times are on the
-    machine's monotonic clock."""
+    """What was sent in some ``spans`` of time (begin, end), and what came of it; times are on the
+    machine's monotonic clock. What a recording has of other times is no part of the calibration."""
 
-    since_s: float
-    outcomes: tuple[Outcome, ...]
-    stages: tuple[str, ...]
+    spans: tuple[tuple[float, float], ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    stages: tuple[str, ...] = ()
+
+    def holds(self, at_s: float) -> bool:
+        """Whether this was in one of the spans."""
+        return any(begun_s <= at_s <= ended_s for begun_s, ended_s in self.spans)
+
+    def plus(self, other: Asked) -> Asked:
+        """Both."""
+        return Asked(
+            spans=self.spans + other.spans,
+            outcomes=self.outcomes + other.outcomes,
+            stages=self.stages + other.stages,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Of all spans."""
+        return sum(ended_s - begun_s for begun_s, ended_s in self.spans)
 
 
-async def ask(
-    url: str, design: Design, rounds: int, seconds: float, *, vocab_size: int, progress: Progress
-) -> Asked:
-    """Send the design's rounds, of ``seconds`` in all. Raises `UnavailableError` if requests
-    fail."""
+class Asker:
+    """Asks one server the rounds of a design, each when it is told to; other loads may come in
+    between. Before the first one it finds out how fast the server is."""
+
+    def __init__(self, url: str, design: Design, *, vocab_size: int) -> None:
+        self._url = url
+        self._design = design
+        self._vocab_size = vocab_size
+        self._pace: Pace | None = None
+
+    async def round(self, budget_s: float, told: Callable[[str], None]) -> Asked:
+        """Send one round, of about so many seconds; ``told`` of each stage before it begins. The
+        probes are not in what is returned. Raises `UnavailableError` if requests fail."""
+        async with _targets(self._url, self._vocab_size) as targets:
+            if self._pace is None:
+                told("probing")
+                probed = [(await _send(targets, stage))[0] for stage in self._design.probes()]
+                self._pace = _pace(probed[1], probed[2])
+            outcomes: list[Outcome] = []
+            stages: list[str] = []
+            begun_s = time.perf_counter()
+            for stage in self._design.round(self._pace, budget_s):
+                told(stage.name)
+                outcomes += await _send(targets, stage)
+                stages.append(stage.name)
+            ended_s = time.perf_counter()
+        self._pace = self._pace.slower((ended_s - begun_s) / budget_s)
+        return Asked(spans=((begun_s, ended_s),), outcomes=tuple(outcomes), stages=tuple(stages))
+
+
+async def ask(asker: Asker, rounds: int, seconds: float, progress: Progress) -> Asked:
+    """So many rounds, of ``seconds`` in all, one after the other."""
+    asked = Asked()
+    for number in range(rounds):
+        if asked.seconds > seconds:
+            break  # the server is slower than it was when it was probed
+        begun_s = time.perf_counter()
+
+        def told(
+            stage: str, number: int = number, before_s: float = asked.seconds - begun_s
+        ) -> None:
+            done = min(1.0, (before_s + time.perf_counter()) / seconds)
+            progress(f"round {number + 1} of {rounds}: {stage}", done)
+
+        asked = asked.plus(await asker.round(seconds / rounds, told))
+    progress("done", 1.0)
+    return asked
+
+
+@contextlib.asynccontextmanager
+async def _targets(url: str, vocab_size: int) -> AsyncIterator[dict[str, Target]]:
+    """One for each route that a stage may ask for."""
     targets: dict[str, Target] = {}
-    outcomes: list[Outcome] = []
-    stages: list[str] = []
     try:
         for route in ("auto", "split", "local"):
             headers = () if route == "auto" else (("X-Pdserve-Route", route),)
             targets[route] = Target(TargetOptions(url=url, headers=headers, vocab_size=vocab_size))
             await targets[route].ask_for_model()
-        progress("probing", 0.0)
-        probed = [(await _send(targets, stage))[0] for stage in design.probes()]
-        pace = _pace(probed[1], probed[2])
-        since_s = time.perf_counter()
-        for number in range(rounds):
-            begun_s = time.perf_counter()
-            if number and begun_s - since_s > seconds:
-                break  # it is slower than it was when it was probed
-            for stage in design.round(pace, seconds / rounds):
-                done = min(1.0, (time.perf_counter() - since_s) / seconds)
-                progress(f"round {number + 1} of {rounds}: {stage.name}", done)
-                outcomes += await _send(targets, stage)
-                stages.append(stage.name)
-            pace = pace.slower((time.perf_counter() - begun_s) / (seconds / rounds))
+        yield targets
     finally:
         for target in targets.values():
             target.close()
-    progress("done", 1.0)
-    return Asked(since_s=since_s, outcomes=tuple(outcomes), stages=tuple(stages))
 
 
 async def _send(targets: dict[str, Target], stage: Stage) -> list[Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,19 @@ import pytest
 from pdserve.calibrate.fit import Neighbours, gaps_of, link_of, times_of
 from pdserve.calibrate.live import Asked
 from pdserve.core.errors import ConfigError
-from pdserve.core.ids import AttemptId, Epoch, RequestId, StepId, WorkerId
+from pdserve.core.ids import GATEWAY, AttemptId, Epoch, RequestId, StepId, WorkerId
+from pdserve.core.request import Request, SamplingParams
 from pdserve.core.step import StepShape
 from pdserve.node.settings import RouterSettings
-from pdserve.serve.recorded import Mail, RanStep, RanTransfer, RecordedRun, read_run
+from pdserve.serve.recorded import (
+    Mail,
+    RanRequest,
+    RanStep,
+    RanTransfer,
+    RecordedRun,
+    read_run,
+)
+from pdserve.workload.outcome import Ending, Outcome
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 
@@ -122,7 +132,7 @@ def test_tokens_do_not_outvote_the_messages_of_a_hand_off() -> None:
     run = RecordedRun(router=RouterSettings(), policy="predicted")
     run.mail = [Mail(DECODE, PREFILL, "Tokens", None, 5.0 + n, 5.0002 + n) for n in range(200)]
     run.mail += [Mail(PREFILL, DECODE, "Trailer", None, 5.5 + n, 5.501 + n) for n in range(10)]
-    times = times_of(run, Asked(since_s=5.0, outcomes=(), stages=()))
+    times = times_of(run, Asked(spans=((5.0, 900.0),)))
     assert times.message_s == pytest.approx(1e-3)
 
 
@@ -134,10 +144,78 @@ def test_a_burst_does_not_change_how_long_a_message_takes() -> None:
     ]
     run.mail.append(Mail(DECODE, PREFILL, "LoadReport", None, 6.0, 9.0))
     run.steps = [a_step(DECODE, n, n + 0.5, StepShape(0, 0, 1, 9)) for n in range(5, 9)]
-    times = times_of(run, Asked(since_s=5.0, outcomes=(), stages=()))
+    times = times_of(run, Asked(spans=((5.0, 900.0),)))
     assert times.message_s == pytest.approx(1e-3)
     assert times.step_gap_s == pytest.approx(1e-3)
     assert (times.edge_in_s, times.edge_out_s, times.verify_byte_s) == (0.0, 0.0, 0.0)
+
+
+def a_request(run: RecordedRun, name: str, sent_s: float, in_s: float, out_s: float) -> Outcome:
+    """A request that waits so long at either edge, and for its job's message as long as at both."""
+    request = Request(
+        request_id=RequestId(name),
+        prompt_token_ids=array("I", [1, 2]),
+        params=SamplingParams(max_tokens=2, seed=0),
+    )
+    submitted_s = sent_s + in_s
+    run.requests[request.request_id] = RanRequest(
+        request=request, submitted_s=submitted_s, delivered_s=[sent_s + 0.5], num_tokens=1
+    )
+    arrives_s = submitted_s + in_s + out_s
+    run.mail.append(Mail(GATEWAY, PREFILL, "StartJob", request.request_id, submitted_s, arrives_s))
+    return Outcome(
+        index=len(run.requests),
+        response_id=name,
+        due_s=sent_s,
+        sent_s=sent_s,
+        ending=Ending.COMPLETED,
+        first_s=sent_s + 0.5 + out_s,
+    )
+
+
+def test_requests_that_come_in_a_burst_do_not_say_how_long_the_edge_takes() -> None:
+    run = RecordedRun(router=RouterSettings(), policy="predicted")
+    outcomes = [a_request(run, f"lone-{n}", float(n), 0.001, 0.002) for n in range(10)]
+    outcomes += [a_request(run, f"b-{n}", 20.0, 0.001 + 0.002 * n, 0.03) for n in range(32)]
+    times = times_of(run, Asked(spans=((0.0, 30.0),), outcomes=tuple(outcomes)))
+    assert times.edge_in_s == pytest.approx(0.001)
+    assert times.edge_out_s == pytest.approx(0.002)
+    assert times.message_s == pytest.approx(0.003)
+    burst = times_of(run, Asked(spans=((15.0, 30.0),), outcomes=tuple(outcomes)))
+    assert burst.edge_in_s == pytest.approx(0.032)  # there is nothing else
+    assert burst.edge_out_s == pytest.approx(0.03)
+
+
+def test_what_other_loads_did_in_between_is_no_part_of_a_calibration() -> None:
+    """The gaps, messages, checks and edges of a load between two rounds are another's."""
+    shape = StepShape(0, 0, 1, 9)
+    run = RecordedRun(router=RouterSettings(), policy="predicted")
+    for at_s, more_s in ((1.0, 0.0), (12.0, 0.5), (23.0, 0.0)):
+        for n in range(8):
+            begun_s = at_s + n
+            done_s = begun_s + 0.4 + more_s
+            step = a_step(DECODE, begun_s, begun_s + 0.4, shape)
+            run.steps.append(replace(step, done_s=done_s))
+            run.mail.append(Mail(PREFILL, DECODE, "Ticket", None, begun_s, begun_s + 0.01 + more_s))
+            run.transfers[AttemptId(RequestId(f"r{begun_s}"), Epoch(1))] = RanTransfer(
+                attempt=AttemptId(RequestId(f"r{begun_s}"), Epoch(1)),
+                sender=PREFILL,
+                receiver=DECODE,
+                one_shot=False,
+                opened_s=begun_s,
+                num_bytes=1000,
+                verify_asked_s=begun_s,
+                verified_s=begun_s + 0.002 + more_s,
+            )
+    rounds = Asked(spans=((0.0, 9.0),)).plus(Asked(spans=((22.0, 31.0),)))
+    assert rounds.seconds == pytest.approx(18.0)
+    times = times_of(run, rounds)
+    assert times.step_gap_s == pytest.approx(0.001)
+    assert times.message_s == pytest.approx(0.01)
+    assert times.verify_s + 1000 * times.verify_byte_s == pytest.approx(0.002)
+    slower = times_of(run, Asked(spans=((11.0, 21.0),)))
+    assert slower.step_gap_s == pytest.approx(0.501)
+    assert slower.message_s == pytest.approx(0.51)
 
 
 def test_a_folder_without_a_router_is_no_run(tmp_path: Path) -> None:
