@@ -3,7 +3,8 @@
 A round has four parts: prompts of many lengths, one after the other; batches that decode, of one
 sequence and more, with short and with long contexts; prompts that come while others decode on the
 same worker; and free loads, a light and a heavy one, that mix everything as clients do, since what
-workers cost each other is seen where all of them have work. Rounds are repeated with other lengths,
+workers cost each other is seen where all of them have work, and how long steps take in operation is
+seen where it is operated. Half of the time is theirs. Rounds are repeated with other lengths,
 so that a machine that drifts is seen drifting. How much fits into a round is judged by two probes
 of how fast the server is.
 """
@@ -23,15 +24,17 @@ MOST_PROMPT = 2048
 LEAST_LENGTHS = 8
 BATCHES = (1, 2, 4, 8, 16, 32)
 SHORT_CONTEXT = 32
+LOAD = "load"
+"""The name of the stages that are free loads."""
 DECODED = (24, 96)
 """Fewest and most tokens that a batch decodes together."""
-SHARES = {"prompts": 0.2, "batches": 0.3, "mixed": 0.2, "load": 0.3}
+SHARES = {"prompts": 0.15, "batches": 0.2, "mixed": 0.15, LOAD: 0.5}
 """Of a round's time."""
 DECODING = (2, 6, 12)
 """Sequences beside which prompts come."""
 BETWEEN = (64, 512, 200, 32, 320)
 """Those prompts' tokens."""
-BUSY = (0.35, 0.7)
+BUSY = (0.4, 0.8)
 """How much of what the server could do the free loads ask for."""
 LOAD_BATCH = 8
 """Sequences that a free load decodes together: a guess."""
@@ -45,11 +48,6 @@ class Pace:
 
     prompt_token_s: float
     decode_s: float
-
-    def slower(self, times: float) -> Pace:
-        """What it turned out to be; never faster, since a round has a least size."""
-        times = max(1.0, times)
-        return Pace(prompt_token_s=self.prompt_token_s * times, decode_s=self.decode_s * times)
 
     def prompt_s(self, tokens: int) -> float:
         return self.prompt_token_s * tokens
@@ -102,7 +100,7 @@ class Design:
         yield from self._batches(pace, budget_s * SHARES["batches"])
         yield from self._mixed(pace, budget_s * SHARES["mixed"])
         for busy in BUSY:
-            yield self._load(pace, budget_s * SHARES["load"] / len(BUSY), busy)
+            yield self._load(pace, budget_s * SHARES[LOAD] / len(BUSY), busy)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -163,7 +161,7 @@ class Design:
             output = self._random.randint(fewest, most)
             requests.append((at_s, self._length(longest), output))
             at_s += self._random.expovariate(rate)
-        return self._stage("load", requests)
+        return self._stage(LOAD, requests)
 
     def _context(self, pace: Pace, num: int, budget_s: float) -> int:
         """A long context whose prompts take no more than half of the budget."""
@@ -205,5 +203,5 @@ class Design:
                 )
             )
         if route is None:
-            route = "split" if self._splits and name != "load" else "auto"
+            route = "split" if self._splits and name != LOAD else "auto"
         return Stage(name=name, requests=tuple(requests), in_turn=in_turn, route=route)

@@ -17,6 +17,7 @@ import statistics
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import inf
 
 from pdserve.calibrate.live import Asked
@@ -68,7 +69,7 @@ def profile_of(
     for workers in _alike(run):
         own = [step for step in steps if step.worker in workers]
         if own:
-            machines.append(_machine(run, workers, own, beside, threads))
+            machines.append(_machine(run, asked, workers, own, beside, threads))
     transfers = [t for t in run.transfers.values() if asked.holds(t.opened_s)]
     layers = machines[0].num_layers
     workers_by_role: dict[str, int] = defaultdict(int)
@@ -99,12 +100,13 @@ def _alike(run: RecordedRun) -> list[set[WorkerId]]:
 
 def _machine(
     run: RecordedRun,
+    asked: Asked,
     workers: set[WorkerId],
     steps: Sequence[RanStep],
     beside: Neighbours,
     threads: int,
 ) -> Machine:
-    samples = [beside.timed(step) for step in steps]
+    samples = [replace(beside.timed(step), is_usual=asked.is_usual(step.asked_s)) for step in steps]
     fit = _fit(samples, workers)
     any_worker = min(workers)
     up, settings = run.workers[any_worker], run.settings(any_worker)
@@ -134,18 +136,26 @@ def _machine(
 
 
 def gaps_of(steps: Sequence[RanStep], samples: Sequence[TimedStep]) -> dict[str, Gap]:
-    """By kind of step; a neighbour counts if it computed for half of the step."""
-    gaps_s: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    """By kind of step, of usual ones if there are enough; a neighbour counts if it computed for
+    half of the step."""
+    gaps_s: dict[tuple[str, bool], list[tuple[bool, float]]] = defaultdict(list)
     for step, sample in zip(steps, samples, strict=True):
         beside_s = sample.beside_prompt_s + sample.beside_decode_s
-        gaps_s[kind_of(step.shape), beside_s > 0.5 * step.elapsed_s].append(step.gap_s)
+        gap = (sample.is_usual, step.gap_s)
+        gaps_s[kind_of(step.shape), beside_s > 0.5 * step.elapsed_s].append(gap)
     found = {}
     for kind in KINDS:
-        alone, beside = gaps_s[kind, False], gaps_s[kind, True]
+        alone, beside = (_usual(gaps_s[kind, which], LEAST_GAPS) for which in (False, True))
         if len(alone) + len(beside) >= LEAST_GAPS:
             both = [of if len(of) >= LEAST_GAPS else alone + beside for of in (alone, beside)]
             found[kind] = Gap(alone_s=_inner_mean(both[0]), beside_s=_inner_mean(both[1]))
     return found
+
+
+def _usual(values: Sequence[tuple[bool, float]], least: int) -> list[float]:
+    """The usual ones, or all if there are too few of those."""
+    usual = [value for is_usual, value in values if is_usual]
+    return usual if len(usual) >= least else [value for _, value in values]
 
 
 def _fit(samples: list[TimedStep], workers: set[WorkerId]) -> StepsFit:

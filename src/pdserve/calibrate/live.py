@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pdserve.bench.options import TargetOptions
 from pdserve.bench.target import Target
-from pdserve.calibrate.design import Design, Pace, Stage
+from pdserve.calibrate.design import LOAD, Design, Pace, Stage
 from pdserve.core.errors import UnavailableError
 from pdserve.workload.outcome import Ending, Outcome
 
@@ -61,15 +61,22 @@ def serving(flags: Sequence[str], recording: Path) -> Iterator[str]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What was sent in some ``spans`` of time (begin, end), and what came of it; times are on the
-    machine's monotonic clock. What a recording has of other times is no part of the calibration."""
+    machine's monotonic clock. What a recording has of other times is no part of the calibration.
+    ``stages``: each one's name and span."""
 
     spans: tuple[tuple[float, float], ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    stages: tuple[str, ...] = ()
+    stages: tuple[tuple[str, float, float], ...] = ()
 
     def holds(self, at_s: float) -> bool:
         """Whether this was in one of the spans."""
         return any(begun_s <= at_s <= ended_s for begun_s, ended_s in self.spans)
+
+    def is_usual(self, at_s: float) -> bool:
+        """Whether the server had a load as its clients send it, at that time."""
+        return any(
+            begun_s <= at_s <= ended_s for name, begun_s, ended_s in self.stages if name == LOAD
+        )
 
     def plus(self, other: Asked) -> Asked:
         """Both."""
@@ -94,6 +101,7 @@ class Asker:
         self._design = design
         self._vocab_size = vocab_size
         self._pace: Pace | None = None
+        self._longer = 1.0  # than planned: rounds that are have less to do the next time
 
     async def round(self, budget_s: float, told: Callable[[str], None]) -> Asked:
         """Send one round, of about so many seconds; ``told`` of each stage before it begins. The
@@ -104,14 +112,15 @@ class Asker:
                 probed = [(await _send(targets, stage))[0] for stage in self._design.probes()]
                 self._pace = _pace(probed[1], probed[2])
             outcomes: list[Outcome] = []
-            stages: list[str] = []
+            stages: list[tuple[str, float, float]] = []
             begun_s = time.perf_counter()
-            for stage in self._design.round(self._pace, budget_s):
+            for stage in self._design.round(self._pace, budget_s / self._longer):
                 told(stage.name)
+                stage_s = time.perf_counter()
                 outcomes += await _send(targets, stage)
-                stages.append(stage.name)
+                stages.append((stage.name, stage_s, time.perf_counter()))
             ended_s = time.perf_counter()
-        self._pace = self._pace.slower((ended_s - begun_s) / budget_s)
+        self._longer *= max(1.0, (ended_s - begun_s) / budget_s)
         return Asked(spans=((begun_s, ended_s),), outcomes=tuple(outcomes), stages=tuple(stages))
 
 

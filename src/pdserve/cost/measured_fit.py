@@ -13,7 +13,9 @@ which there are few, loses as much to these as a step of prompts, which it mostl
 without that.
 
 The fit says what steps usually take; what makes some longer is kept as the spread of measured over
-predicted times, with its own mean taken into the fit: means of many steps come out right.
+predicted times, with its own mean taken into the fit: means of many steps come out right. Spread
+and mean are those of steps in operation, if the samples have such: a prompt after a pause, or one
+of a batch that came at one moment, takes some percent longer than what clients see.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from pdserve.cost.step import StepModel
 NUM_FOLDS = 5
 LEAST_SAMPLES = 6
 """Of a kind; fewer say nothing that could be checked."""
+LEAST_USUAL = 32
+"""Of a kind; of fewer steps in operation no mean is taken."""
 MOST_SAMPLES = 1500
 """Of a kind; of more, those of the most frequent sizes are thinned out."""
 SAMPLES_A_PIECE = 4
@@ -55,7 +59,8 @@ LEAST_REST = 0.2
 class TimedStep:
     """A step that a live worker ran. ``beside_prompt_s`` and ``beside_decode_s``: for how long of
     it neighbours on the same machine computed prompts, or only decoded. ``num_heard``: how many
-    messages its process got while it ran; ``num_drawn``: how many tokens neighbours drew."""
+    messages its process got while it ran; ``num_drawn``: how many tokens neighbours drew.
+    ``is_usual``: it was one of a load as clients send it, not of one that shows a kind of step."""
 
     shape: StepShape
     elapsed_s: float
@@ -63,6 +68,7 @@ class TimedStep:
     beside_decode_s: float = 0.0
     num_heard: int = 0
     num_drawn: int = 0
+    is_usual: bool = False
 
     @property
     def hindrances(self) -> list[float]:
@@ -170,7 +176,9 @@ def _fit_kind(
             best = (score, bends, nonnegative_fit(_moments(rows)), errors)
     assert best is not None
     _, bends, found, errors = best
-    ratios = [_ratio(sample, found, features, bends) for sample in samples]
+    usual = [sample for sample in samples if sample.is_usual]
+    judged = usual if len(usual) >= LEAST_USUAL else samples
+    ratios = [_ratio(sample, found, features, bends) for sample in judged]
     level = _mean(ratios)
     size = len(found) - NUM_HINDRANCES
     found = [value * level for value in found[:size]] + found[size:]
@@ -193,7 +201,8 @@ def _unhindered(sample: TimedStep, lost: Lost) -> TimedStep:
     """The step as it would have been alone."""
     each = (lost.beside_prompt, lost.beside_decode, lost.per_message_s, lost.per_token_s)
     lost_s = _product(each, sample.hindrances)
-    return TimedStep(sample.shape, max(sample.elapsed_s - lost_s, LEAST_REST * sample.elapsed_s))
+    alone_s = max(sample.elapsed_s - lost_s, LEAST_REST * sample.elapsed_s)
+    return TimedStep(sample.shape, alone_s, is_usual=sample.is_usual)
 
 
 def _shape_features(shape: StepShape, bends: Bends) -> list[float]:

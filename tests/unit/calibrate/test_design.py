@@ -45,9 +45,9 @@ def test_a_round_takes_about_its_budget(pace: Pace) -> None:
     found = stages(pace=pace)
     (prompts,) = of("prompts", found)
     spent_s = sum(pace.prompt_s(request.prompt_tokens) for request in prompts.requests)
-    assert spent_s <= 0.2 * 60 + pace.prompt_s(2048)
+    assert spent_s <= 0.15 * 60 + pace.prompt_s(2048)
     for load in of("load", found):
-        assert load.requests[-1].at_s <= 0.15 * 60
+        assert load.requests[-1].at_s <= 0.25 * 60
 
 
 def test_a_heavy_load_asks_for_most_of_what_the_server_can_do() -> None:
@@ -58,8 +58,8 @@ def test_a_heavy_load_asks_for_most_of_what_the_server_can_do() -> None:
         return prompts_s / load.requests[-1].at_s
 
     light, heavy = of("load", stages(seconds=600.0))
-    assert asked(light) == pytest.approx(0.35, rel=0.25)
-    assert asked(heavy) == pytest.approx(0.7, rel=0.25)
+    assert asked(light) == pytest.approx(0.4, rel=0.25)
+    assert asked(heavy) == pytest.approx(0.8, rel=0.25)
 
 
 def test_prompts_come_beside_few_sequences_and_beside_many() -> None:
@@ -98,9 +98,9 @@ def test_one_worker_is_asked_nothing_that_needs_two() -> None:
     assert {stage.route for stage in design.round(SLOW, 30.0)} == {"auto"}
 
 
-def test_a_server_that_turns_out_slower_is_asked_less() -> None:
-    slower = SLOW.slower(2.0)
-    assert (slower.prompt_token_s, slower.decode_s) == (1.6e-3, 0.024)
-    assert SLOW.slower(0.5) == SLOW
-    num = sum(len(stage.requests) for stage in stages(pace=slower))
-    assert num < sum(len(stage.requests) for stage in stages())
+def test_with_less_time_less_is_asked_and_no_faster() -> None:
+    long, short = stages(seconds=240.0), stages(seconds=60.0)
+    assert sum(len(s.requests) for s in short) < sum(len(s.requests) for s in long)
+    for whole, part in zip(of("load", long), of("load", short), strict=True):
+        rates = [len(stage.requests) / stage.requests[-1].at_s for stage in (whole, part)]
+        assert rates[1] == pytest.approx(rates[0], rel=0.4)

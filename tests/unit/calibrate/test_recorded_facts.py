@@ -90,6 +90,16 @@ def test_gaps_are_told_apart_by_kind_and_by_what_computes_beside() -> None:
     assert not gaps_of(steps[:3], [beside.timed(step) for step in steps[:3]])
 
 
+def test_gaps_are_those_of_steps_in_operation_if_there_are_enough() -> None:
+    shape = StepShape(0, 0, 1, 9)
+    steps = [a_step(DECODE, n, n + 0.5, shape) for n in range(40)]
+    steps = [replace(s, done_s=s.done_s + (0.004 if s.asked_s < 20 else 0.0)) for s in steps]
+    timed = [Neighbours(steps).timed(step) for step in steps]
+    usual = [replace(sample, is_usual=n >= 20) for n, sample in enumerate(timed)]
+    assert gaps_of(steps, usual)["decode"].alone_s == pytest.approx(0.001)
+    assert gaps_of(steps, timed)["decode"].alone_s == pytest.approx(0.003)
+
+
 def a_transfer(number: int, num_bytes: int, exposed_s: float, *, one_shot: bool) -> RanTransfer:
     at_s = 10.0 * number
     return RanTransfer(

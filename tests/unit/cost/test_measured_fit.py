@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -164,6 +165,26 @@ def test_steps_that_are_held_up_do_not_bend_the_fit_but_count_in_its_mean() -> N
     assert spread.at(0.99) == pytest.approx(3 / 1.1, rel=0.08)
     draws = [spread.at((number + 0.5) / 20_000) for number in range(20_000)]
     assert sum(draws) / len(draws) == pytest.approx(1.0, abs=0.03)
+
+
+def test_how_long_steps_take_in_operation_is_what_counts_if_it_was_measured() -> None:
+    """Those that show a kind of step on their own give the shape; they take a tenth longer here."""
+    steps = timed(LINEAR.step_s, 0.01)
+    alone = [replace(step, elapsed_s=1.1 * step.elapsed_s) for step in steps]
+    usual = [replace(step, is_usual=True) for step in steps]
+    often = fit_steps([*usual[:150], *alone[150:]])
+    seldom = fit_steps([*usual[:30], *alone[30:]])
+    for shape in (
+        StepShape(700, 490_000),
+        StepShape(0, 0, 5, 4_000),
+        StepShape(100, 10_000, 3, 900),
+    ):
+        truth_s = LINEAR.step_s(shape)
+        assert often.steps.step_s(shape) == pytest.approx(truth_s, rel=0.03)
+        assert seldom.steps.step_s(shape) == pytest.approx(1.1 * truth_s, rel=0.03)
+    spread = often.spreads[PROMPT]
+    draws = [spread.at((number + 0.5) / 2_000) for number in range(2_000)]
+    assert sum(draws) / len(draws) == pytest.approx(1.0, abs=0.01)
 
 
 def test_slow_spells_are_remembered() -> None:
