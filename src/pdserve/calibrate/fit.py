@@ -8,7 +8,7 @@ their median over requests that did not come in a burst: in one they wait for th
 ends, which is no delay of theirs, and a calibration sends most of its requests in bursts; of
 messages only those count that come once a request, since the many that bring a token each would
 outvote them. Of the gap between two steps the mean counts, since every token pays it, without the
-twentieth on either side; it is told apart by kind of step, and by whether a neighbour computed.
+hundredth on either side; it is told apart by kind of step, and by whether a neighbour computed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,14 @@ def _machine(
     beside: Neighbours,
     threads: int,
 ) -> Machine:
-    samples = [replace(beside.timed(step), is_usual=asked.is_usual(step.asked_s)) for step in steps]
+    samples = [
+        replace(
+            beside.timed(step),
+            is_usual=asked.is_usual(step.asked_s),
+            round=asked.round_of(step.asked_s) or 0,
+        )
+        for step in steps
+    ]
     fit = _fit(samples, workers)
     any_worker = min(workers)
     up, settings = run.workers[any_worker], run.settings(any_worker)
@@ -319,8 +326,8 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _inner_mean(values: Sequence[float]) -> float:
-    """The mean without the twentieth on either side; 0 of none."""
-    cut = len(values) // 20
+    """The mean without the hundredth on either side; 0 of none."""
+    cut = len(values) // 100
     kept = sorted(values)[cut : len(values) - cut]
     return max(0.0, statistics.fmean(kept)) if kept else 0.0
 

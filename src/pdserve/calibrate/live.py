@@ -70,7 +70,14 @@ class Asked:
 
     def holds(self, at_s: float) -> bool:
         """Whether this was in one of the spans."""
-        return any(begun_s <= at_s <= ended_s for begun_s, ended_s in self.spans)
+        return self.round_of(at_s) is not None
+
+    def round_of(self, at_s: float) -> int | None:
+        """In which span this was, counted from 0."""
+        for place, (begun_s, ended_s) in enumerate(self.spans):
+            if begun_s <= at_s <= ended_s:
+                return place
+        return None
 
     def is_usual(self, at_s: float) -> bool:
         """Whether the server had a load as its clients send it, at that time."""

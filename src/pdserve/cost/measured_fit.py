@@ -15,7 +15,9 @@ without that.
 The fit says what steps usually take; what makes some longer is kept as the spread of measured over
 predicted times, with its own mean taken into the fit: means of many steps come out right. Spread
 and mean are those of steps in operation, if the samples have such: a prompt after a pause, or one
-of a batch that came at one moment, takes some percent longer than what clients see.
+of a batch that came at one moment, takes some percent longer than what clients see. Where steps
+were measured in rounds, the mean is that of the median round: a machine that others share has slow
+minutes, and one of them is no reason to expect it always.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import log
 
 from pdserve.core.step import StepShape
 from pdserve.cost.machine import StepRange
 from pdserve.cost.measured import Bends, Kind, MeasuredSteps
 from pdserve.cost.nonnegative import Moments, nonnegative_fit
-from pdserve.cost.pace import DECODE, KINDS, LEVELS, MIXED, PROMPT, Lost, Spread, kind_of
+from pdserve.cost.pace import DECODE, KINDS, MIXED, PROMPT, Lost, Spread, kind_of
 from pdserve.cost.step import StepModel
+from pdserve.cost.strays import leveled, mean, quantile, spread_of
 
 NUM_FOLDS = 5
 LEAST_SAMPLES = 6
@@ -43,8 +45,6 @@ SAMPLES_A_PIECE = 4
 NEARLY = 1.03
 """More bends must make the error smaller than by this factor."""
 NOTHING = 1e-6
-MEMORY_STEPS = 32
-MOST_MEMORY = 0.98
 LARGEST_RATIO = 20.0
 MOST_LOST = 0.8
 """Of a step's pace; more is noise."""
@@ -60,7 +60,8 @@ class TimedStep:
     """A step that a live worker ran. ``beside_prompt_s`` and ``beside_decode_s``: for how long of
     it neighbours on the same machine computed prompts, or only decoded. ``num_heard``: how many
     messages its process got while it ran; ``num_drawn``: how many tokens neighbours drew.
-    ``is_usual``: it was one of a load as clients send it, not of one that shows a kind of step."""
+    ``is_usual``: it was one of a load as clients send it, not of one that shows a kind of step.
+    ``round``: in which round of the measurement it ran."""
 
     shape: StepShape
     elapsed_s: float
@@ -69,6 +70,7 @@ class TimedStep:
     num_heard: int = 0
     num_drawn: int = 0
     is_usual: bool = False
+    round: int = 0
 
     @property
     def hindrances(self) -> list[float]:
@@ -171,20 +173,20 @@ def _fit_kind(
     for bends in candidates:
         rows = _rows(kept, features, bends)
         errors = _held_out_errors(rows)
-        score = _mean([min(error, 1.0) for error in errors])
+        score = mean([min(error, 1.0) for error in errors])
         if best is None or score * NEARLY + NOTHING < best[0]:
             best = (score, bends, nonnegative_fit(_moments(rows)), errors)
     assert best is not None
     _, bends, found, errors = best
     usual = [sample for sample in samples if sample.is_usual]
     judged = usual if len(usual) >= LEAST_USUAL else samples
-    ratios = [_ratio(sample, found, features, bends) for sample in judged]
-    level = _mean(ratios)
+    ratios = [(sample.round, _ratio(sample, found, features, bends)) for sample in judged]
+    level, strayed = leveled(ratios)
     size = len(found) - NUM_HINDRANCES
     found = [value * level for value in found[:size]] + found[size:]
     ordered = sorted(errors)
     error = FitError(
-        num_steps=len(samples), median=_quantile(ordered, 0.5), p90=_quantile(ordered, 0.9)
+        num_steps=len(samples), median=quantile(ordered, 0.5), p90=quantile(ordered, 0.9)
     )
     beside_prompt, beside_decode, per_message_s, per_token_s = found[size:]
     lost = Lost(
@@ -193,8 +195,7 @@ def _fit_kind(
         per_message_s=min(per_message_s, MOST_EVENT_S),
         per_token_s=min(per_token_s, MOST_EVENT_S),
     )
-    spread = _spread([ratio / level for ratio in ratios])
-    return _KindFit(made(found[:size], bends), lost, error, spread)
+    return _KindFit(made(found[:size], bends), lost, error, spread_of(strayed))
 
 
 def _unhindered(sample: TimedStep, lost: Lost) -> TimedStep:
@@ -202,7 +203,7 @@ def _unhindered(sample: TimedStep, lost: Lost) -> TimedStep:
     each = (lost.beside_prompt, lost.beside_decode, lost.per_message_s, lost.per_token_s)
     lost_s = _product(each, sample.hindrances)
     alone_s = max(sample.elapsed_s - lost_s, LEAST_REST * sample.elapsed_s)
-    return TimedStep(sample.shape, alone_s, is_usual=sample.is_usual)
+    return TimedStep(sample.shape, alone_s, is_usual=sample.is_usual, round=sample.round)
 
 
 def _shape_features(shape: StepShape, bends: Bends) -> list[float]:
@@ -287,7 +288,7 @@ def _rows(samples: Sequence[TimedStep], features: Features, bends: Bends) -> lis
         found = nonnegative_fit(_moments(rows))
         predicted = [max(_product(found, row.features), 1e-12) for row in rows]
         off = [abs(row.seconds / p - 1.0) for row, p in zip(rows, predicted, strict=True)]
-        limit = max(0.03, 2.0 * _quantile(sorted(off), 0.5))
+        limit = max(0.03, 2.0 * quantile(sorted(off), 0.5))
         rows = [
             _Row(row.features, row.seconds, min(1.0, limit / max(o, 1e-12)) / p**2, row.fold)
             for row, p, o in zip(rows, predicted, off, strict=True)
@@ -328,29 +329,6 @@ def _ratio(sample: TimedStep, found: Sequence[float], features: Features, bends:
     return min(max((sample.elapsed_s - lost_s) / alone_s, 0.05), LARGEST_RATIO)
 
 
-def _spread(ratios: Sequence[float]) -> Spread:
-    ordered = sorted(ratios)
-    memory = _memory([log(ratio) for ratio in ratios])
-    return Spread(quantiles=tuple(_quantile(ordered, level) for level in LEVELS), memory=memory)
-
-
-def _memory(logs: Sequence[float]) -> float:
-    """The correlation of one step's deviation with the next one's that makes means over many steps
-    vary as they did: a latency is such a mean, and slow spells are what makes it vary."""
-    block = min(MEMORY_STEPS, len(logs) // 8)
-    if block < 2:
-        return 0.0
-    mean = _mean(logs)
-    square = _mean([(value - mean) ** 2 for value in logs])
-    starts = range(0, len(logs) - block + 1, block)
-    means = [_mean(logs[start : start + block]) for start in starts]
-    of_means = _mean([(value - mean) ** 2 for value in means])
-    if square <= 0:
-        return 0.0
-    longer = block * of_means / square  # (1 + memory) / (1 - memory), if it fades step by step
-    return min(max((longer - 1.0) / (longer + 1.0), 0.0), MOST_MEMORY)
-
-
 def _linear(by_kind: dict[str, list[TimedStep]]) -> StepModel:
     """The nearest `StepModel`, of steps as they were, neighbours and all."""
     halves = []
@@ -380,14 +358,3 @@ def _range(samples: Sequence[TimedStep]) -> StepRange:
 
 def _product(coefficients: Sequence[float], features: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(coefficients, features, strict=True))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _quantile(ordered: Sequence[float], level: float) -> float:
-    position = (len(ordered) - 1) * level
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

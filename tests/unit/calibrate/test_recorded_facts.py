@@ -219,6 +219,7 @@ def test_what_other_loads_did_in_between_is_no_part_of_a_calibration() -> None:
             )
     rounds = Asked(spans=((0.0, 9.0),)).plus(Asked(spans=((22.0, 31.0),)))
     assert rounds.seconds == pytest.approx(18.0)
+    assert [rounds.round_of(at_s) for at_s in (3.0, 15.0, 25.0)] == [0, None, 1]
     times = times_of(run, rounds)
     assert times.step_gap_s == pytest.approx(0.001)
     assert times.message_s == pytest.approx(0.01)
