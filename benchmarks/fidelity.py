@@ -209,7 +209,7 @@ def main() -> None:
         "--seconds", type=float, default=150.0, help="of each calibration, all rounds (150)"
     )
     parser.add_argument(
-        "--capacity-seconds", type=float, default=12.0, help="to find it, for each mix (12)"
+        "--capacity-seconds", type=float, default=16.0, help="to find it, for each mix (16)"
     )
     parser.add_argument(
         "--duration", type=float, default=24.0, help="seconds of arrivals in a run, at least (24)"

@@ -54,7 +54,7 @@ MIXES = {"short": ("32:256", "16:64"), "long": ("256:1024", "8:32")}
 SHARES = (0.2, 0.5, 0.75)
 NUM_RUNS = 2
 CAPACITY_STREAMS = 16
-FILLING = 0.25
+FILLING = 1 / 3
 """Of the time in which the capacity is found: till then the server fills."""
 LEAST_REQUESTS = 30
 LOADS_BETWEEN = 3
