@@ -9,7 +9,8 @@ are drawn from DIR's conversation trace as SplitwiseSim's generator draws them.
     python benchmarks/papers/splitwisesim.py --data DIR [--part replay] [--only "HH 25P15T"]
 
 With a copy of SplitwiseSim (``--splitwisesim DIR --python PYTHON``: an interpreter that has what it
-needs) both are timed, on the same core one after the other.
+needs) both are timed instead, on the same core in turn, with 70 requests/s on Splitwise's clusters
+and two of the replays: `splitwisesim_speed`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import resource
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from paper_runs import add_data
+from splitwisesim_speed import PERCENTS, Load, Row, Simulators
 
 from pdserve.core.events import LifeEvent, LifeName
 from pdserve.core.ids import RequestId
@@ -40,8 +41,7 @@ from pdserve.sim.splitwisesim import NONE, Departures, SplitwiseSimFigures, imit
 from pdserve.workload.request import TraceRequest, own_segment
 from pdserve.workload.summary import percentile
 
-Row = tuple[float, int, int]
-"""Arrival in seconds, prompt and output tokens."""
+TABLE, SIZES = "splitwise_perf_model.csv", "azure_2023_conv.csv"
 DESIGNS = {
     "Baseline-A100": ("{}xa100:mixed",),
     "Baseline-H100": ("{}xh100:mixed",),
@@ -50,20 +50,13 @@ DESIGNS = {
     "HA": ("{}xh100:prefill", "{}xa100:decode"),
     "HHcap": ("{}xh100:prefill", "{}xh100cap:decode"),
 }
-PERCENTS = (50, 90, 99)
 METRICS = ("ttft", "tbt", "e2e")
 DURATION_S = 120.0
-THEIR_CLUSTERS = {  # SplitwiseSim's options for a design with so many of each
-    "Baseline-A100": "start_state=baseline cluster.servers.0.count={0} cluster.servers.1.count=0",
-    "Baseline-H100": "start_state=baseline cluster.servers.0.count=0 cluster.servers.1.count={0}",
-    "AA": "start_state=splitwise cluster.servers.0.count={2} cluster.servers.1.count=0 {3}",
-    "HH": "start_state=splitwise cluster.servers.0.count=0 cluster.servers.1.count={2} {3}",
-    "HA": "start_state=splitwise start_state.split_type=heterogeneous"
-    " cluster.servers.0.count={1} cluster.servers.1.count={0}",
-    "HHcap": "cluster=hhcap_half_half start_state=splitwise_hhcap"
-    " start_state.split_type=heterogeneous"
-    " cluster.servers.0.count={1} cluster.servers.1.count={0}",
-}
+TIMED_RPS = 70.0
+TIMED = ("Baseline-A100 70", "Baseline-H100 40", "AA 45P25T", "HH 25P15T", "HA 25P26T",
+         "HHcap 25P21T")  # fmt: skip
+"""Splitwise's clusters of equal power, which are timed at 70 requests/s."""
+TIMED_REPLAYS = ("conv2000 HH 3P1T", "conv2000 x2 AA 2P2T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +92,19 @@ class Times(Observer):
 
 def main() -> int:
     asked = _parser().parse_args()
-    table = PerfTable.read((asked.data / "splitwise_perf_model.csv").read_text())
-    worst, speedups = 0.0, []
+    if asked.splitwisesim:
+        return _time_both(asked)
+    table = PerfTable.read((asked.data / TABLE).read_text())
+    worst = 0.0
     for name, known, rows in _runs(asked):
-        if asked.only and asked.only not in name:
+        if not _is_asked(asked, name):
             continue
         model = "llama-2-70b" if "Llama" in name else "bloom-176b"
         made = simulate(table, known["machines"], rows, model)
         off, text = _compare(known, made)
         worst = max(worst, off)
-        line = f"{name:38s} {text}  {made.cpu_s:6.1f} s"
-        if asked.splitwisesim:
-            theirs_s = time_theirs(asked, known["machines"], rows, model)
-            speedups.append(theirs_s / made.cpu_s)
-            line += f"  SplitwiseSim {theirs_s:6.1f} s, {speedups[-1]:.1f} x"
-        print(line, flush=True)
+        print(f"{name:38s} {text}  {made.cpu_s:6.1f} s", flush=True)
     print(f"largest difference {worst:.2%}")
-    if speedups:
-        mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
-        print(f"faster by {mean:.1f} x (geometric mean), at least {min(speedups):.1f} x")
     return 0 if worst < asked.bound else 1
 
 
@@ -125,28 +112,63 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     add_data(parser)
     parser.add_argument("--part", choices=("replay", "poisson"), help="only this part")
-    parser.add_argument("--only", default="", help="only runs whose name has this")
+    parser.add_argument("--only", nargs="+", help="only runs whose name has one of these")
     parser.add_argument("--bound", type=float, default=0.01, help="largest difference (0.01)")
-    parser.add_argument("--splitwisesim", type=Path, help="a copy of it, to be timed too")
+    parser.add_argument("--splitwisesim", type=Path, help="a copy of it: time both")
     parser.add_argument("--python", default=sys.executable, help="what it runs with")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each is timed (3)")
     return parser
+
+
+def _is_asked(asked: argparse.Namespace, name: str) -> bool:
+    return not asked.only or any(part in name for part in asked.only)
+
+
+def _time_both(asked: argparse.Namespace) -> int:
+    python = shutil.which(asked.python)
+    if python is None:
+        sys.exit(f"--python: there is no {asked.python}")
+    simulators = Simulators(asked.splitwisesim, Path(python).absolute(), asked.data / TABLE)
+    loads = [load for load in _timed(asked) if _is_asked(asked, load.name)]
+    return simulators.take_turns(loads, asked.repeat)
+
+
+def _timed(asked: argparse.Namespace) -> Iterator[Load]:
+    """What both are timed with."""
+    if asked.part in (None, "poisson"):
+        rows = poisson(TIMED_RPS, read_csv(asked.data / SIZES))
+        for machines in TIMED:
+            yield _load(f"{machines} {TIMED_RPS:g} rps", machines, rows)
+    if asked.part in (None, "replay"):
+        for name, known, rows in _replays(asked.data):
+            if name in TIMED_REPLAYS:
+                yield _load(name, known["machines"], rows)
+
+
+def _load(name: str, machines: str, rows: Sequence[Row]) -> Load:
+    design = machines.split(" ", 1)[0]
+    return Load(name, design, tuple(_counts(machines)), cluster_of(machines), "bloom-176b", rows)
 
 
 def _runs(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
     """Name, row of the reference, and requests of each run."""
-    folder = asked.data / "reference"
     if asked.part in (None, "replay"):
-        for known in read_csv(folder / "splitwisesim_conv_replay.csv"):
-            file = "conv2000x2" if "x2" in known["trace"] else "conv2000"
-            rows = read_rows(folder / f"splitwisesim_{file}.csv")
-            yield f"{known['trace']} {known['machines']}", known, rows
+        yield from _replays(asked.data)
     if asked.part in (None, "poisson"):
-        sizes = read_csv(asked.data / "azure_2023_conv.csv")
-        for known in read_csv(folder / "splitwisesim_conv_poisson_120s.csv"):
+        sizes = read_csv(asked.data / SIZES)
+        for known in read_csv(asked.data / "reference/splitwisesim_conv_poisson_120s.csv"):
             known["machines"] = known["design"].removeprefix("x")
             rows = poisson(float(known["rps"]), sizes)
             assert len(rows) == int(known["requests"]), "other requests than SplitwiseSim had"
             yield f"{known['design']} {known['rps']} rps", known, rows
+
+
+def _replays(data: Path) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
+    folder = data / "reference"
+    for known in read_csv(folder / "splitwisesim_conv_replay.csv"):
+        file = "conv2000x2" if "x2" in known["trace"] else "conv2000"
+        rows = read_rows(folder / f"splitwisesim_{file}.csv")
+        yield f"{known['trace']} {known['machines']}", known, rows
 
 
 def poisson(rate: float, sizes: Sequence[dict[str, str]]) -> list[Row]:
@@ -221,33 +243,6 @@ def _compare(known: dict[str, str], made: Made) -> tuple[float, str]:
     if not same:
         worst = math.inf
     return worst, "  ".join(cells) + f"  SLOs {'as theirs' if same else made.broken or 'met'}"
-
-
-def time_theirs(asked: argparse.Namespace, machines: str, rows: Sequence[Row], model: str) -> float:
-    """CPU seconds of SplitwiseSim on the same requests."""
-    name, counts = machines.split(" ", 1)[0], _counts(machines)
-    prefill, decode = counts[0], counts[-1]
-    pools = f"start_state.prompt.num_instances={prefill} start_state.token.num_instances={decode}"
-    options = THEIR_CLUSTERS[name].format(prefill, decode, prefill + decode, pools).split()
-    if not any(option.startswith("cluster=") for option in options):
-        options.insert(0, "cluster=half_half")
-    scheduler = "token_jsq" if "Baseline" in name else "mixed_pool"
-    if "llama" in model:
-        options += ["applications.0.model_architecture=llama2-70b"]
-        options += ["applications.0.model_size=llama2-70b-fp16"]
-    with (asked.splitwisesim / "traces" / "pdserve.csv").open("w") as trace:
-        trace.write("request_id,request_type,application_id,arrival_timestamp,batch_size,")
-        trace.write("prompt_size,token_size\n")
-        for number, (at_s, prompt, output) in enumerate(rows):
-            trace.write(f"{number},2,0,{at_s!r},1,{prompt},{output}\n")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [asked.python, "run.py", f"applications.0.scheduler={scheduler}", *options,
-         "performance_model=db", "trace.filename=pdserve", "seed=0"],
-        cwd=asked.splitwisesim, check=True, capture_output=True,
-    )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
