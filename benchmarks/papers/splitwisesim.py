@@ -138,7 +138,7 @@ def _timed(asked: argparse.Namespace) -> Iterator[Load]:
     if asked.part in (None, "poisson"):
         rows = poisson(TIMED_RPS, read_csv(asked.data / SIZES))
         for machines in TIMED:
-            yield _load(f"{machines} {TIMED_RPS:g} rps", machines, rows)
+            yield _load(f"{machines}, {TIMED_RPS:g} rps", machines, rows)
     if asked.part in (None, "replay"):
         for name, known, rows in _replays(asked.data):
             if name in TIMED_REPLAYS:
