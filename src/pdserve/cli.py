@@ -257,9 +257,10 @@ def _print_ready(url: str, deployment: Deployment) -> None:
     body = json.dumps(
         {"model": deployment.card.name, "prompt": "The capital of France is", "max_tokens": 16}
     )
+    here = url.replace("://0.0.0.0:", "://localhost:")  # the name that certificates are for
     print(
         f"\nready at {url}\ntry it:\n"
-        f"  curl {url}/v1/completions{key} \\\n"
+        f"  curl {here}/v1/completions{key} \\\n"
         f"    -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
         flush=True,
     )

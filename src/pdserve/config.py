@@ -308,9 +308,16 @@ class Resolved:
         shown: list[tuple[str, str, str]] = []
         for name in OPTIONS:
             value = self.config.value_of(name)
-            text = "***" if name == "api_key" and value else "-" if value is None else str(value)
+            text = "***" if name == "api_key" and value else _shown(value)
             shown.append((name, text, self.sources[name]))
         return shown
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):  # a host and a port, or several words
+        between = ":" if any(isinstance(part, int) for part in value) else ","
+        return between.join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 _OWN = frozenset(item.name for item in fields(ServeConfig))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -63,6 +64,11 @@ class Client:
             ) from error
         except (OSError, ValueError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise UnavailableError(
+                    f"the certificate of {self.url} is not trusted here "
+                    f"({reason.verify_message}); SSL_CERT_FILE names a PEM file with its authority"
+                ) from error
             raise UnavailableError(
                 f"no pdserve answers at {self.url} ({reason}); name the right one with {self._flag}"
             ) from error

@@ -123,9 +123,11 @@ def test_devices_are_dealt_out_in_turn() -> None:
 
 
 def test_rows_show_every_option_and_no_secret() -> None:
-    rows = resolve({"api_key": "hush"}, {}).rows()
+    rows = resolve({"api_key": "hush", "listen_workers": "10.0.0.1:7000"}, {}).rows()
     assert [name for name, _, _ in rows] == list(OPTIONS)
     assert ("api_key", "***", "flag") in rows
+    assert ("listen_workers", "10.0.0.1:7000", "flag") in rows
+    assert ("cors_origin", "-", "default") in rows
     assert "hush" not in str(rows)
 
 

@@ -19,9 +19,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pdserve.api.fake import FakeGateway
 from pdserve.api.gateway import ModelCard
 from pdserve.config import ServeConfig
-from pdserve.core.errors import ConfigError
+from pdserve.core.errors import ConfigError, UnavailableError
 from pdserve.edge_config import EdgeConfig
 from pdserve.serve import http as http_module
+from pdserve.serve.client import Client
 from pdserve.serve.connections import MAX_HEADER_BYTES, guarded
 from pdserve.serve.edge_files import EdgeFiles
 from pdserve.serve.http import http_server
@@ -95,6 +96,8 @@ def test_tls(serving: Callable[..., Any]) -> None:
             assert await version(port, trusting()) == 200
             with pytest.raises(httpx2.ConnectError):
                 await version(port, ssl.create_default_context())
+            with pytest.raises(UnavailableError, match="SSL_CERT_FILE names"):
+                await asyncio.to_thread(Client(f"https://localhost:{port}").cluster)
             old = trusting()
             old.minimum_version = ssl.TLSVersion.TLSv1_2
             old.maximum_version = ssl.TLSVersion.TLSv1_2
