@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if typed == ["worker"]:  # not for people: what serve and worker --join start
             return _run_worker()
-        parsed = _parser(typed).parse_args(typed)
+        parsed = parse(typed)
         status: int = parsed.run(parsed)
     except PdserveError as error:
         print(f"pdserve: {error}", file=sys.stderr)
@@ -45,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED_STATUS
     return status
+
+
+def parse(typed: Sequence[str]) -> argparse.Namespace:
+    """What these words ask for. Raises `ConfigError` for what no command takes."""
+    return _parser(typed).parse_args(typed)
 
 
 def whole_parser() -> argparse.ArgumentParser:
