@@ -104,7 +104,7 @@ def test_a_number_that_no_table_holds_lies_outside(way: str) -> None:
         copy_regions(memoryview(bytearray(8)), memoryview(bytearray(8)), regions)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, max_examples=200)
 @given(lengths=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
 def test_neighbours_are_joined_and_no_byte_is_lost(lengths: list[tuple[int, bool]]) -> None:
     source, target, regions = 0, 0, []
