@@ -55,6 +55,12 @@ INT8_BLOCK_TOKENS = 16
 """A block of int8 is a multiple of this many tokens."""
 
 
+def _dtype(value: object) -> str:
+    """torch's and vLLM's names are understood, too."""
+    text = _text(value)
+    return {"bfloat16": "bf16", "float32": "fp32"}.get(text, text)
+
+
 def _host_port(value: object) -> tuple[str, int]:
     return split_host_port(_text(value), "it")
 
@@ -93,7 +99,7 @@ class ServeConfig:
     device: str = _option(
         "cpu", _text, "device as torch names it; several, comma-separated, are dealt out in turn"
     )
-    dtype: str = _option("bf16", _text, "bf16 or fp32")
+    dtype: str = _option("bf16", _dtype, "bf16 or fp32")
     weight_dtype: str = _option("auto", _text, "weights in products: auto (as --dtype) or int8")
     decode_weight_dtype: str | None = _option(
         None, _text, "the same for decode workers alone (default: as --weight-dtype)"

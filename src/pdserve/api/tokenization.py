@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +15,10 @@ from pdserve.api.edge import Edge
 from pdserve.api.openai.chat import encode_chat
 from pdserve.api.openai.requests import check_model, check_vocabulary
 from pdserve.api.openai.schema import Body, ChatFields, TokenIds
+
+MAX_TOKENS = 2**20
+"""That are made text of at once."""
+_INLINE_TOKENS = 4096
 
 
 class TokenizeText(Body):
@@ -50,7 +56,7 @@ class DetokenizeBody(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MAX_TOKENS)]
 
 
 class DetokenizeAnswer(BaseModel):
@@ -69,7 +75,9 @@ def tokenization_router(edge: Edge) -> APIRouter:
         if isinstance(body, TokenizeChat):
             ids = await encode_chat(edge, body, add_special_tokens=body.add_special_tokens)
         else:
-            [ids] = await edge.encode([body.prompt], add_special_tokens=body.add_special_tokens)
+            [ids] = await edge.encode(
+                [body.prompt], "prompt", add_special_tokens=body.add_special_tokens
+            )
         strings = [edge.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return {
             "count": len(ids),
@@ -84,6 +92,8 @@ def tokenization_router(edge: Edge) -> APIRouter:
         body = await read_body(request, DetokenizeBody, edge.settings.max_body_bytes)
         check_model(body.model, card)
         check_vocabulary(body.tokens, card, "tokens")
-        return {"prompt": edge.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        decode = partial(edge.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        many = len(body.tokens) > _INLINE_TOKENS
+        return {"prompt": await asyncio.to_thread(decode) if many else decode()}
 
     return router

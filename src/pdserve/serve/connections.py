@@ -19,14 +19,11 @@ MAX_HEADER_BYTES = 64 * 1024
 
 class _Guard(asyncio.Protocol):
     """In front of a protocol class of uvicorn. Uses of it: ``cycle``, the request that is being
-    answered, with ``response_complete`` and ``scope``; ``scope``, the request whose headers are
-    being read; ``transport``."""
+    answered, with ``response_complete``; ``transport``."""
 
     read_timeout_s: float
     _clock: asyncio.TimerHandle | None = None
-    _num_header_bytes = 0
     cycle: Any
-    scope: Any
     transport: Any
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -37,14 +34,8 @@ class _Guard(asyncio.Protocol):
         super().data_received(data)
         if self._is_answering:
             self._stop()
-            self._num_header_bytes = 0
-            return
-        if self._clock is None:
+        elif self._clock is None:
             self._start()
-        is_in_headers = self.cycle is None or self.cycle.scope is not self.scope
-        self._num_header_bytes = self._num_header_bytes + len(data) if is_in_headers else 0
-        if self._num_header_bytes > MAX_HEADER_BYTES:
-            self._give_up(b"431 Request Header Fields Too Large")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -69,15 +60,39 @@ class _Guard(asyncio.Protocol):
             self._give_up(b"408 Request Timeout")
 
     def _give_up(self, status: bytes) -> None:
-        if not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if not self._is_answering:
             self.transport.write(
                 b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % status
             )
-            self.transport.close()
+        self.transport.close()
+
+
+class _CountingGuard(_Guard):
+    """The same in front of httptools, which reads headers and trailers of any length, those of the
+    next request beside an answer too: what comes while no body does is counted."""
+
+    _num_header_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._num_header_bytes += len(data)
+        super().data_received(data)
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            self._give_up(b"431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        self._num_header_bytes = 0
+        super().on_message_begin()  # type: ignore[misc]  # the protocol's, which comes after this
+
+    def on_body(self, body: bytes) -> None:
+        self._num_header_bytes = 0
+        super().on_body(body)  # type: ignore[misc]
 
 
 def guarded(
     read_timeout_s: float, protocol: type[asyncio.Protocol] = AutoHTTPProtocol
 ) -> type[asyncio.Protocol]:
     """uvicorn's protocol, with a clock of so many seconds."""
-    return type("GuardedProtocol", (_Guard, protocol), {"read_timeout_s": read_timeout_s})
+    guard = _CountingGuard if hasattr(protocol, "on_message_begin") else _Guard
+    return type("GuardedProtocol", (guard, protocol), {"read_timeout_s": read_timeout_s})

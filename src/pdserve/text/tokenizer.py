@@ -126,7 +126,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {file}: {error}; copy it again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} must hold a JSON object; copy it again")

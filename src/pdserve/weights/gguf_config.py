@@ -14,6 +14,7 @@ import numpy as np
 
 from pdserve.core.errors import ModelError
 from pdserve.weights.families import FAMILIES
+from pdserve.weights.json_values import size
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -86,6 +87,12 @@ class Metadata:
                 f"the GGUF file is of architecture {self.architecture!r}; pdserve reads "
                 f"{', '.join(FORMS)}"
             )
+        num_parts = self.get("split.count", 0)
+        if num_parts > 1:
+            raise ModelError(
+                f"the GGUF file is one of {num_parts} parts of a model; put them together with "
+                "llama-gguf-split --merge"
+            )
         self.form = FORMS[self.architecture]
         prefix = f"{self.architecture}."
         for key in reader.fields:
@@ -121,7 +128,7 @@ def config_json(metadata: Metadata) -> dict[str, Any]:
     """``config.json`` in the spelling that transformers 4 and 5 both read."""
     form, family = metadata.form, FAMILIES[metadata.form.architecture]
     hidden_size = metadata.own_required("embedding_length")
-    num_heads = metadata.own_required("attention.head_count")
+    num_heads = size({"head_count": metadata.own_required("attention.head_count")}, "head_count")
     head_dim = metadata.own("attention.key_length", hidden_size // num_heads)
     if metadata.own("attention.value_length", head_dim) != head_dim:
         raise ModelError("the GGUF file has values of another size than keys")

@@ -75,7 +75,9 @@ def convert(gguf_path: Path, folder: Path, report: Report = silent) -> None:
     try:
         reader = GGUFReader(gguf_path)
     except (ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{gguf_path.name} is no readable GGUF file: {error}") from error
+        raise ModelError(
+            f"{gguf_path.name} is no readable GGUF file, or cut off: {error}; copy it again"
+        ) from error
     metadata = Metadata(reader)
     dtype = _stored_dtype(reader.tensors)
     config = {**config_json(metadata), "torch_dtype": dtype}

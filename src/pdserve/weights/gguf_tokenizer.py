@@ -69,6 +69,9 @@ SPLITS = {
 }
 """By llama.cpp's name in ``tokenizer.ggml.pre`` (llama-vocab.cpp)."""
 
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+"""Of older converters, by the same source."""
+
 
 def read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
     """Vocabulary, merges, splits, added tokens, begin token. Raises `ModelError` for what is not
@@ -109,7 +112,7 @@ def _byte_level(metadata: Metadata) -> tuple[tokenizers.Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    split = SPLITS.get(pre)
+    split = SPLITS.get(ALIASES.get(pre, pre))
     if split is None:
         raise ModelError(
             f"the GGUF file has a 'gpt2' tokenizer with {pre!r} pre-tokenizer; pdserve knows "

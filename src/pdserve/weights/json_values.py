@@ -19,7 +19,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path.parent} has no {path.name}; a model folder in Hugging Face layout needs it"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}; copy or pull the model again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object; copy or pull the model again")

@@ -102,7 +102,7 @@ def read_header(path: Path) -> list[TensorEntry]:
             if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
                 raise ModelError(f"{path} is no safetensors file, or cut off; copy it again")
             header = json.loads(file.read(header_bytes))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}; copy it again") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} is no safetensors file; copy it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -280,6 +281,7 @@ async def test_tokenisation_refuses(client_of, gateway, path, body, param):
 async def test_much_text_is_tokenised_off_the_loop(
     gateway, tokenizer, chat_template, texts, is_inline
 ):
+    gateway = FakeGateway(replace(gateway.card, max_model_tokens=100_000))
     threads = set()
 
     class Watched:
@@ -295,7 +297,7 @@ async def test_much_text_is_tokenised_off_the_loop(
         directory=RequestDirectory(1),
         check_constraint=ConstraintCheck(tokenizer, gateway.card),
     )
-    ids = await edge.encode(texts, add_special_tokens=False)
+    ids = await edge.encode(texts, "prompt", add_special_tokens=False)
     assert ids == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert (threads == {threading.get_ident()}) is is_inline
 

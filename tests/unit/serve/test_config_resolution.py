@@ -27,6 +27,11 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_pat
     assert (resolved.config.host, resolved.sources["host"]) == ("127.0.0.1", "default")
 
 
+def test_names_of_dtypes_are_those_of_torch_too() -> None:
+    assert resolve({"dtype": "float32"}, {}).config.dtype == "fp32"
+    assert resolve({"dtype": "bfloat16"}, {}).config.dtype == "bf16"
+
+
 def test_the_default_is_one_prefill_and_one_decode_worker() -> None:
     assert [str(worker) for worker, _ in resolve({}, {}).config.worker_slots] == [
         "prefill-0",

@@ -112,6 +112,8 @@ def test_smollm_takes_digits_out_before_it_splits(
         ({"extra": {"llama.rope.scaling.type": "linear"}}, "rope.scaling"),
         ({"extra": {"llama.rope.scaling.type": "ntk"}}, "'ntk'"),
         ({"extra": {"llama.expert_count": 8}}, "expert_count"),
+        ({"extra": {"split.count": 3}}, "one of 3 parts.*llama-gguf-split --merge"),
+        ({"extra": {"llama.attention.head_count": 0}}, "head_count is 0"),
         ({"extra": {"tokenizer.ggml.add_eos_token": True}}, "add_eos_token"),
         ({"extra": {"tokenizer.ggml.model": "t5"}}, "'t5' tokenizer"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 2, np.float32)}}, "rope_freqs"),
@@ -234,4 +236,14 @@ def test_an_answer_in_a_chat_ends_too(
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGML" + bytes(100))
     with pytest.raises(ModelError, match="no readable GGUF"):
+        converted(tmp_path / "m.gguf", tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_refused(
+    tmp_path: Path, tiny_model_path: Path, write_gguf: Callable[..., None]
+) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_model_path)
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match=r"cut off.*copy it again"):
         converted(tmp_path / "m.gguf", tmp_path)

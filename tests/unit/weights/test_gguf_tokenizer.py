@@ -75,6 +75,7 @@ def test_a_llama_3_text_begins_and_takes_known_words_whole(tmp_path: Path) -> No
     assert ids[0] == 1
     assert tokenizer.decode(ids) == "hello123<think>", "the user's token is text, the begin is not"
     assert tokenizer.encode("hello", add_special_tokens=False) == ids[1:2]
+    assert byte_level(tmp_path / "c", "llama-v3").encode("hello123<think>") == ids
     without = byte_level(tmp_path / "b", "llama-bpe", flags={"add_bos_token": False})
     assert without.encode("hello") == ids[1:2]
 

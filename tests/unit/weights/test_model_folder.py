@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pdserve.core.errors import ModelError
+from pdserve.text.tokenizer import Tokenizer
 from pdserve.weights.folder import ModelFolder, expected_shapes
 from pdserve.weights.random_model import write_random_model
 
@@ -248,3 +249,13 @@ def test_opening_and_hashing_import_no_torch(folder: Path, tmp_path: Path) -> No
         "assert not {'torch', 'transformers', 'gguf', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_json_that_is_too_deep_names_its_file(folder: Path, name: str) -> None:
+    deep = b"[" * 200_000
+    is_weights = name.endswith(".safetensors")
+    (folder / name).write_bytes((len(deep).to_bytes(8, "little") if is_weights else b"") + deep)
+    read = Tokenizer.from_folder if name.startswith("tokenizer") else ModelFolder.open
+    with pytest.raises(ModelError, match=f"cannot read .*{name}"):
+        read(folder)

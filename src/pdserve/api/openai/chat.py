@@ -22,6 +22,7 @@ from pdserve.api.openai.requests import (
     answer_tokens,
     check_choices,
     check_model,
+    check_vocabulary,
     client_request_id,
     make_requests,
     output_options,
@@ -60,9 +61,10 @@ async def encode_chat(edge: Edge, body: ChatFields, *, add_special_tokens: bool)
         continue_final_message=body.continue_final_message,
         tools=body.tools_for_template(),
     )
-    [ids] = await edge.encode([text], add_special_tokens=add_special_tokens)
+    [ids] = await edge.encode([text], "messages", add_special_tokens=add_special_tokens)
     if not ids:
         raise RequestError("messages: the rendered chat has no tokens", "messages")
+    check_vocabulary(ids, edge.gateway.card, "messages")
     return ids
 
 

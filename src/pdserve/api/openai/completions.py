@@ -96,11 +96,11 @@ async def _token_ids(
 ) -> list[list[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     given = [prompt for prompt in prompts if not isinstance(prompt, str)]  # all or nothing
-    for ids in given:
-        check_vocabulary(ids, edge.gateway.card, "prompt")
-    encoded = await edge.encode(texts, add_special_tokens=body.add_special_tokens)
+    encoded = await edge.encode(texts, "prompt", add_special_tokens=body.add_special_tokens)
     if not all(encoded):
         raise RequestError("prompt: a prompt has no tokens", "prompt")
+    for ids in given or encoded:  # a tokenizer may know more tokens than its model
+        check_vocabulary(ids, edge.gateway.card, "prompt")
     return given or encoded
 
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from pdserve.api.openai.body_model import Body
+from pdserve.api.openai.body_model import Body, Items
 from pdserve.core.errors import RequestError
 from pdserve.core.request import Constraint, ConstraintKind
 
 Schema = dict[str, Any] | bool
-Choices = Annotated[list[str], Field(min_length=1)]
+Choices = Annotated[Items[str], Field(min_length=1)]
 
 
 class JsonSchemaFormat(Body):

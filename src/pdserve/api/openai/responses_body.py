@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from pdserve.api.body import validated
+from pdserve.api.openai.body_model import Items, Table
 from pdserve.api.openai.schema import INT64_MAX, INT64_MIN, Body, ChatBody
 from pdserve.api.openai.unserved import refuse_unserved_of_responses
 from pdserve.core.errors import RequestError
@@ -51,7 +52,7 @@ class InputItem(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "user", "assistant", "developer"]
-    content: str | list[InputPart]
+    content: str | Items[InputPart]
 
 
 class ResponsesBody(Body):
@@ -60,7 +61,7 @@ class ResponsesBody(Body):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Name of the served model; may be left out.")
-    input: str | list[InputItem]
+    input: str | Items[InputItem]
     instructions: str | None = Field(None, description="Put before the input, as the system.")
     max_output_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     temperature: float = Field(1.0, ge=0.0, le=100.0, description="0: greedy.")
@@ -68,11 +69,11 @@ class ResponsesBody(Body):
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
     stream: bool = False
     top_logprobs: int = Field(0, ge=0)
-    include: list[str] = Field(
+    include: Items[str] = Field(
         default_factory=list, description="message.output_text.logprobs is served."
     )
     text: dict[str, Any] = Field(default_factory=dict, description="format: as response_format.")
-    metadata: dict[str, str] = Field(default_factory=dict, description="Given back as it is.")
+    metadata: Table[str, str] = Field(default_factory=dict, description="Given back as it is.")
     truncation: Literal["disabled"] = "disabled"
 
     def chat(self) -> ChatBody:

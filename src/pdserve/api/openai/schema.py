@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
 from pdserve.api.openai.body_model import Body as Body
+from pdserve.api.openai.body_model import Items, Table
 from pdserve.api.openai.formats import FormatFields
 from pdserve.api.openai.tools import OfferFields, ToolBody, calls_for_template
 from pdserve.api.openai.unserved import refuse_unserved
@@ -33,9 +34,9 @@ def _kind_of_prompt(value: Any) -> str:
 
 Prompt = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[Annotated[list[str], Field(fail_fast=True)], Tag("texts")]
+    | Annotated[Items[str], Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[Annotated[list[TokenIds], Field(fail_fast=True)], Tag("batch")],
+    | Annotated[Items[TokenIds], Tag("batch")],
     Discriminator(_kind_of_prompt),
 ]
 
@@ -58,7 +59,7 @@ class GenerationBody(FormatFields):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100.0, description="1: off.")
-    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+    logit_bias: Table[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
         default_factory=dict, description="Token id to what is added to its logit."
     )
     prompt_logprobs: int | None = Field(
@@ -69,8 +70,8 @@ class GenerationBody(FormatFields):
     )
     seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
     n: int = Field(1, ge=1, le=INT64_MAX, description="Choices per prompt.")
-    stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: str | Items[str] = Field(default_factory=list)
+    stop_token_ids: Items[int] = Field(default_factory=list)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -144,7 +145,7 @@ class ChatMessage(Body):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str | list[TextPart] = ""
+    content: str | Items[TextPart] = ""
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
@@ -166,7 +167,7 @@ class ChatMessage(Body):
 class ChatFields(OfferFields):
     """How messages become a prompt; shared with ``/tokenize``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt with the start of an answer (default: yes)."
     )

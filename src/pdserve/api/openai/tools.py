@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from pdserve.api.edge import Edge
-from pdserve.api.openai.body_model import Body
+from pdserve.api.openai.body_model import Body, Items
 from pdserve.api.openai.formats import FormatFields
 from pdserve.core.errors import RequestError
 from pdserve.core.request import Constraint, ConstraintKind
@@ -57,7 +57,7 @@ class NamedTool(Body):
 class OfferFields(Body):
     """Tools as the model reads them; shared with ``/tokenize``."""
 
-    tools: list[OfferedTool] = Field(default_factory=list)
+    tools: Items[OfferedTool] = Field(default_factory=list)
 
     def tools_for_template(self) -> list[dict[str, Any]]:
         """As the client wrote them."""
