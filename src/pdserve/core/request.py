@@ -199,6 +199,24 @@ class Job:
     def attempt(self) -> AttemptId:
         return AttemptId(self.request_id, self.epoch)
 
+    def sent(self, choices: tuple[int, ...], route_seq: int) -> Job:
+        """The same for these choices, with its number."""
+        return Job(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            choices=choices,
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            params=self.params,
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            cache_salt=self.cache_salt,
+            trace_context=self.trace_context,
+            route_seq=route_seq,
+            number=self.number,
+            answer_tokens=self.answer_tokens,
+        )
+
     @property
     def is_local(self) -> bool:
         """True if both phases run on one worker and nothing is handed off."""

@@ -17,21 +17,11 @@ NAMELESS = BlockId(0)
 
 
 class NamelessPool(BlockPool):
-    """Nothing is indexed. ``_held``: blocks in use, those in quarantine included."""
+    """Nothing is indexed."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(0, block_size, prefix_cache=False)
-        self.num_blocks = num_blocks
-        self._held = 0
-        self._promised = 0
-
-    @property
-    def num_free(self) -> int:
-        return self.num_blocks - self._held
-
-    @property
-    def num_quarantined(self) -> int:
-        return self._promised
+        self.num_blocks = self.num_free = num_blocks
 
     def ref_count(self, block: BlockId) -> int:
         """Of a block that somebody holds."""
@@ -50,26 +40,27 @@ class NamelessPool(BlockPool):
         assert not blocks, "nothing is shared here"
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
-        if num_blocks > self.num_blocks - self._held:
+        if num_blocks > self.num_free:
             raise out_of_blocks(num_blocks, self)
-        self._held += num_blocks
+        self.num_free -= num_blocks
         return [NAMELESS] * num_blocks
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         self.num_releases += 1
-        self._held -= len(blocks)
+        self.num_free += len(blocks)
 
     def publish_all(self, blocks: Sequence[BlockId], hashes: Sequence[bytes]) -> None:
         """Nothing is indexed."""
 
     def quarantine(self, blocks: Sequence[BlockId]) -> None:
-        self._promised += len(blocks)
+        self.num_quarantined += len(blocks)
 
     def release_quarantine(self, blocks: Sequence[BlockId]) -> None:
         self.num_releases += 1
-        self._promised -= len(blocks)
-        self._held -= len(blocks)
+        self.num_quarantined -= len(blocks)
+        self.num_free += len(blocks)
 
     def check(self) -> None:
         """Assert what can be known."""
-        assert 0 <= self._promised <= self._held <= self.num_blocks
+        held = self.num_blocks - self.num_free
+        assert 0 <= self.num_quarantined <= held <= self.num_blocks

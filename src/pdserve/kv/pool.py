@@ -60,23 +60,17 @@ class BlockPool:
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # oldest first
         self._quarantined: dict[BlockId, None] = {}
         self._changes: dict[BlockHash, bool] | None = None  # True: entered the index, False: left
+        self.num_free = num_blocks
+        """Blocks that `allocate` can give: free ones, and cached ones that it may evict."""
+        self.num_quarantined = 0
+        """Blocks out of circulation because a writer may still write into them."""
         self.num_releases = 0
         """How often blocks may have come free: as long as it is the same, none has."""
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that `allocate` can give: free ones, and cached ones that it may evict."""
-        return len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
         """Blocks without a reference that the prefix index still knows: evictable."""
         return len(self._cached)
-
-    @property
-    def num_quarantined(self) -> int:
-        """Blocks out of circulation because a writer may still write into them."""
-        return len(self._quarantined)
 
     @property
     def num_referenced(self) -> int:
@@ -126,6 +120,7 @@ class BlockPool:
             if references[block] == 0:
                 assert block in cached, f"acquired block {block}, which nobody holds"
                 del cached[block]
+                self.num_free -= 1
             references[block] += 1
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
@@ -145,6 +140,7 @@ class BlockPool:
             taken += self._evict(num_blocks - len(taken))
         for block in taken:
             references[block] = 1
+        self.num_free -= num_blocks
         return taken
 
     def release(self, blocks: Sequence[BlockId]) -> None:
@@ -156,16 +152,18 @@ class BlockPool:
         self._assert_all_in_pool(blocks)
         self.num_releases += 1
         references, hash_of, cached = self._references, self._hash_of, self._cached
+        num_kept = 0
         for block in reversed(blocks):
             left = references[block] - 1
             assert left >= 0, f"released block {block}, which nobody holds"
             references[block] = left
             if left:
-                continue
-            if hash_of[block] is None:
+                num_kept += 1
+            elif hash_of[block] is None:
                 self._free.append(block)
             else:
                 cached[block] = None
+        self.num_free += len(blocks) - num_kept
 
     def publish(self, block: BlockId, block_hash: BlockHash) -> None:
         """Let `match` find this referenced block, which is full and will not be written again.
@@ -179,13 +177,15 @@ class BlockPool:
         """`publish` each block under the hash in its place."""
         self._assert_all_in_pool(blocks)
         references, hash_of, block_of = self._references, self._hash_of, self._block_of
+        if not self.prefix_cache:
+            return
         entered = []
         for block, block_hash in zip(blocks, hashes, strict=True):
             assert references[block] > 0, f"published block {block}, which nobody holds"
-            if not self.prefix_cache or hash_of[block] == block_hash:
-                continue
-            assert hash_of[block] is None, f"published block {block} under a second hash"
-            if block_hash not in block_of:
+            known = hash_of[block]
+            if known is not None:
+                assert known == block_hash, f"published block {block} under a second hash"
+            elif block_hash not in block_of:
                 block_of[block_hash] = block
                 hash_of[block] = block_hash
                 entered.append(block_hash)
@@ -207,6 +207,7 @@ class BlockPool:
             assert self._hash_of[block] is None, f"quarantined block {block}, which is indexed"
             self._references[block] = 0
             self._quarantined[block] = None
+        self.num_quarantined += len(blocks)
 
     def release_quarantine(self, blocks: Sequence[BlockId]) -> None:
         """The writer of these blocks has promised to stop, or is dead: they are free again."""
@@ -215,6 +216,8 @@ class BlockPool:
             assert block in self._quarantined, f"block {block} is not in quarantine"
             del self._quarantined[block]
             self._free.append(block)
+        self.num_quarantined -= len(blocks)
+        self.num_free += len(blocks)
 
     def clear_cache(self) -> None:
         """Forget every prefix. Cached blocks become free; referenced ones stay, unindexed."""
@@ -238,8 +241,10 @@ class BlockPool:
             return tuple(self._block_of), ()
         if not changes:
             return (), ()
-        stored = tuple(block_hash for block_hash, entered in changes.items() if entered)
-        return stored, tuple(block_hash for block_hash, entered in changes.items() if not entered)
+        stored = tuple([block_hash for block_hash, entered in changes.items() if entered])
+        if len(stored) == len(changes):
+            return stored, ()
+        return stored, tuple([block_hash for block_hash, entered in changes.items() if not entered])
 
     def check(self) -> None:
         """Assert every invariant. Time is linear in the pool: for tests and debugging."""
@@ -262,6 +267,8 @@ class BlockPool:
         assert cached <= indexed, "a cached block cannot be found"
         assert indexed <= cached | referenced, "a free or quarantined block can be found"
         assert self.prefix_cache or not indexed, "an index without a prefix cache"
+        assert self.num_free == len(free) + len(cached), "the number of free blocks is wrong"
+        assert self.num_quarantined == len(quarantined), "so is that of those in quarantine"
         assert self.num_referenced == len(referenced), "the number of referenced blocks is wrong"
 
     def _evict(self, num_blocks: int) -> list[BlockId]:

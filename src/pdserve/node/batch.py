@@ -324,9 +324,10 @@ class BatchMachine:
     @property
     def growth_headroom(self) -> int:
         """Blocks that can be given away while each running sequence can still grow by one."""
+        free = self.tables.pool.num_free
         if self.reserves:
-            return self.tables.pool.num_free
-        headroom = self.tables.pool.num_free - len(self.queues.decoding)
+            return free
+        headroom = free - len(self.queues.decoding)
         return headroom if headroom > 0 else 0
 
     @property

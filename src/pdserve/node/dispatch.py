@@ -127,11 +127,12 @@ class Dispatch:
     def end(self, life: Life, epoch: Epoch) -> None:
         """The attempt works on nothing any more."""
         attempt = life.attempts.pop(epoch)
-        self._books.forget(attempt.job.attempt, attempt.job.decode_worker)
+        attempt_id, decode_worker = life.attempt_id(epoch), attempt.job.decode_worker
+        self._books.forget(attempt_id, decode_worker)
         if attempt.moving_to is not None:
-            self._books.forget(attempt.job.attempt, attempt.moving_to)
-        self.flights.end(attempt.job.decode_worker, attempt.job.attempt)
-        self.assigned.end(attempt.job.attempt)
+            self._books.forget(attempt_id, attempt.moving_to)
+        self.flights.end(decode_worker, attempt_id)
+        self.assigned.end(attempt_id)
         self.fetches.forget(attempt)
         self.stir()
 
@@ -144,10 +145,11 @@ class Dispatch:
 
     def ask(self, life: Life, group: tuple[int, ...], now: float) -> RouteAsk:
         """What is to be known for routing these choices, which share their tokens."""
-        request = life.request
+        request, first = life.request, life.choices[group[0]]
         self._num_asked += 1
-        num_tokens = len(request.prompt_token_ids) + len(life.choices[group[0]].taken)
-        failed_handoffs = max(life.choices[index].failed_handoffs for index in group)
+        num_taken = len(first.taken)
+        num_tokens = len(request.prompt_token_ids) + num_taken
+        failed_handoffs = max([life.choices[index].failed_handoffs for index in group])
         return RouteAsk(
             num_tokens=num_tokens,
             num_blocks=self._books.blocks_for(num_tokens, len(group)),
@@ -158,8 +160,8 @@ class Dispatch:
             avoid_decode=tuple(life.avoid),
             in_place=failed_handoffs >= HANDOFF_FAILURES_BEFORE_STAYING,
             cached_tokens=self.prefixes.cached_tokens(life, group[0], now),
-            max_output_tokens=request.params.max_tokens - len(life.choices[group[0]].taken),
-            output_tokens=self.answers.expect_more(request, life.choices[group[0]]),
+            max_output_tokens=request.params.max_tokens - num_taken,
+            output_tokens=self.answers.expect_more(request, first),
             service=request.service,
             number=self._num_asked,
             waited_s=now - life.submitted_at_s,
@@ -172,35 +174,36 @@ class Dispatch:
         request = life.request
         prefill, decode = self._books.workers[route.prefill], self._books.workers[route.decode]
         job = _job(life, group, route)
-        epoch = job.epoch
+        epoch, attempt_id = job.epoch, job.attempt
         for worker in route.draws:
             self._pools.draw(worker, out)
         num_new = ask.num_tokens - ask.cached_tokens.get(route.prefill, 0)
-        steps = prefill.view().steps
-        ready_s = out.now
+        view = prefill.view()
+        steps, ready_s = view.steps, out.now
         if steps is not None:
-            ready_s += backlog_s(prefill.view(), steps, ask.num_tokens, num_new)
+            ready_s += backlog_s(view, steps, ask.num_tokens, num_new)
             prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
             self._pools.demand.routed(out.now, prefill_s, request.service)
-        decode.promise(job.attempt, ask.num_blocks)
+        decode.promise(attempt_id, ask.num_blocks)
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.decision = Decision.of(route) if epoch == 1 and out.logs else None
         self.flights.begin(job, ready_s, out.now)
         self.assigned.begin(job, prefill, decode)
         life.last_prefill = route.prefill
-        life.numerics = prefill.view().numerics
+        life.numerics = view.numerics
         for index in group:
             life.choices[index].epoch = epoch
-        out.log(
-            LifeName.ROUTED,
-            job.attempt,
-            prefill=route.prefill,
-            decode=route.decode,
-            local=job.is_local,
-            taken_tokens=job.next_index,
-            cached_tokens=ask.num_tokens - num_new,
-            **(reasons(route) if out.logs else {}),
-        )
+        if out.logs:
+            out.log(
+                LifeName.ROUTED,
+                attempt_id,
+                prefill=route.prefill,
+                decode=route.decode,
+                local=job.is_local,
+                taken_tokens=job.next_index,
+                cached_tokens=ask.num_tokens - num_new,
+                **reasons(route),
+            )
         self.fetches.start(life, attempt, num_new, route.fetch_from, out)
         self.prefixes.expect(life, group[0], route.prefill, out.now)
 

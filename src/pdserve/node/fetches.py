@@ -13,7 +13,7 @@ worth a fetch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pdserve.core.effects import CancelTimer
 from pdserve.core.events import LifeName
@@ -86,6 +86,8 @@ class Fetches:
 
     def forget(self, attempt: Attempt) -> None:
         """The attempt is over, whether its job was held back or not."""
+        if not self._held:
+            return
         fetch = self._held.pop(attempt.job.attempt, None)
         if fetch is not None:
             del fetch.waiting[attempt.job.attempt]
@@ -167,11 +169,7 @@ class Fetches:
         """The choices that are wanted still."""
         job = attempt.job
         book = self._books.workers[job.prefill_worker]
-        attempt.job = replace(
-            job,
-            choices=life.live_choices(job.epoch),
-            route_seq=book.debit_job(num_new),
-        )
+        attempt.job = job.sent(life.live_choices(job.epoch), book.debit_job(num_new))
         out.send(job.prefill_worker, StartJob(attempt.job))
 
 

@@ -107,6 +107,22 @@ class Life:
             return None
         return (now - self.first_token_at_s) / num_after_first
 
+    def submission(self, admission: str) -> dict[str, Scalar]:
+        """What came: details of `SUBMITTED`. ``admission``: what was said of it, if anything."""
+        request = self.request
+        found: dict[str, Scalar] = {
+            "prompt_tokens": len(request.prompt_token_ids),
+            "choices": request.num_choices,
+            "max_tokens": request.params.max_tokens,
+            "route": str(request.route),
+            "service": request.service.name,
+        }
+        if admission:
+            found["admission"] = admission
+        if request.tenant:
+            found["tenant"] = request.tenant
+        return found
+
     def outcome(self, now: float) -> dict[str, Scalar]:
         """What the decision has come to, if the request ends now."""
         if self.decision is None or self.first_token_at_s is None:

@@ -122,6 +122,8 @@ class Pools:
 
     def send_home(self, out: Outbox) -> None:
         """Whoever was drawn and may go, as the return rule says."""
+        if not self._drawn:
+            return
         for worker in sorted(self._drawn):
             book = self._books.workers.get(worker)
             if book is None:

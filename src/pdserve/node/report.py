@@ -86,7 +86,9 @@ class Glance(NamedTuple):
 
     def heard_of(self, known: Glance) -> Glance:
         """What the router takes to be so now: it knows of what has come."""
-        return Glance(self.pending_tokens, self.to_decode, *known[2:])
+        return Glance(
+            self.pending_tokens, self.to_decode, known.quarantined_blocks, known.untold_blocks
+        )
 
 
 class LoadSource(Protocol):
@@ -112,15 +114,16 @@ class BatchLoad:
     def __init__(self, batch: BatchMachine, inbound: InboundHandoffs) -> None:
         self._batch = batch
         self._inbound = inbound
+        self._queues = batch.queues
+        self._pool = batch.tables.pool
 
     def glance(self) -> Glance:
-        batch, inbound = self._batch, self._inbound
-        queues = batch.queues
+        queues, inbound, pool = self._queues, self._inbound, self._pool
         return Glance(
             queues.pending_tokens,
             queues.num_staying + inbound.num_leases,
-            batch.tables.pool.num_quarantined,
-            batch.growth_headroom + inbound.num_blocks_granted,
+            pool.num_quarantined,
+            self._batch.growth_headroom + inbound.num_blocks_granted,
         )
 
     def figures(self) -> LoadFigures:

@@ -91,11 +91,14 @@ class RouterNode:
 
     def handle(self, event: Input, now: float) -> list[Effect]:
         out = Outbox(GATEWAY, now, logs=self.settings.logs_life)
+        makes_room = True
         match event:
-            case Received(sender, epoch, message):  # the usual ones first
-                book = self.books.workers.get(sender)
-                if book is not None and book.up.epoch == epoch:
+            case Received():  # the usual ones first
+                message = event.message
+                book = self.books.workers.get(event.sender)
+                if book is not None and book.up.epoch == event.sender_epoch:
                     self._received(book, message, out)
+                makes_room = not isinstance(message, _MAKE_NO_ROOM)
             case Submit(request):
                 self._submit(request, out)
             case TimerFired(timer):
@@ -121,7 +124,7 @@ class RouterNode:
             case _:
                 raise TypeError(f"the router does not take {type(event).__name__}")
         self.pools.send_home(out)
-        if not (isinstance(event, Received) and isinstance(event.message, _MAKE_NO_ROOM)):
+        if makes_room:
             self.dispatch.stir()
         self.dispatch.route_waiting(out)
         return out.effects
@@ -132,17 +135,9 @@ class RouterNode:
         life = Life.of(request, out.now)
         verdict = self.gate.judge(life, out.now)
         self.dispatch.lives[request.request_id] = life
-        out.log(
-            LifeName.SUBMITTED,
-            life.attempt_id(Epoch(0)),
-            prompt_tokens=len(request.prompt_token_ids),
-            choices=request.num_choices,
-            max_tokens=request.params.max_tokens,
-            route=str(request.route),
-            service=request.service.name,
-            **({"admission": verdict.detail} if verdict.detail else {}),
-            **({"tenant": request.tenant} if request.tenant else {}),
-        )
+        if out.logs:
+            submitted = life.submission(verdict.detail)
+            out.log(LifeName.SUBMITTED, life.attempt_id(Epoch(0)), **submitted)
         if verdict.refused is not None:
             self._fail(life, verdict.refused, verdict.detail, out, verdict.retry_after_s)
         else:
@@ -245,7 +240,7 @@ class RouterNode:
                 service = life.request.service
                 self.pools.demand.first_token(out.now, out.now - life.submitted_at_s, service)
             out.add(Deliver(request_id, tuple(mine)))
-            for epoch in dict.fromkeys(delta.epoch for delta in mine):
+            for epoch in dict.fromkeys([delta.epoch for delta in mine]):
                 self.dispatch.assigned.prefilled(life.attempt_id(epoch))
                 if not life.live_choices(epoch):
                     self.dispatch.end(life, epoch)
@@ -331,14 +326,15 @@ class RouterNode:
         tpot_s = life.tpot_s(out.now)
         if tpot_s is not None:
             self.pools.demand.finished(out.now, tpot_s, life.request.service)
-        out.log(
-            LifeName.FINISHED,
-            life.attempt_id(Epoch(life.next_epoch - 1)),
-            reason=str(life.choices[0].finish),
-            output_tokens=life.num_output_tokens,
-            choices=len(life.choices),
-            **life.outcome(out.now),
-        )
+        if out.logs:
+            out.log(
+                LifeName.FINISHED,
+                life.attempt_id(Epoch(life.next_epoch - 1)),
+                reason=str(life.choices[0].finish),
+                output_tokens=life.num_output_tokens,
+                choices=len(life.choices),
+                **life.outcome(out.now),
+            )
         self._close(life, out)
 
     def _overloaded(self, life: Life, detail: str, out: Outbox) -> None:

@@ -11,7 +11,7 @@ blocks; the sequence runs no more steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, BlockHash, BlockId
 from pdserve.core.messages import TokenDelta
@@ -204,8 +204,19 @@ def with_prompt(
     scores = tuple(sequence.scores) if sequence.is_scored else None
     if not cached_tokens and scores is None:
         return deltas
-    first = replace(deltas[0], prompt=PromptNews(cached_tokens=cached_tokens, logprobs=scores))
-    return (first, *deltas[1:])
+    first = deltas[0]
+    told = TokenDelta(
+        request_id=first.request_id,
+        epoch=first.epoch,
+        choice=first.choice,
+        index=first.index,
+        token_id=first.token_id,
+        finish=first.finish,
+        logprobs=first.logprobs,
+        skipped=first.skipped,
+        prompt=PromptNews(cached_tokens=cached_tokens, logprobs=scores),
+    )
+    return (told, *deltas[1:])
 
 
 def untold(sequence: Sequence) -> TokenDelta | None:

@@ -40,22 +40,27 @@ class Clock:
     def run(self, until_s: float = inf) -> None:
         """Make calls in order until one says `stop`, none that is due after ``until_s``."""
         self._runs = True
-        step = self.step
-        while self._runs and step(until_s):
-            pass
+        self._go(until_s)
 
     def step(self, until_s: float) -> bool:
         """Make the next call; False if none is due until then."""
-        heap, soon = self._heap, self._soon
-        if soon and not (heap and heap[0][0] <= self.now):
-            call, arguments = soon.popleft()
-        elif heap and heap[0][0] <= until_s:
-            self.now, _, call, arguments = heapq.heappop(heap)
-        else:
-            return False
-        call(*arguments)
-        return True
+        self._runs = False
+        return self._go(until_s)
 
     def stop(self) -> None:
         """`run` returns after the call that is being made."""
         self._runs = False
+
+    def _go(self, until_s: float) -> bool:
+        """Make one call, and others while it runs; False if none is due any more."""
+        heap, soon, pop = self._heap, self._soon, heapq.heappop
+        while True:
+            if soon and not (heap and heap[0][0] <= self.now):
+                call, arguments = soon.popleft()
+            elif heap and heap[0][0] <= until_s:
+                self.now, _, call, arguments = pop(heap)
+            else:
+                return False
+            call(*arguments)
+            if not self._runs:
+                return True

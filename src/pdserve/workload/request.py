@@ -39,6 +39,18 @@ class TraceRequest:
         return sum(segment.num_tokens for segment in self.segments)
 
 
+def arriving(request: TraceRequest, at_s: float) -> TraceRequest:
+    """The same request at another time: `replace`, in a fifth of the time."""
+    return TraceRequest(
+        index=request.index,
+        at_s=at_s,
+        segments=request.segments,
+        output_tokens=request.output_tokens,
+        cancel_after_tokens=request.cancel_after_tokens,
+        cancel_after_s=request.cancel_after_s,
+    )
+
+
 def own_segment(index: int, num_tokens: int) -> Segment:
     """A segment that no other request has."""
     return Segment(f"own:{index}", num_tokens)

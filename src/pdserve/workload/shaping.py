@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from pdserve.workload.request import TraceRequest
+from pdserve.workload.request import TraceRequest, arriving
 
 
 def window(
@@ -24,19 +24,19 @@ def window(
         if request.at_s >= end_s:
             return
         if request.at_s >= start_s:
-            yield replace(request, at_s=request.at_s - start_s)
+            yield arriving(request, request.at_s - start_s)
 
 
 def scale(requests: Iterable[TraceRequest], factor: float) -> Iterator[TraceRequest]:
     """The same requests at ``factor`` times the rate: 2 halves every gap."""
     if factor == 1.0:
         return iter(requests)
-    return (replace(request, at_s=request.at_s / factor) for request in requests)
+    return (arriving(request, request.at_s / factor) for request in requests)
 
 
 def rearrive(requests: Iterable[TraceRequest], arrivals: Iterator[float]) -> Iterator[TraceRequest]:
     """The same requests in the same order, at other times."""
-    return (replace(request, at_s=at_s) for request, at_s in zip(requests, arrivals, strict=False))
+    return (arriving(request, at_s) for request, at_s in zip(requests, arrivals, strict=False))
 
 
 def smear(requests: Iterable[TraceRequest], seed: int) -> Iterator[TraceRequest]:
@@ -59,7 +59,7 @@ def smear(requests: Iterable[TraceRequest], seed: int) -> Iterator[TraceRequest]
         length_s = tick_s if current is None else min(tick_s, current[0] - at_s)
         offsets = sorted(rng.random() * length_s for _ in together)
         for request, offset_s in zip(together, offsets, strict=True):
-            yield replace(request, at_s=at_s + offset_s)
+            yield arriving(request, at_s + offset_s)
 
 
 def _tick_s(requests: Sequence[TraceRequest]) -> float:
