@@ -145,10 +145,11 @@ class BatchMachine:
 
     def plan(self) -> Planned:
         """The next step, if none is under way and there is something to compute."""
-        planned = Planned()
-        if self.ride is not None or self._idle_at == (self.changes, self.standing.role):
+        planned, idle = Planned(), self._idle_at
+        if self.ride is not None or (idle and idle == (self.changes, self.standing.role)):
             return planned
-        self._make_room(planned)
+        if self.queues.growing:
+            self._make_room(planned)
         last, self._last_ride = self._last_ride, None
         if last is not None and self._is_settled(last):
             self._ride_again(last)
@@ -238,7 +239,7 @@ class BatchMachine:
             sequence = queues.admitted[grant.key]
             remaining = sequence.num_tokens - sequence.num_computed
             prompts.append((sequence, min(grant.num_tokens, remaining)))
-        if len(queues.waiting) < num_new:
+        if waited and len(queues.waiting) < num_new:
             pass_by(s for s in waited if s.key in queues.resuming)
         all_ride = len(decodes) + len(batch.pauses) == len(queues.decoding)
         settled = all_ride and not batch.grants and not batch.preempts
@@ -293,12 +294,13 @@ class BatchMachine:
             return 0
         if not self._is_settled(ride):
             return 1
-        if ride.steps_left is None:
-            ride.steps_left = fewest_steps_left(ride.riders, self.settings.longest_tokens)
+        left = ride.steps_left
+        if left is None:
+            left = ride.steps_left = fewest_steps_left(ride.riders, self.settings.longest_tokens)
         if self.reserves:
-            return ride.steps_left
-        blocks_each = self.tables.pool.num_free // len(ride.riders)
-        return min(ride.steps_left, 1 + blocks_each * self.settings.layout.block_size)
+            return left
+        tables = self.tables
+        return min(left, 1 + tables.pool.num_free // len(ride.riders) * tables.block_size)
 
     # --- figures ------------------------------------------------------------------------------
 
@@ -370,7 +372,8 @@ class BatchMachine:
         if self.reserves:
             return  # each has room for its first token, or for all
         lacking = [s for s in growing if tables.lacks_slot(s) and decoding.get(s.key) is s]
-        for sequence in sorted(lacking, key=lambda s: s.arrival):
+        lacking.sort(key=lambda s: s.arrival)
+        for sequence in lacking:
             while sequence.key in decoding and not tables.grow(sequence):
                 able = (s for s in decoding.values() if not s.reserved_tokens)
                 self._preempt(max(able, key=lambda s: s.arrival), planned)

@@ -110,9 +110,13 @@ class WorkerMachine(ABC):
         match event:
             case StepsDone() | StepDone():  # the usual ones first
                 self._engine_says(event, out)
-            case Received(sender, epoch, message):
-                if epoch > self._gone.get(sender, -1):
-                    self._received(sender, epoch, message, out)
+            case Received():
+                sender, epoch = event.sender, event.sender_epoch
+                if not self._gone or epoch > self._gone.get(sender, -1):
+                    if sender == GATEWAY:
+                        self._from_router(event.message, out)
+                    else:
+                        self._from_peer(sender, epoch, event.message, out)
             case TimerFired(timer):
                 self._timer_fired(timer, out)
             case Started():
@@ -170,12 +174,6 @@ class WorkerMachine(ABC):
 
     # --- the router ---------------------------------------------------------------------------
 
-    def _received(self, sender: WorkerId, epoch: Epoch, message: Message, out: Outbox) -> None:
-        if sender == GATEWAY:
-            self._from_router(message, out)
-        else:
-            self._from_peer(sender, epoch, message, out)
-
     def _from_router(self, message: Message, out: Outbox) -> None:
         match message:
             case StartJob(job):
@@ -231,16 +229,16 @@ class WorkerMachine(ABC):
                 self._arrivals.opened(message, peer, epoch, self.draining, out)
             case Ticket():
                 self.outbound.granted(message, peer, epoch, out)
-            case TicketRefused(attempt=attempt, detail=detail):
-                self._turned_down(attempt, FailureKind.REFUSED, detail, peer, out)
-            case LeaseRenew(attempt):
-                self._arrivals.renewed(attempt, peer, epoch, out)
             case Trailer():
                 self._arrivals.trailer(message, peer, epoch, out)
             case Accepted(attempt):
                 sample = self.outbound.accepted(attempt, peer, out)
                 if sample is not None:
                     self._reporter.transfer_measured(sample)
+            case TicketRefused(attempt=attempt, detail=detail):
+                self._turned_down(attempt, FailureKind.REFUSED, detail, peer, out)
+            case LeaseRenew(attempt):
+                self._arrivals.renewed(attempt, peer, epoch, out)
             case HandoffRejected(attempt=attempt, detail=detail):
                 self._turned_down(attempt, FailureKind.HANDOFF, detail, peer, out)
             case HandoffAbort(attempt=attempt):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from pdserve.core.messages import TokenDelta
 from pdserve.core.step import StepPlan
 from pdserve.node.sequence import Sequence
 
 
-@dataclass(slots=True)
 class StepOutcome:
     """What a finished step means to the worker node. Lists are in row order.
 
@@ -19,20 +16,25 @@ class StepOutcome:
     or could draw nothing in one that is good.
     """
 
-    deltas: list[TokenDelta] = field(default_factory=list)
-    prefilled: list[Sequence] = field(default_factory=list)
-    held: list[tuple[Sequence, tuple[TokenDelta, ...]]] = field(default_factory=list)
-    decoding: list[Sequence] = field(default_factory=list)
-    suspects: list[Sequence] = field(default_factory=list)
-    failed: list[Sequence] = field(default_factory=list)
+    __slots__ = ("decoding", "deltas", "failed", "held", "prefilled", "suspects")
+
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.prefilled: list[Sequence] = []
+        self.held: list[tuple[Sequence, tuple[TokenDelta, ...]]] = []
+        self.decoding: list[Sequence] = []
+        self.suspects: list[Sequence] = []
+        self.failed: list[Sequence] = []
 
 
-@dataclass(slots=True)
 class Planned:
     """A step to run, the sequences that it starts, and the ones that had to give up blocks."""
 
-    plan: StepPlan | None = None
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    handed_back: list[Sequence] = field(default_factory=list)
-    started_decoding: list[Sequence] = field(default_factory=list)
+    __slots__ = ("admitted", "handed_back", "plan", "preempted", "started_decoding")
+
+    def __init__(self) -> None:
+        self.plan: StepPlan | None = None
+        self.admitted: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+        self.handed_back: list[Sequence] = []
+        self.started_decoding: list[Sequence] = []

@@ -273,21 +273,21 @@ class LoadReporter:
         known = self._known
         if self._waits or known is None or self._settings.terse_reports:
             return None
-        now = self._source.glance()
+        now = self._seen  # after every input
+        assert now is not None, "what is known was seen"
         return max(0, self._tolerance - (known.untold_blocks - now.untold_blocks))
 
     def _has_news(self) -> bool:
-        known, now = self._known, self._source.glance()
-        if known is None or self._is_drained() > self._told_drained:
+        known = self._known
+        if known is None or (self._standing.draining and not self._told_drained and self._is_empty()):
             return True
-        if now != self._seen:
-            if now.is_news_after(known, self._tolerance):
-                return True
-            self._seen, self._known = now, now.heard_of(known)
+        now = self._source.glance()
+        if now == self._seen:
+            return False
+        if now.is_news_after(known, self._tolerance):
+            return True
+        self._seen, self._known = now, now.heard_of(known)
         return False
-
-    def _is_drained(self) -> bool:
-        return self._standing.draining and self._is_empty()
 
     def _terse(self) -> tuple[bool, bool, int]:
         """What must be told at once where reports are terse."""

@@ -24,7 +24,7 @@ class BlockTables:
         self.queries_tokens = 0
         self.hits_tokens = 0
         self._layout = settings.layout
-        self._block_size = settings.layout.block_size
+        self.block_size = self._block_size = settings.layout.block_size
         self._copies: list[tuple[Sequence, BlockId, BlockId]] = []
         self._copying: list[tuple[Sequence, BlockId, BlockId]] = []
 

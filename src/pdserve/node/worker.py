@@ -78,10 +78,10 @@ class WorkerNode(WorkerMachine):
         if not (self._departures.are_none and self.inbound.is_settled):
             return 1
         quiet = self._reporter.quiet_blocks()
-        if quiet is None:
+        ride = self.batch.ride
+        if quiet is None or ride is None:
             return steps
-        assert self.batch.ride is not None
-        return self.batch.ride.steps_within(quiet, self.settings.layout.block_size, steps)
+        return ride.steps_within(quiet, self.settings.layout.block_size, steps)
 
     @property
     def riders(self) -> Sequence[Rider]:
@@ -126,10 +126,12 @@ class WorkerNode(WorkerMachine):
 
     def _engine_says(self, event: Input, out: Outbox) -> None:
         match event:
-            case StepsDone(num_steps, elapsed_s, ended):
-                self._reporter.steps_done(num_steps, elapsed_s)
-                self._step_done(self.batch.steps_done(num_steps, ended), None, out)
-                self._departures.step_done(out)
+            case StepsDone():
+                num_steps = event.num_steps
+                self._reporter.steps_done(num_steps, event.elapsed_s)
+                self._step_done(self.batch.steps_done(num_steps, event.ended), None, out)
+                if not self._departures.are_none:
+                    self._departures.step_done(out)
             case StepDone(result, elapsed_s):
                 if result.error is None:
                     self._reporter.step_done(elapsed_s)
@@ -153,7 +155,7 @@ class WorkerNode(WorkerMachine):
     def _step_done(self, outcome: StepOutcome, error: str | None, out: Outbox) -> None:
         if outcome.deltas:
             out.tell_router(Tokens(tuple(outcome.deltas)))
-        for sequence in outcome.prefilled:
+        for sequence in outcome.prefilled if out.logs else ():
             cached_tokens = sequence.num_cached_blocks * self.settings.layout.block_size
             num_tokens = sequence.num_computed - cached_tokens
             out.log(LifeName.PREFILL_ENDED, sequence.attempt, tokens=num_tokens)
@@ -189,13 +191,17 @@ class WorkerNode(WorkerMachine):
     # --- after each input ---------------------------------------------------------------------
 
     def _advance(self, out: Outbox) -> None:
-        self.inbound.grant_waiting(out)
-        if self.batch.ride is None:
-            planned = self.batch.plan()
-            self._begin(planned, out)
-            if self.batch.ride is not None:
-                self._reporter.step_started(self.batch.ride.shape, out.now)
-                out.add(RunStep(self.batch.ride.plan))
+        batch = self.batch
+        if self.inbound.num_queued:
+            self.inbound.grant_waiting(out)
+        if batch.ride is None:
+            planned = batch.plan()
+            ride = batch.ride
+            if ride is not None or planned.handed_back or planned.preempted:
+                self._begin(planned, out)
+            if ride is not None:
+                self._reporter.step_started(ride.shape, out.now)
+                out.effects.append(RunStep(ride.plan))
         self._reporter.report_if_changed(out)
 
     def _begin(self, planned: Planned, out: Outbox) -> None:
