@@ -222,21 +222,22 @@ class WorkerBook:
     def view(self) -> WorkerView:
         """What policies see: the same object until something in the book changes."""
         if self._view is None:
-            report, layout = self.report, self.up.layout
+            report, up = self.report, self.up
+            layout = up.layout
             prompts, num_given, num_local, kv_tokens = self.given
             self._view = WorkerView(
-                worker=self.up.worker,
+                worker=up.worker,
                 role=self.role,
-                home_role=self.up.role,
+                home_role=up.role,
                 pending_tokens=self.pending_tokens,
                 num_decoding=self.num_decoding,
                 context_tokens=self.context_tokens,
                 free_blocks=self.free_blocks,
-                total_blocks=self.up.num_blocks,
-                block_size=self.block_size,
+                total_blocks=up.num_blocks,
+                block_size=1 if layout is None else layout.block_size,
                 numerics="" if layout is None else layout.numerics,
-                steps=self.steps,
-                mixes=self.mixes,
+                steps=self.learned.model(),
+                mixes=layout is not None,
                 role_since_s=self.role_since_s,
                 num_left_out=0 if report is None else report.num_left_out,
                 given_prompt_tokens=prompts,

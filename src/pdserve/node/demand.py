@@ -50,9 +50,11 @@ class _Window:
 
 
 class Demand:
-    """Owned by the router; times are its own."""
+    """Owned by the router; times are its own. ``is_kept`` False: nobody will ask for the load, and
+    nothing is remembered for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_kept: bool = True) -> None:
+        self.is_kept = is_kept
         self._started_s: float | None = None
         self._prefill_s = _Window()
         self._ttft = (_Window(), _Window())
@@ -61,6 +63,8 @@ class Demand:
 
     def routed(self, now: float, prefill_s: float, service: ServiceClass) -> None:
         """A request was sent to be prefilled, which should take so long."""
+        if not self.is_kept:
+            return
         if self._started_s is None:
             self._started_s = now
         self._prefill_s.add(now, prefill_s)
@@ -68,10 +72,12 @@ class Demand:
         self._forget_bounds(now)
 
     def first_token(self, now: float, ttft_s: float, service: ServiceClass) -> None:
-        self._judge(self._ttft, now, ttft_s <= service.ttft_s)
+        if self.is_kept:
+            self._judge(self._ttft, now, ttft_s <= service.ttft_s)
 
     def finished(self, now: float, tpot_s: float, service: ServiceClass) -> None:
-        self._judge(self._tpot, now, tpot_s <= service.tpot_s)
+        if self.is_kept:
+            self._judge(self._tpot, now, tpot_s <= service.tpot_s)
 
     def load(self, now: float, workers: Sequence[WorkerView]) -> PhaseLoad:
         """Of these workers, together; their step models say what work is."""

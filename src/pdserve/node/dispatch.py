@@ -182,8 +182,9 @@ class Dispatch:
         steps, ready_s = view.steps, out.now
         if steps is not None:
             ready_s += backlog_s(view, steps, ask.num_tokens, num_new)
-            prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
-            self._pools.demand.routed(out.now, prefill_s, request.service)
+            if self._pools.demand.is_kept:
+                prefill_s = steps.prefill_s(ask.num_tokens, ask.num_tokens - num_new)
+                self._pools.demand.routed(out.now, prefill_s, request.service)
         decode.promise(attempt_id, ask.num_blocks)
         attempt = life.attempts[epoch] = Attempt(job, owner=route.prefill)
         life.decision = Decision.of(route) if epoch == 1 and out.logs else None

@@ -29,6 +29,9 @@ class Verdict:
     retry_after_s: float | None = None
 
 
+_LET_IN = Verdict(None)
+
+
 class Gate:
     """Owned by the router; times are its own."""
 
@@ -67,7 +70,7 @@ class Gate:
             detail = f"{num_queued} requests are waiting already"
             return Verdict(Refusal.OVERLOADED, detail, self.retry_after_s)
         if not life.request.service.is_bounded or self._settings.admission == "none":
-            return Verdict(None)
+            return _LET_IN
         admission = self._admission(life, now)
         if admission.accepted:
             return Verdict(None, admission.reason)

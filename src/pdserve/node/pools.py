@@ -64,7 +64,7 @@ class Pools:
     ) -> None:
         self.slots: dict[WorkerId, Slot] = {}
         self._drawn: set[WorkerId] = set()
-        self.demand = Demand()
+        self.demand = Demand(is_kept=control is not RoleControl.FIXED)
         self._books = books
         self._control = control
         self._policy = policy or LoadBalancedRoles()

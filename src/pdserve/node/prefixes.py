@@ -77,8 +77,11 @@ class Prefixes:
             self._kinds[kind] = _Kind(layout)
         self._kinds[kind].workers.add(worker)
         if self._coming:
-            for block_hash in stored:
-                self._coming.pop((worker, block_hash), None)
+            coming = [key for key in self._coming if key[0] == worker]
+            there = set(stored) if coming else ()
+            for key in coming:
+                if key[1] in there:
+                    del self._coming[key]
 
     def worker_lost(self, worker: WorkerId) -> None:
         """Its memory is gone. Its next process starts with nothing."""
@@ -111,7 +114,8 @@ class Prefixes:
                 depth = _num_common(coming, hashes, at_least)
                 if depth > at_least:
                     matches[coming.worker] = depth
-            found.update((worker, depth * block_size) for worker, depth in matches.items())
+            for worker, depth in matches.items():
+                found[worker] = depth * block_size
         return found
 
     def expect(self, life: Life, choice: int, worker: WorkerId, now: float) -> None:

@@ -127,22 +127,22 @@ class BatchLoad:
         )
 
     def figures(self) -> LoadFigures:
-        batch, pool = self._batch, self._batch.tables.pool
+        batch, queues, pool, inbound = self._batch, self._queues, self._pool, self._inbound
         return LoadFigures(
-            pending_prefill_tokens=batch.queues.pending_tokens,
-            num_waiting=batch.num_waiting + self._inbound.num_queued,
-            num_running=batch.num_running,
-            num_decoding=batch.queues.num_staying,
-            num_left_out=batch.num_left_out,
-            free_blocks=batch.growth_headroom,
-            cached_blocks=pool.num_cached,
-            quarantined_blocks=pool.num_quarantined,
-            open_leases=self._inbound.num_leases,
-            num_preemptions=batch.num_preemptions,
-            num_steps=batch.num_steps,
-            prefix_queries_tokens=batch.tables.queries_tokens,
-            prefix_hits_tokens=batch.tables.hits_tokens,
-            context_tokens=batch.queues.context_tokens,
+            queues.pending_tokens,
+            batch.num_waiting + inbound.num_queued,
+            batch.num_running,
+            queues.num_staying,
+            batch.num_left_out,
+            pool.num_quarantined,
+            inbound.num_leases,
+            batch.growth_headroom,
+            pool.num_cached,
+            batch.num_preemptions,
+            batch.num_steps,
+            batch.tables.queries_tokens,
+            batch.tables.hits_tokens,
+            queues.context_tokens,
         )
 
     def pressure(self) -> tuple[bool, bool]:

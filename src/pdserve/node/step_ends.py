@@ -34,6 +34,7 @@ class StepEnds:
         self._queues = queues
         self._tables = tables
         self._block_size = settings.layout.block_size
+        self._longest_tokens = settings.longest_tokens
 
     def one(self, ride: Ride, result: StepResult) -> StepOutcome:
         """The step is done, and this is what was drawn."""
@@ -144,7 +145,7 @@ class StepEnds:
         decodes: bool,
     ) -> None:
         """A row drew tokens: finish, go on, fork, or wait for the hand-off."""
-        deltas = token_deltas(sequence, choices, sampled, self._settings.longest_tokens)
+        deltas = token_deltas(sequence, choices, sampled, self._longest_tokens)
         if not decodes and deltas and sequence.next_index == 0:
             cached_tokens = sequence.num_cached_blocks * self._block_size
             deltas = with_prompt(sequence, deltas, cached_tokens)
@@ -204,12 +205,15 @@ class StepEnds:
     ) -> dict[int, int]:
         """Decode rows that do not just grow, with what they draw last: those that ``ended`` names,
         and those that reach their limit."""
+        if not ride.num_decodes:
+            return {}
         told = {row: token_id for row, token_id in ended if row < ride.num_decodes}
-        decodes, longest_tokens = ride.riders[: ride.num_decodes], self._settings.longest_tokens
-        if decodes and ride.steps_left is None:
+        longest_tokens = self._longest_tokens
+        if ride.steps_left is None:
+            decodes = ride.riders[: ride.num_decodes]
             ride.steps_left = fewest_steps_left(decodes, longest_tokens)
-        if decodes and num_steps >= (ride.steps_left or 0):
-            for row, s in enumerate(decodes):
+        if num_steps >= ride.steps_left:
+            for row, s in enumerate(ride.riders[: ride.num_decodes]):
                 left = s.params.max_tokens - s.num_tokens + s.num_prompt_tokens
                 if left <= num_steps or longest_tokens - s.num_tokens <= num_steps:
                     told.setdefault(row, SILENT_TOKEN)
@@ -218,6 +222,8 @@ class StepEnds:
     def _grow(self, ride: Ride, num_steps: int, told: dict[int, int]) -> None:
         """Every decode row's KV grows by as many tokens, and its known tokens too, but for the last
         one of those that are told. Rows that were dropped are added to these."""
+        if not ride.num_decodes:
+            return
         size, silent = self._block_size, [SILENT_TOKEN] * num_steps
         events: list[_Event] = []
         indexes = self._tables.pool.prefix_cache
@@ -237,14 +243,16 @@ class StepEnds:
                 sequence.num_tokens += num_steps
                 sequence.drawn += silent
             grown += num_steps
-            sequence.num_computed += num_steps
+            sequence.num_computed = num_computed = sequence.num_computed + num_steps
             if (
-                sequence.num_computed >= (sequence.num_published + 1) * size
+                num_computed >= (sequence.num_published + 1) * size
                 if indexes
                 else sequence.num_tokens > len(sequence.block_ids) * size
             ):
                 self._crossings(events, row, sequence, num_steps)
         self._queues.context_tokens += grown
+        if not events:
+            return
         events.sort()
         for _, grows, _, sequence in events:
             if not grows:

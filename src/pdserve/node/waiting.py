@@ -39,7 +39,7 @@ class WaitingRoom:
         self._turn = 0
 
     def __len__(self) -> int:
-        return len(self._resumes) + len(self._fair)
+        return len(self._resumes) + len(self._since_s)
 
     @property
     def by_arrival(self) -> list[RequestId]:

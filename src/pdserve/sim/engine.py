@@ -165,22 +165,25 @@ class VirtualEngine:
 
     def _far(self) -> int:
         """Steps until something other than time may pass."""
-        if not self._stretches:
+        if not self._stretches or self._shape.prompt_tokens or not self._left:
             return 1
-        return max(1, min(self._node.steady_steps(), self._left + 1))
+        steps = self._node.steady_steps()
+        return 1 if steps < 1 else min(steps, self._left + 1)
 
     def _expect(self, look: int) -> None:
         """Be called when the next so many steps are over, or all of the stretch."""
         self._version += 1
-        self._look = look = min(look, self._limit)
-        self._work_out(look)
-        self._clock.at(self._ends[look - 1], self._due, self._version)
+        if look > self._limit:
+            look = self._limit
+        self._look = look
+        ends = self._ends
+        if len(ends) < look:
+            self._work_out(look)
+        self._clock.at(ends[look - 1], self._due, self._version)
 
     def _work_out(self, num_steps: int) -> None:
         ends, gap_s = self._ends, self._gap_s
         first = len(ends)
-        if first >= num_steps:
-            return
         batch, context = self._shape.num_decoding, self._shape.context_tokens
         lengths = range(context + first * batch, context + num_steps * batch, batch)
         end_s, steps_s = ends[-1], self._decodes_s(batch, lengths)
@@ -244,7 +247,7 @@ class VirtualEngine:
         least = NEVER
         drawing = self._drawing(riders)
         for _, rider, client in drawing:
-            index = rider.next_index
+            index = rider.num_tokens - rider.num_prompt_tokens
             left = client.notable_index - index
             if left < least:
                 least = left
@@ -261,12 +264,12 @@ class VirtualEngine:
         for client, index in self._newcomers:
             audience.drawn(client, index, ends[0])
         num_others = self._num_drawing - len(self._newcomers)
-        self._newcomers = []
+        if self._newcomers:
+            self._newcomers = []
         if num_others:
             audience.drawn_on((ends[0] - self._last_end_s,), num_others)
-        if self._num_drawing and count > 1:
-            gaps_s = list(map(sub, ends[1:count], ends))
-            audience.drawn_on(gaps_s, self._num_drawing)
+        if count > 1 and self._num_drawing:
+            audience.drawn_on(list(map(sub, ends[1:count], ends)), self._num_drawing)
 
     def _ended(self, count: int) -> tuple[tuple[int, int], ...]:
         """Rows that draw the end of an answer in the last of these steps."""

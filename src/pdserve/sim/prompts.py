@@ -8,4 +8,4 @@ from pdserve.workload.request import TraceRequest
 
 def prompt_of(asked: TraceRequest) -> NamedTokens:
     """Its tokens by name: equal names of segments, equal tokens."""
-    return NamedTokens.of((segment.name, segment.num_tokens) for segment in asked.segments)
+    return NamedTokens.of([(segment.name, segment.num_tokens) for segment in asked.segments])

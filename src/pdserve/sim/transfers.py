@@ -91,8 +91,7 @@ class Transfers:
         self._ends_move = ends_move
         self._step: _Step | None = None
 
-    @property
-    def num_open(self) -> int:
+    def __len__(self) -> int:
         """Transfers that have been opened and not ended."""
         return len(self._open)
 

@@ -234,7 +234,7 @@ class VirtualWorker:
 
     def _run_step(self, effect: RunStep) -> None:
         self._engine.run(effect, self._now)
-        if not self._transfers.num_open:
+        if not self._transfers:
             return
         node, (begun_s, ended_s) = self.node, self._engine.span
         for rider in node.riders:

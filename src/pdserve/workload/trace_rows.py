@@ -200,10 +200,10 @@ def _whole(text: str, column: str) -> int:
 def _row(line: int, at_s: float, segments: tuple[Segment, ...], outputs: int) -> TraceRow:
     if not abs(at_s) < float("inf"):
         raise ValueError(f"{at_s} is no time")
-    for segment in segments:
-        if segment.num_tokens < 1:
-            raise ValueError("a prompt has at least one token")
-    most = max(outputs, *(segment.num_tokens for segment in segments)) if segments else outputs
+    lengths = [segment.num_tokens for segment in segments]
+    if lengths and min(lengths) < 1:
+        raise ValueError("a prompt has at least one token")
+    most = max(outputs, *lengths) if lengths else outputs
     if most > MOST_TOKENS:
         raise ValueError(f"{most} tokens are no length: at most {MOST_TOKENS} can be")
     return TraceRow(at_s, line, segments, max(1, outputs))
