@@ -42,8 +42,7 @@ class Piece(NamedTuple):
         content, start, length = self
         if isinstance(content, tuple):
             return packed(content)
-        name = content.encode("utf-8", "surrogatepass")
-        return _TAG + _PLACE.pack(start, length, len(name)) + name
+        return packed_name(content, start, length)
 
 
 class NamedTokens(Sequence[int]):
@@ -147,6 +146,12 @@ def packed(token_ids: Sequence[int]) -> bytes:
     if isinstance(token_ids, NamedTokens):
         return token_ids.packed()
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def packed_name(name: str, start: int, length: int) -> bytes:
+    """`Piece.packed` of one that is named."""
+    encoded = name.encode("utf-8", "surrogatepass")
+    return _TAG + _PLACE.pack(start, length, len(encoded)) + encoded
 
 
 def _literal(numbers: tuple[int, ...]) -> Piece:

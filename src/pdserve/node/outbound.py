@@ -44,6 +44,7 @@ class Outbound:
     digests, once all is written. ``granted_at_s`` and ``prefilled_at_s``: when there was a ticket,
     and when the prefill was done. ``keeps_sequence``: it goes on here after the transfer stops."""
 
+    attempt: AttemptId
     job: Job
     cargo: Cargo
     errand: Errand
@@ -87,8 +88,9 @@ class OutboundHandoffs:
 
     def open(self, job: Job, cargo: Cargo, out: Outbox, errand: Errand | None = None) -> None:
         """The attempt runs in the next step, or its KV is finished, whatever the errand is."""
-        handoff = Outbound(job, cargo, errand or JobErrand(job.attempt))
-        self._open[job.attempt] = handoff
+        attempt = job.attempt
+        handoff = Outbound(attempt, job, cargo, errand or JobErrand(attempt))
+        self._open[attempt] = handoff
         out.send(job.decode_worker, cargo.header())
         cargo.open(out)
         _log(handoff, LifeName.HANDOFF_OPENED, out, peer=job.decode_worker)
@@ -145,7 +147,7 @@ class OutboundHandoffs:
         """Send what is due: token 0 with the ticket, the trailer with the last byte."""
         if handoff.ticket is None or handoff.deltas is None:
             return
-        attempt = handoff.job.attempt
+        attempt = handoff.attempt
         if not handoff.first_tokens_sent:
             handoff.first_tokens_sent = True
             handoff.errand.drawn(handoff.deltas, out)
@@ -264,13 +266,13 @@ class OutboundHandoffs:
         """No write may follow. The sequence runs no further step, unless it is kept."""
         handoff.stopping = True
         handoff.detail = detail
-        attempt = handoff.job.attempt
+        attempt = handoff.attempt
         out.add(CancelTimer(_lease_timer(attempt)))
         out.add(CancelTimer(_ticket_timer(attempt)))
         handoff.cargo.stop(out, keeps=handoff.keeps_sequence)
 
     def _forget(self, handoff: Outbound, out: Outbox) -> None:
-        del self._open[handoff.job.attempt]
+        del self._open[handoff.attempt]
         if handoff.keeps_sequence:
             handoff.errand.kept(out)
         else:
@@ -278,8 +280,8 @@ class OutboundHandoffs:
 
 
 def _log(handoff: Outbound, name: LifeName, out: Outbox, **values: Scalar) -> None:
-    if handoff.errand.is_attempt:
-        out.log(name, handoff.job.attempt, **values)
+    if out.logs and handoff.errand.is_attempt:
+        out.log(name, handoff.attempt, **values)
 
 
 def _lease_timer(attempt: AttemptId) -> str:

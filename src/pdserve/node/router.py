@@ -236,7 +236,8 @@ class RouterNode:
             if life.first_token_at_s is None:
                 life.first_token_at_s = out.now
                 out.add(CancelTimer(_queue_timer(request_id)))
-                out.log(LifeName.FIRST_TOKEN, life.attempt_id(mine[0].epoch))
+                if out.logs:
+                    out.log(LifeName.FIRST_TOKEN, life.attempt_id(mine[0].epoch))
                 service = life.request.service
                 self.pools.demand.first_token(out.now, out.now - life.submitted_at_s, service)
             out.add(Deliver(request_id, tuple(mine)))

@@ -21,6 +21,8 @@ from typing import Generic, TypeVar
 from pdserve.core.request import ServiceClass
 
 ItemT = TypeVar("ItemT", bound=Hashable)
+MOST_DEAD = 16
+"""Entries of a heap that are dead, beside as many as there are flows, before it is made anew."""
 
 
 class FairShare:
@@ -54,7 +56,7 @@ class FairShare:
 
     def serve(self, flow: str, work: float, *, waits_on: bool) -> None:
         """It was given ``work`` (tokens / weight), be it its turn or not."""
-        [first] = self.order(1)
+        [first] = self._starts if len(self._starts) == 1 else self.order(1)
         self._virtual_time = max(self._virtual_time, self._starts[first])
         end = self._starts[flow] + work
         if waits_on:
@@ -66,6 +68,8 @@ class FairShare:
 
     def order(self, limit: int) -> list[str]:
         """Flows that wait, the next one first, at most so many."""
+        if limit and len(self._starts) == 1:
+            return list(self._starts)
         found: list[tuple[float, str]] = []
         while self._heap and len(found) < limit:
             entry = heapq.heappop(self._heap)
@@ -78,6 +82,9 @@ class FairShare:
     def _set(self, flow: str, start: float) -> None:
         self._starts[flow] = start
         heapq.heappush(self._heap, (start, flow))
+        if len(self._heap) > MOST_DEAD + 2 * len(self._starts):
+            self._heap = [(each_start, each) for each, each_start in self._starts.items()]
+            heapq.heapify(self._heap)
 
     def _rest(self, flow: str, end: float) -> None:
         if not self._starts:  # the busy time is over: all are equal again

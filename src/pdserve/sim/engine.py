@@ -89,6 +89,8 @@ class VirtualEngine:
         self._limit = 1  # steps that the stretch can have
         self._look = 1  # of which so many are looked at
         self._version = 0
+        self._hears = False
+        self._is_new = False  # the step has begun while the machine was hearing something
         self._riders: Sequence[Rider] | None = None
         self._boarding = 0
         self._newcomers: list[tuple[Client, int]] = []
@@ -116,8 +118,17 @@ class VirtualEngine:
         if riders is not self._riders:
             self._riders = riders
             self._board(riders)
-        self._limit = self._far()
-        self._expect(FIRST_LOOK_STEPS)
+        if self._hears:
+            self._limit, self._is_new = 1, True
+        else:
+            self._limit = self._far()
+            self._expect(FIRST_LOOK_STEPS)
+
+    def begin_to_hear(self, now: float) -> None:
+        """The machine is to hear something: tell it of the steps that have ended by now. How far
+        the one that runs then may go is not asked before it has heard (`look_again`)."""
+        self._hears = True
+        self.catch_up(now)
 
     def catch_up(self, now: float) -> None:
         """Tell the machine of the steps that have ended by now."""
@@ -127,7 +138,14 @@ class VirtualEngine:
     def look_again(self) -> None:
         """The machine has heard something: the stretch may be shorter or longer for it. One that
         ends with the running step is left at that: the next one starts with it."""
-        if self._plan is not None and self._limit > 1:
+        self._hears = False
+        if self._plan is None:
+            return
+        if self._is_new:
+            self._is_new = False
+            self._limit = self._far()
+            self._expect(FIRST_LOOK_STEPS)
+        elif self._limit > 1:
             self._limit = self._far()
             if self._limit < self._look:
                 self._expect(self._limit)

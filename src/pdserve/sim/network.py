@@ -127,10 +127,13 @@ class Network:
 
     def _share_again(self, changed: Flow) -> None:
         """New rates for all that share an end with a flow that has come or gone."""
-        shared = dict.fromkeys(changed.sender.flows_out) if changed.sender.spec.shared else {}
+        out, into = changed.sender.flows_out, changed.receiver.flows_in
+        if not out and not into:
+            return
+        shared = dict.fromkeys(out) if changed.sender.spec.shared else {}
         if changed.receiver.spec.shared:
-            shared.update(changed.receiver.flows_in)
-        if changed in changed.sender.flows_out:
+            shared.update(into)
+        if changed in out:
             shared[changed] = None
         for flow in shared:
             self._settle(flow)

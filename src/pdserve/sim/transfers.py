@@ -216,8 +216,9 @@ class Transfers:
         ticket, flow = transfer.ticket, transfer.flow
         if ticket is None or flow is None:
             return
-        first = ticket.first_block * self._machine.block_size
-        ready = max(0, transfer.ready_tokens - first) * self._machine.token_kv_bytes
+        machine = self._machine
+        tokens = transfer.ready_tokens - ticket.first_block * machine.block_size
+        ready = tokens * machine.token_kv_bytes
         if ready > transfer.released_bytes:
             more, transfer.released_bytes = ready - transfer.released_bytes, ready
             if self._exposed(transfer.opened.attempt) is None:

@@ -164,11 +164,12 @@ class VirtualWorker:
                 self._missed.append(event)
             return
         now = self._clock.now
-        self._engine.catch_up(now)
+        engine = self._engine
+        engine.begin_to_hear(now)
         if self._pacer is not None and type(event) is Received:
             self._pacer.heard()
         self._feed(event, now)
-        self._engine.look_again()
+        engine.look_again()
 
     def _tell_all(self) -> None:
         """Have the machine tell the tokens that it has kept to itself: a live one tells each as it
