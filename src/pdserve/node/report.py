@@ -278,8 +278,8 @@ class LoadReporter:
         return max(0, self._tolerance - (known.untold_blocks - now.untold_blocks))
 
     def _has_news(self) -> bool:
-        known = self._known
-        if known is None or (self._standing.draining and not self._told_drained and self._is_empty()):
+        known, draining = self._known, self._standing.draining
+        if known is None or (draining and not self._told_drained and self._is_empty()):
             return True
         now = self._source.glance()
         if now == self._seen:

@@ -137,10 +137,7 @@ def is_other_class(worker: WorkerView, ask: RouteAsk) -> bool:
 
 
 def _has(view: ClusterView, role: Role) -> bool:
-    for worker in view.workers:
-        if worker.role is role or worker.role is Role.MIXED:
-            return True
-    return False
+    return any(w.role is role or w.role is Role.MIXED for w in view.workers)
 
 
 def _pool(workers: Sequence[WorkerView], role: Role) -> list[WorkerView]:
