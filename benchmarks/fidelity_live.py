@@ -57,6 +57,9 @@ CAPACITY_STREAMS = 16
 FILLING = 1 / 3
 """Of the time in which the capacity is found: till then the server fills."""
 LEAST_REQUESTS = 30
+"""Of a load, if that takes no more than twice its time."""
+FEWEST_REQUESTS = 5
+"""However long that takes."""
 LOADS_BETWEEN = 3
 """Loads between two rounds of the calibration."""
 PACE_REQUESTS = 5
@@ -213,6 +216,7 @@ class _Session:
         rate = share * self._found.capacity[mix]
         least_s = self._times.load
         seconds = min(max(least_s, LEAST_REQUESTS / rate), 2.0 * least_s)
+        seconds = max(seconds, FEWEST_REQUESTS / rate)
         load = timed_load(mix, rate, seconds)
         self._say(f"{mix}, {share:g} of its capacity, run {run + 1}: {load.num_requests} requests")
         # No prompt may begin like one of another run: the server would have its KV.
