@@ -23,6 +23,7 @@ MODULES = (
     "paper_tables",
     "splitwise_clusters",
     "splitwise_slowdowns",
+    "splitwise_tables",
     "splitwise",
     "mooncake",
     "taichi",
@@ -204,7 +205,7 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     for setting, (of, hardware, _) in splitwise.BUDGETS.items():
         monkeypatch.setitem(splitwise.BUDGETS, setting, (of, hardware, 2))
     guesses = dict.fromkeys(splitwise.DESIGNS, 4)
-    monkeypatch.setattr(splitwise, "GUESSES", dict.fromkeys(splitwise.LOADS, guesses))
+    monkeypatch.setattr(splitwise, "GUESSES", dict.fromkeys(splitwise.GUESSES, guesses))
     out = tmp_path / "out"
     flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
     flags += ["--designs", "Baseline-A100", "AA", "--grid", "2"]
