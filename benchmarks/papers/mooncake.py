@@ -8,8 +8,9 @@ node's own pool: a cached prefix costs nothing to read.
 
 Rejection: the same cluster, the trace at a multiple of its speed, a promise of TTFT 30 s and TPOT
 100 ms (the technical report's bounds for its replay). Its trace of 23,608 requests is not in our
-hands; the conversation trace has 12,031, longer ones. And twice more with a single decode node, for
-8 and for 16 that prefill: what prediction adds to early rejection is a matter of decode load.
+hands; the conversation trace has 12,031, longer ones. And with a single decode node for 8 to 16
+that prefill: what prediction adds to early rejection is a matter of decode load, and of how long
+prompts take until they become some. Each with several seeds, which smear the trace's ticks.
 
     python benchmarks/papers/mooncake.py --data DIR
 """
@@ -27,8 +28,11 @@ from typing import Any
 from paper_runs import Clients, Lab, figures, parser_of, patient, plain, promised, simulate
 from paper_tables import Cell, apart, bars_svg, table, write
 
+from pdserve.core.events import LifeEvent, LifeName
+from pdserve.core.ids import RequestId
 from pdserve.cost.machine import LinkSpec, MachineModel
 from pdserve.cost.roofline import machine_of
+from pdserve.sim.observe import Ended, Observer
 from pdserve.sim.settings import SimSettings
 from pdserve.sim.spec import ClusterSpec, parse_cluster
 from pdserve.workload import shaping
@@ -38,8 +42,8 @@ from pdserve.workload.traces import iter_trace
 
 TRACE = "mooncake_conversation.jsonl"
 CLUSTER = "8xa100-tp8:prefill,8xa100-tp8:decode"
-SCARCE = ("8xa100-tp8:prefill,1xa100-tp8:decode", "16xa100-tp8:prefill,1xa100-tp8:decode")
-"""Where decoding is scarce: a limit beside prefilling, and the only one."""
+SCARCE = tuple(f"{prefill}xa100-tp8:prefill,1xa100-tp8:decode" for prefill in (8, 10, 12, 14, 16))
+"""Where decoding is scarce: from a limit beside prefilling to the only one."""
 MODEL = "llama-3.1-70b"
 """Llama-3-70B's shape, which is Llama-2-70B's as well, without its limit of 8,192 tokens: 57 % of
 the trace's prompts would not fit, and the authors' model was a dummy of that shape."""
@@ -64,11 +68,49 @@ REJECTION: dict[str, tuple[str, int]] = {
 """Admission, and how many the paper's cluster rejected of 23,608. Its baseline rejects at each
 stage; ours rejects nobody, and what is counted is who was not served within the promise."""
 PAPER_REQUESTS = 23_608
+WARM_UP_S = 60.0
+"""Of a run under overload, before it is looked at how many decode."""
+
+
+class Decoding(Observer):
+    """How many sequences decode, over the time from `WARM_UP_S` to the last arrival."""
+
+    def __init__(self) -> None:
+        self._there: set[RequestId] = set()
+        self._since_s = WARM_UP_S
+        self._sums = self._by_last = (0.0, 0.0, 0.0)
+
+    def arrived(self, at_s: float, request_id: RequestId, prompt_tokens: int) -> None:
+        self._go_on(at_s)
+        self._by_last = self._sums
+
+    def life(self, event: LifeEvent) -> None:
+        if event.name is LifeName.DECODE_STARTED:
+            self._go_on(event.at_s)
+            self._there.add(event.request_id)
+
+    def ended(self, at_s: float, request: Ended) -> None:
+        self._go_on(at_s)
+        self._there.discard(request.request_id)
+
+    def figures(self) -> dict[str, float]:
+        """Mean and standard deviation over time."""
+        time_s, first, second = self._by_last
+        mean = first / time_s if time_s else 0.0
+        deviation = math.sqrt(max(0.0, second / time_s - mean * mean)) if time_s else 0.0
+        return {"mean": mean, "deviation": deviation}
+
+    def _go_on(self, at_s: float) -> None:
+        past_s, number = at_s - self._since_s, len(self._there)
+        if past_s > 0.0:
+            time_s, first, second = self._sums
+            self._sums = time_s + past_s, first + past_s * number, second + past_s * number**2
+            self._since_s = at_s
 
 
 class Study:
     """``num_requests`` of the trace, ``num_overload`` of it under overload; None: all. ``scarce``:
-    the clusters of the second question about rejection."""
+    the clusters of the second question about rejection. ``num_seeds``: of runs under overload."""
 
     def __init__(
         self,
@@ -80,15 +122,19 @@ class Study:
         num_requests: int | None = None,
         num_overload: int | None = None,
         seed: int = 0,
+        num_seeds: int = 1,
     ) -> None:
         self.lab = lab
         self.trace, self.seed = trace, seed
+        self.seeds = range(seed, seed + num_seeds)
         self.num_requests, self.num_overload = num_requests, num_overload
         self.cluster: ClusterSpec = parse_cluster(cluster)
         self.scarce = tuple(map(parse_cluster, scarce))
 
-    def load(self, speed: float = 1.0, most: int | None = None) -> Iterator[TraceRequest]:
-        smeared = shaping.smear(iter_trace(self.trace), self.seed)
+    def load(
+        self, speed: float = 1.0, most: int | None = None, seed: int | None = None
+    ) -> Iterator[TraceRequest]:
+        smeared = shaping.smear(iter_trace(self.trace), self.seed if seed is None else seed)
         return itertools.islice(shaping.scale(smeared, speed), most)
 
     def machine(self, hardware: str) -> MachineModel:
@@ -115,12 +161,13 @@ class Study:
         }  # fmt: skip
 
         def work() -> dict[str, Any]:
-            clients = Clients()
-            simulate(settings, self.load(speed, most), [clients])
+            clients, decoding = Clients(), Decoding()
+            simulate(settings, self.load(speed, most, settings.seed), [clients, decoding])
             kept = [each for each in clients.seen if each.meets(TTFT_S, TPOT_S)]
             return figures(clients.seen) | {
                 "kept": len(kept),
                 "kept_prompt_tokens": sum(each.prompt_tokens for each in kept),
+                "decoding": decoding.figures(),
             }
 
         return self.lab.result(asked, work)
@@ -138,19 +185,25 @@ def routing(study: Study) -> dict[str, dict[str, Any]]:
     return found
 
 
-Rejected = dict[tuple[str, float], dict[str, dict[str, Any]]]
-"""Figures by (cluster, speed), then by kind of rejection."""
+Rejected = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
+"""Figures of each seed by (cluster, speed), then by kind of rejection."""
 
 
 def rejection(study: Study, speeds: Sequence[float]) -> Rejected:
     found: Rejected = {}
     for cluster, speed in itertools.product((study.cluster, *study.scarce), speeds):
         found[str(cluster), speed] = {
-            name: study.run(
-                promised(study.settings("predicted", admission, cluster), TTFT_S, TPOT_S),
-                speed,
-                study.num_overload,
-            )
+            name: [
+                study.run(
+                    replace(
+                        promised(study.settings("predicted", admission, cluster), TTFT_S, TPOT_S),
+                        seed=seed,
+                    ),
+                    speed,
+                    study.num_overload,
+                )
+                for seed in study.seeds
+            ]
             for name, (admission, _) in REJECTION.items()
         }
     return found
@@ -184,27 +237,47 @@ def report(
         f"### Mean TTFT by routing\n\n{table(head, rows)}",
         f"An endless cache would have {100 * ceiling:.1f} % of the prompt tokens.\n",
     ]
-    for (cluster, speed), kinds in rejected.items():
-        paper_is_like_it = cluster == str(study.cluster)
-        rows = []
-        for name, found in kinds.items():
-            missed = found["num"] - found["kept"]
-            paper_share = f"{100 * REJECTION[name][1] / PAPER_REQUESTS:.1f} %"
+    for speed in dict.fromkeys(speed for _, speed in rejected):
+        own = {str(study.cluster): rejected[str(study.cluster), speed]}
+        parts.append(_overload(f"Overload, the trace {speed:g} times as fast", own, paper=True))
+        scarce = {str(cluster): rejected[str(cluster), speed] for cluster in study.scarce}
+        parts.append(_overload(f"The same with few that decode, {speed:g} x", scarce, paper=False))
+    return "\n".join(parts)
+
+
+def _overload(
+    title: str, kinds_of: dict[str, dict[str, list[dict[str, Any]]]], *, paper: bool
+) -> str:
+    """A row for each kind of rejection of each cluster; means over the seeds."""
+    rows: list[list[Cell]] = []
+    for cluster, kinds in kinds_of.items():
+        for name, runs in kinds.items():
+            row: list[Cell] = [cluster, name]
+            if paper:
+                row.append(f"{100 * REJECTION[name][1] / PAPER_REQUESTS:.1f} %")
+            missed = [found["num"] - found["kept"] for found in runs]
+            refused = _mean(runs, "refused")
+            decoding = [found["decoding"] for found in runs]
             rows.append(
                 [
-                    name, paper_share if paper_is_like_it else None,
-                    f"{100 * missed / found['num']:.1f} %",
-                    missed, found["refused"], missed - found["refused"],
-                    1e3 * found["tpot_s"]["p99"], found["kept_prompt_tokens"] / 1e6,
+                    *row, f"{100 * sum(missed) / sum(found['num'] for found in runs):.1f} %",
+                    ", ".join(map(str, missed)), round(refused),
+                    round(sum(missed) / len(missed) - refused),
+                    1e3 * sum(found["tpot_s"]["p99"] for found in runs) / len(runs),
+                    _mean(runs, "kept_prompt_tokens") / 1e6,
+                    f"{_mean(decoding, 'mean'):.0f} ± {_mean(decoding, 'deviation'):.0f}",
                 ]
             )  # fmt: skip
-        head = [
-            "", "paper: rejected", "ours: not served as promised", "requests", "of them refused",
-            "of them late", "P99 of TPOT, ms", "prompt tokens served as promised, M",
-        ]  # fmt: skip
-        title = f"### Overload, the trace {speed:g} times as fast, {cluster}"
-        parts.append(f"{title}\n\n{table(head, rows)}")
-    return "\n".join(parts)
+    head = [
+        "cluster", "", *(["paper: rejected"] if paper else []), "not served as promised",
+        "requests, by seed", "refused", "late", "P99 of TPOT, ms",
+        "prompt tokens served as promised, M", "sequences decoding, ± deviation",
+    ]  # fmt: skip
+    return f"### {title}\n\n{table(head, rows)}"
+
+
+def _mean(runs: Sequence[dict[str, Any]], name: str) -> float:
+    return math.fsum(found[name] for found in runs) / len(runs)
 
 
 def answer(study: Study, speeds: Sequence[float]) -> list[Path]:
@@ -212,7 +285,8 @@ def answer(study: Study, speeds: Sequence[float]) -> list[Path]:
     routed, rejected = routing(study), rejection(study, speeds)
     said = (
         f"{study.cluster}, {MODEL}, {study.num_requests or 'all'} requests of {study.trace.name} "
-        f"(under overload {study.num_overload or 'all'}), seed {study.seed}; made by "
+        f"(under overload {study.num_overload or 'all'}), seed {study.seed} (there "
+        f"{', '.join(map(str, study.seeds))}); made by "
         f"revision {', '.join(sorted(study.lab.revisions))}."
     )
     markdown = report(study, routed, rejected, said)
@@ -227,9 +301,9 @@ def answer(study: Study, speeds: Sequence[float]) -> list[Path]:
         shares = {
             name: {
                 "paper": 100 * REJECTION[name][1] / PAPER_REQUESTS,
-                "ours": 100 * (1 - found["kept"] / found["num"]),
+                "ours": 100 * (1 - _mean(runs, "kept") / _mean(runs, "num")),
             }
-            for name, found in kinds.items()
+            for name, runs in kinds.items()
         }
         title = f"not served as promised, {speed:g} x"
         pictures[f"mooncake-rejection-{speed:g}x"] = bars_svg(title, shares, "%")
@@ -246,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser: argparse.ArgumentParser = parser_of("mooncake", __doc__)
     parser.add_argument("-n", "--num-requests", type=int, help="of the trace (default: all)")
     parser.add_argument("--num-overload", type=int, help="of them under overload (default: all)")
+    parser.add_argument("--seeds", type=int, help="of each run under overload (default: 3)")
     parser.add_argument("--speeds", type=float, nargs="*", default=[2.0, 3.0], metavar="X",
                         help="of the overload (default: 2 3)")  # fmt: skip
     chosen = parser.parse_args(arguments)
@@ -256,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_requests=chosen.num_requests or few,
         num_overload=chosen.num_overload or few,
         seed=chosen.seed,
+        num_seeds=chosen.seeds or (1 if chosen.quick else 3),
     )
     for path in answer(study, chosen.speeds[:1] if chosen.quick else chosen.speeds):
         print(path)
