@@ -42,7 +42,7 @@ from pdserve.workload.traces import iter_trace
 
 TRACE = "mooncake_conversation.jsonl"
 CLUSTER = "8xa100-tp8:prefill,8xa100-tp8:decode"
-SCARCE = tuple(f"{prefill}xa100-tp8:prefill,1xa100-tp8:decode" for prefill in (8, 10, 12, 14, 16))
+SCARCE = tuple(f"{prefill}xa100-tp8:prefill,1xa100-tp8:decode" for prefill in (8, 12, 16))
 """Where decoding is scarce: from a limit beside prefilling to the only one."""
 MODEL = "llama-3.1-70b"
 """Llama-3-70B's shape, which is Llama-2-70B's as well, without its limit of 8,192 tokens: 57 % of

@@ -36,7 +36,7 @@ from splitwise_clusters import (
     division,
 )
 from splitwise_slowdowns import Measure, Slowdowns, measured, measured_as_there
-from splitwise_tables import ITSELF, ROBUST, report
+from splitwise_tables import ROBUST, report
 
 from pdserve.cost.links import LINKS
 from pdserve.cost.machine import MachineModel
@@ -57,18 +57,15 @@ NETWORK = {"a100": "ib-200", "h100": "ib-400", "h100cap": "ib-400"}
 
 WAYS = ("splitwisesim", "pdserve")
 GUESSES = {
-    ("splitwisesim", "conversation"): ITSELF,
-    ("splitwisesim", "code"): {
-        "Baseline-A100": 40, "Baseline-H100": 70, "AA": 85, "HH": 120, "HA": 120, "HHcap": 120,
-    },
-    ("pdserve", "conversation"): {
-        "Baseline-A100": 35, "Baseline-H100": 90, "AA": 30, "HH": 60, "HA": 30, "HHcap": 90,
-    },
-    ("pdserve", "code"): {
-        "Baseline-A100": 40, "Baseline-H100": 70, "AA": 85, "HH": 120, "HA": 90, "HHcap": 120,
-    },
-}  # fmt: skip
-"""Where searches start: no result depends on it."""
+    ("splitwisesim", "equal power", "conversation"): (55, 115, 120, 125, 140, 145),
+    ("splitwisesim", "equal cost", "conversation"): (70, 115, 135, 125, 140, 130),
+    ("splitwisesim", "equal power", "code"): (40, 70, 85, 120, 120, 120),
+    ("pdserve", "equal power", "conversation"): (35, 90, 30, 60, 30, 90),
+    ("pdserve", "equal cost", "conversation"): (45, 90, 40, 60, 30, 40),
+    ("pdserve", "equal power", "code"): (40, 70, 85, 120, 90, 120),
+}
+"""Where searches start, by way, setting and load, in the order of `DESIGNS`: no result depends on
+it. What is missing starts from the rate at equal power, by the number of machines."""
 
 
 # --- what is asked of a run -------------------------------------------------------------------
@@ -173,11 +170,10 @@ def throughputs(
         for name in names if load in loads else ():
             counts = counts_of[name]
             if (load, name, counts) not in known:
-                guess: float = GUESSES[way, load][name]
-                if (near := found.get(("equal power", load, name))) is not None:
-                    equal = COUNTS["equal power", load][name]
-                    pool = slice(None) if way == "splitwisesim" else slice(-1, None)
-                    guess = near * sum(counts[pool]) / sum(equal[pool])
+                near = found.get(("equal power", load, name), study.grid)
+                guess = near * sum(counts) / sum(COUNTS["equal power", load][name])
+                if (way, setting, load) in GUESSES:
+                    guess = GUESSES[way, setting, load][list(DESIGNS).index(name)]
                 known[load, name, counts] = study.most(way, load, name, counts, guess)
             found[setting, load, name] = known[load, name, counts]
     return found

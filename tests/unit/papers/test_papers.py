@@ -204,7 +204,7 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(splitwise, "COUNTS", dict.fromkeys(splitwise.COUNTS, small))
     for setting, (of, hardware, _) in splitwise.BUDGETS.items():
         monkeypatch.setitem(splitwise.BUDGETS, setting, (of, hardware, 2))
-    guesses = dict.fromkeys(splitwise.DESIGNS, 4)
+    guesses = (4,) * len(splitwise.DESIGNS)
     monkeypatch.setattr(splitwise, "GUESSES", dict.fromkeys(splitwise.GUESSES, guesses))
     out = tmp_path / "out"
     flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
