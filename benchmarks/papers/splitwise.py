@@ -59,10 +59,10 @@ WAYS = ("splitwisesim", "pdserve")
 GUESSES = {
     ("splitwisesim", "equal power", "conversation"): (55, 115, 120, 125, 140, 145),
     ("splitwisesim", "equal cost", "conversation"): (70, 115, 135, 125, 140, 130),
-    ("splitwisesim", "equal power", "code"): (40, 70, 85, 120, 120, 120),
+    ("splitwisesim", "equal power", "code"): (40, 50, 65, 85, 85, 85),
     ("pdserve", "equal power", "conversation"): (35, 90, 30, 60, 30, 90),
-    ("pdserve", "equal cost", "conversation"): (45, 90, 40, 60, 30, 40),
-    ("pdserve", "equal power", "code"): (40, 70, 85, 120, 90, 120),
+    ("pdserve", "equal cost", "conversation"): (45, 90, 40, 60, 25, 40),
+    ("pdserve", "equal power", "code"): (35, 50, 60, 80, 65, 80),
 }
 """Where searches start, by way, setting and load, in the order of `DESIGNS`: no result depends on
 it. What is missing starts from the rate at equal power, by the number of machines."""
