@@ -253,8 +253,11 @@ def test_mooncake(study, data, tmp_path):
     assert routed["local cache-aware"]["cached_share"] > routed["random"]["cached_share"] > 0.2
     kinds = document["rejection"][f"{small.cluster} x 4"]
     assert kinds.keys() == mooncake.REJECTION.keys()
-    assert [found["refused"] for found in kinds["no rejection"]] == [0, 0]
+    assert [found["refused"] for found in kinds["no rejection"]] == [0]
     assert document["rejection"].keys() == {f"{c} x 4" for c in (small.cluster, *small.scarce)}
+    scarce = document["rejection"][f"{small.scarce[0]} x 4"]
+    assert [len(runs) for runs in scarce.values()] == [1, 2, 2]
+    assert all(run["decoding"].keys() == {"mean", "deviation"} for run in scarce["predicted"])
     text = (tmp_path / "out" / "mooncake.md").read_text()
     assert "| random | `random` | 19.6 |" in text
     assert is_svg(tmp_path / "out" / "mooncake-routing.svg")
