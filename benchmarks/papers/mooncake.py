@@ -10,7 +10,7 @@ Rejection: the same cluster, the trace at a multiple of its speed, a promise of 
 100 ms (the technical report's bounds for its replay). Its trace of 23,608 requests is not in our
 hands; the conversation trace has 12,031, longer ones. And with a single decode node for 8 to 16
 that prefill: what prediction adds to early rejection is a matter of decode load, and of how long
-prompts take until they become some. That is asked with several seeds, which smear the trace's ticks.
+prompts take until they become some. Seeds smear the trace's ticks; that is asked with several.
 
     python benchmarks/papers/mooncake.py --data DIR
 """
