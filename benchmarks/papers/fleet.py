@@ -162,7 +162,8 @@ def fleets(study: Study, load: str, guess: int) -> dict[str, Found]:
     share = SHARES[0]
     for fleet in FLEETS:
         found[fleet] = study.least(load, fleet, guess, share)
-        guess, share = found[fleet].workers or guess, found[fleet].share
+        workers, share = found[fleet].workers or guess, found[fleet].share
+        guess = min(guess, workers) if fleet == "aggregated" else workers
     return found
 
 
