@@ -257,6 +257,8 @@ def test_mooncake(study, data, tmp_path):
     assert document["rejection"].keys() == {f"{c} x 4" for c in (small.cluster, *small.scarce)}
     scarce = document["rejection"][f"{small.scarce[0]} x 4"]
     assert [len(runs) for runs in scarce.values()] == [1, 2, 2]
+    bare = document["without_margin"][f"{small.scarce[0]} x 4"]
+    assert [len(runs) for runs in bare.values()] == [2, 2]
     assert all(run["decoding"].keys() == {"mean", "deviation"} for run in scarce["predicted"])
     text = (tmp_path / "out" / "mooncake.md").read_text()
     assert "| random | `random` | 19.6 |" in text
