@@ -91,6 +91,8 @@ class TorchRunner(ModelRunner):
             self._pool = HostPool(memory, self.info.layout, num_blocks)
         else:
             self._pool = DevicePool(memory, self.info.layout, num_blocks, self._device)
+        if self._masks is not None:
+            self._masks.get_ready()
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
         places = [place for place, row in enumerate(plan.rows) if row.sample is not None]

@@ -29,6 +29,10 @@ from pdserve.text.structured.masks import Masks
 GREEDY_BELOW = 1e-5
 """A smaller temperature is greedy, as in vLLM: dividing by it would overflow."""
 
+LEAST_EXPONENT = -87.0
+"""Tokens this far below the best are never drawn: a fp32 probability has no normal number for it,
+and a random number of 53 bits would not find it."""
+
 TOP_P_CANDIDATES = 256
 """Top-p looks at so many tokens first and sorts the vocabulary only where they do not suffice."""
 
@@ -77,10 +81,8 @@ def first_best(rows: torch.Tensor) -> torch.Tensor:
 def constrain(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
     """A copy of ``logits [row, vocab]`` without what the constrained rows may not draw."""
     rows = torch.tensor(masks.rows, device=logits.device)
-    forbidden = torch.from_numpy(masks.allowed).to(logits.device).logical_not_()
-    constrained = logits.clone()
-    constrained[rows] = constrained[rows].masked_fill_(forbidden, float("-inf"))
-    return constrained
+    bias = torch.from_numpy(masks.bias).to(logits.device)
+    return logits.clone().index_add_(0, rows, bias)
 
 
 def adjust_logits(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
@@ -131,9 +133,8 @@ def draw(adjusted: torch.Tensor, specs: Sequence[SampleSpec]) -> list[list[int]]
     params = [spec.params for spec in specs]
     temperature = torch.tensor([p.temperature for p in params], device=device)
     # The maximum comes off first, so that no quotient overflows: the best token has exactly 0.
-    scaled = (adjusted - adjusted.amax(dim=-1, keepdim=True)) / temperature[:, None]
-    threshold = keep_threshold(scaled, params)
-    weights = scaled.masked_fill(scaled < threshold[:, None], float("-inf")).exp_()
+    scaled = (adjusted - adjusted.amax(dim=-1, keepdim=True)).div_(temperature[:, None])
+    weights = weights_above_(scaled, keep_threshold(scaled, params))
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)  # [row, vocab]
     total = cumulative[:, -1:]
     numbers = _random_numbers(specs).to(device)  # [row, most choices]
@@ -143,6 +144,16 @@ def draw(adjusted: torch.Tensor, specs: Sequence[SampleSpec]) -> list[list[int]]
     # A row of NaN, from a broken model, finds no token: it must not leave the vocabulary.
     drawn = tokens.clamp_(max=adjusted.shape[1] - 1).tolist()
     return [row[: len(spec.choices)] for row, spec in zip(drawn, specs, strict=True)]
+
+
+def weights_above_(scaled: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """In place of ``scaled [row, vocab]`` its exponential, and 0 below ``threshold [row]``.
+
+    The exponential of what is below `LEAST_EXPONENT` is slow to compute, of minus infinity too; so
+    it is not asked for.
+    """
+    kept = scaled >= threshold.clamp_min(LEAST_EXPONENT)[:, None]
+    return scaled.clamp_min_(LEAST_EXPONENT).exp_().mul_(kept)
 
 
 def _random_numbers(specs: Sequence[SampleSpec]) -> torch.Tensor:
@@ -173,7 +184,8 @@ def keep_threshold(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
     nucleus = [i for i, p in enumerate(params) if p.top_p < 1.0]
     if nucleus:
         rows = torch.tensor(nucleus, device=device)
-        kept = scaled[rows].masked_fill(scaled[rows] < threshold[rows, None], float("-inf"))
+        kept = scaled[rows]
+        kept = kept.masked_fill_(kept < threshold[rows, None], float("-inf"))
         mass = torch.tensor([params[i].top_p for i in nucleus], dtype=torch.float64, device=device)
         threshold[rows] = torch.maximum(threshold[rows], _nucleus_threshold(kept, mass))
     return threshold
@@ -181,7 +193,8 @@ def keep_threshold(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
 
 def _nucleus_threshold(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Value of the last token of the smallest set of best tokens that has ``top_p`` of the mass."""
-    needed = scaled.exp().cumsum(dim=-1, dtype=torch.float64)[:, -1] * top_p  # [row]
+    lowest = torch.full_like(scaled[:, 0], float("-inf"))
+    needed = weights_above_(scaled.clone(), lowest).cumsum(dim=-1, dtype=torch.float64)[:, -1] * top_p  # [row]
     size = min(TOP_P_CANDIDATES, scaled.shape[1])
     values = scaled.topk(size, dim=-1).values
     threshold, reached = _where_reached(values, needed)

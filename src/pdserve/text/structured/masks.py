@@ -29,19 +29,28 @@ from pdserve.text.structured.grammar import grammar_of
 KEPT_MATCHERS = 512
 KEPT_GRAMMARS = 64
 MAX_MESSAGE_CHARS = 500
+_BIASES_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)  # [byte of a mask, its eight tokens]
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
     """Of the constrained ones among a step's sampling rows.
 
-    ``rows[i]`` may draw the tokens that ``allowed[i]`` says. ``failed`` names rows for which no
-    token can be found, with the reason; they are in ``rows`` too, and all is allowed to them.
+    ``rows[i]``, each once and in order, may draw the tokens for which ``bias[i]`` is 0 and not
+    minus infinity: to be added to its logits. ``failed`` names rows for which no token can be
+    found, with the reason; they are in ``rows`` too, and all is allowed to them.
     """
 
     rows: list[int]
-    allowed: NDArray[np.bool_]  # [constrained row, vocab]
+    bias: NDArray[np.float32]  # [constrained row, vocab]
     failed: dict[int, str]
+
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """The same as ``[constrained row, vocab]`` of true and false."""
+        return self.bias == 0
 
 
 @dataclass(slots=True)
@@ -54,7 +63,8 @@ class _Kept:
 class TokenMasks:
     """Of one engine. Not safe for several threads at once.
 
-    ``load`` gives the vocabulary when the first constraint comes: it takes a second or so.
+    ``load`` gives the vocabulary, at the latest when the first constraint comes: it takes a second
+    or so.
     """
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
@@ -74,30 +84,35 @@ class TokenMasks:
         ]
         if not wanted:
             return None
-        allowed = np.ones((len(wanted), self._vocab_size), dtype=np.bool_)
+        num_bytes = -(-self._vocab_size // 8)
+        whole = np.zeros((len(wanted), num_bytes, 8), dtype=np.float32)
+        bias = whole.reshape(len(wanted), -1)[:, : self._vocab_size]
         failed: dict[int, str] = {}
         for place, (index, attempt, spec) in enumerate(wanted):
             try:
-                allowed[place] = self._allowed(attempt, spec)
+                packed = self._packed(attempt, spec)[:num_bytes]
+                # Into its place at once, six times as fast as by an index.
+                np.take(_BIASES_OF_BYTE, packed, axis=0, out=whole[place], mode="clip")
+                _leave_out(_unwanted_endings(spec.params, spec.index), bias[place])
             except RequestError as error:
                 failed[index] = str(error)
         while len(self._kept) > max(KEPT_MATCHERS, 2 * len(wanted)):
             self._kept.popitem(last=False)
-        return Masks([index for index, _, _ in wanted], allowed, failed)
+        return Masks([index for index, _, _ in wanted], bias, failed)
 
-    def _allowed(self, attempt: AttemptId, spec: SampleSpec) -> NDArray[np.bool_]:
+    def load(self) -> None:
+        """Read the vocabulary now. Raises what ``load`` raises."""
+        if self._vocabulary is None:
+            self._vocabulary = self._load()
+
+    def _packed(self, attempt: AttemptId, spec: SampleSpec) -> NDArray[np.uint8]:
+        """The mask of a row, a bit for each token."""
         matcher = self._matcher(attempt, spec)
         packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         _check(matcher)
-        allowed = np.unpackbits(packed, bitorder="little", count=self._vocab_size).view(np.bool_)
-        unwanted = _unwanted_endings(spec.params, spec.index, self._vocab_size)
-        if unwanted:
-            without = allowed.copy()
-            without[unwanted] = False
-            allowed = without if without.any() else allowed
-        if not allowed.any():
+        if not packed.any():
             raise RequestError("the answer's form leaves no token to go on with")
-        return allowed
+        return packed
 
     def _matcher(self, attempt: AttemptId, spec: SampleSpec) -> LLMatcher:
         """The choice's matcher, which has taken in its output."""
@@ -118,8 +133,8 @@ class TokenMasks:
     def _new_matcher(self, constraint: Constraint) -> LLMatcher:
         grammar = self._grammars.pop(constraint, None)
         if grammar is None:
-            if self._vocabulary is None:
-                self._vocabulary = self._load()
+            self.load()
+            assert self._vocabulary is not None
             grammar = LLMatcher(self._vocabulary, grammar_of(constraint), log_level=0)
             _check(grammar)
         self._grammars[constraint] = grammar
@@ -132,15 +147,21 @@ def _starts(output: Sequence[int], tokens: tuple[int, ...]) -> bool:
     return output[: len(tokens)] == tokens
 
 
-def _unwanted_endings(params: SamplingParams, index: int, vocab_size: int) -> list[int]:
+def _unwanted_endings(params: SamplingParams, index: int) -> tuple[int, ...]:
     """Ending tokens that output token ``index`` should not be."""
     if index < params.min_tokens:
-        unwanted = params.ending_token_ids
-    elif params.ignore_eos:
-        unwanted = params.eos_token_ids
-    else:
-        return []
-    return [token for token in unwanted if 0 <= token < vocab_size]
+        return params.ending_token_ids
+    return params.eos_token_ids if params.ignore_eos else ()
+
+
+def _leave_out(tokens: Sequence[int], bias: NDArray[np.float32]) -> None:
+    """Forbid these tokens in ``bias [vocab]``, unless no other is allowed."""
+    unwanted = [token for token in tokens if 0 <= token < len(bias)]
+    if unwanted:
+        kept = bias[unwanted]
+        bias[unwanted] = -np.inf
+        if not np.isfinite(bias).any():
+            bias[unwanted] = kept
 
 
 def _check(matcher: LLMatcher) -> None:
