@@ -27,7 +27,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +47,8 @@ from pdserve.text.structured.grammar import grammar_of
 from pdserve.text.structured.masks import TokenMasks
 from pdserve.text.structured.vocabulary import make_vocabulary
 from pdserve.text.tokenizer import Tokenizer
+from pdserve.text.tools.forced import Tool, free_calls
+from pdserve.text.tools.registry import HERMES
 from pdserve.weights.folder import ModelFolder
 from pdserve.weights.pull import resolve
 
@@ -77,6 +79,9 @@ FORMS = {
     "schema": json_form(ENDLESS),
     "any JSON": json_form({"type": "array", "minItems": 10_000}),
     "regex": Constraint(ConstraintKind.REGEX, r"([a-z]+ ){10000}"),
+    "strict tools": free_calls(
+        [Tool("person", PERSON, strict=True)], HERMES, only_one=False, is_special=lambda text: False
+    ),
 }
 
 HOSTILE = {
@@ -197,12 +202,12 @@ def _against(taken: list[tuple[float, ...]], base: list[tuple[float, ...]]) -> d
 
 
 def print_steps(report: dict[str, Any], rows: int) -> None:
-    print(f"{'form':10}{'rows held':>11}{'step ms':>9}{'P99':>8}{'ratio':>7}", end="")
+    print(f"{'form':13}{'rows held':>11}{'step ms':>9}{'P99':>8}{'ratio':>7}", end="")
     print(f"{'engine CPU':>12}{'ratio':>7}{'process CPU':>13}{'ratio':>7}")
     for name, of_form in report.items():
         for k, cost in of_form.items():
             print(
-                f"{name:10}{k:8} of {rows}{cost['step_ms']:7.2f}{cost['step_p99_ms']:8.2f}"
+                f"{name:13}{k:8} of {rows}{cost['step_ms']:7.2f}{cost['step_p99_ms']:8.2f}"
                 f"{cost['step_ratio']:7.3f}{cost['engine_cpu_ms']:12.2f}"
                 f"{cost['engine_cpu_ratio']:7.3f}{cost['process_cpu_ms']:13.2f}"
                 f"{cost['process_cpu_ratio']:7.3f}"
@@ -286,11 +291,11 @@ def print_compiling(report: dict[str, Any]) -> None:
     print(f"the model's words: {report['vocabulary_ms']:.0f} ms, once a worker")
     print(f"{'form':20}{'characters':>12}{'compile ms':>12}{'first mask ms':>15}")
     for name, cost in report["forms"].items():
-        print(
-            f"{name:20}{cost['chars']:12}{cost['compile_ms']:12.2f}{cost['first_mask_ms']:15.2f}"
-        )
+        print(f"{name:20}{cost['chars']:12}{cost['compile_ms']:12.2f}{cost['first_mask_ms']:15.2f}")
     check = report["check"]
-    print(f"hostile ({report['hostile_chars']} characters): after {check['s']:.2f} s {check['said']}")
+    print(
+        f"hostile ({report['hostile_chars']} characters): after {check['s']:.2f} s {check['said']}"
+    )
     if "unbounded_s" in report:
         print(f"  without bounds {report['unbounded_s']:.0f} s, {report['unbounded_gb']:.1f} GB")
 
@@ -304,7 +309,8 @@ def token_times(url: str, **fields: Any) -> list[float]:
     connection = http.client.HTTPConnection(address.hostname or "", address.port)
     body = {"prompt": PROMPT, "stream": True, "ignore_eos": True, **fields}
     started = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body))
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
     answer = connection.getresponse()
     if answer.status != 200:
         raise SystemExit(answer.read().decode())
@@ -334,9 +340,10 @@ def server(arguments: argparse.Namespace) -> dict[str, Any]:
     pace: dict[str, list[float]] = {"free": [], "held": []}
     first: dict[str, list[float]] = {"no form": [], "known form": [], "new form": []}
     with serving(flags) as running:
-        ask: Callable[..., float] = lambda **fields: 1e3 * token_times(  # noqa: E731
-            running.url, max_tokens=1, **fields
-        )[0]
+
+        def ask(**fields: Any) -> float:
+            return token_times(running.url, max_tokens=1, **fields)[0] * 1e3
+
         ask()
         ever = ask(**held)
         for number in range(arguments.first_tokens):

@@ -78,8 +78,16 @@ def say(tokenizer: Tokenizer, eos: int) -> Callable[..., Callable[[Request, int]
 
 @pytest.fixture
 def make_app(tokenizer: Tokenizer, chat_template: ChatTemplate) -> Callable[..., FastAPI]:
-    def make(gateway: FakeGateway, *, has_template: bool = True, **settings: Any) -> FastAPI:
+    def make(
+        gateway: FakeGateway,
+        *,
+        has_template: bool = True,
+        template_text: str | None = None,
+        **settings: Any,
+    ) -> FastAPI:
         template = chat_template if has_template else ChatTemplate(None)
+        if template_text is not None:
+            template = ChatTemplate(template_text)
         return create_app(gateway, tokenizer, template, ApiSettings(**settings))
 
     return make

@@ -9,6 +9,17 @@ import pytest
 from pdserve.core.errors import GenerationError
 
 URL = "/v1/responses"
+WEATHER = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+NOW = {"type": "function", "name": "now", "parameters": {}}
 
 
 def test_an_answer_in_one_piece(connect, tokenizer):
@@ -86,6 +97,107 @@ def test_a_stream_that_breaks_off(connect):
     assert (last.type, last.message, last.code) == ("error", "no more", "generation_failed")
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% for t in tools or [] %}({{ t.function.name }}){% endfor %}{# <tool_call> #}"
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+def plain(response):
+    """The output without what differs between two responses."""
+    output = response.model_dump()["output"]
+    for item in output:
+        item["id"] = item["call_id"] = None
+        for part in item.get("content") or ():
+            part.pop("parsed", None)
+        item.pop("parsed_arguments", None)
+    return output
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_calls_of_functions(connect, strict):
+    asked = {"model": "tiny", "input": "Hello?", "tools": [{**WEATHER, "strict": strict}, NOW]}
+    with connect(f"I look.\n{CALL}\n{OTHER} Done", settings={"template_text": TEMPLATE}) as (
+        client,
+        gateway,
+    ):
+        whole = client.responses.create(**asked)
+        with client.responses.stream(**asked) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+    assert [item.type for item in whole.output] == [
+        "message",
+        "function_call",
+        "function_call",
+        "message",
+    ]
+    assert whole.output_text == "I look. Done"
+    first, second = whole.output[1:3]
+    assert (first.name, first.arguments) == ("weather", '{"city": "Ulm"}')
+    assert (second.name, second.arguments) == ("now", "{}")
+    assert first.call_id != second.call_id
+    assert {item.status for item in whole.output} == {"completed"}
+    assert plain(final) == plain(whole)
+    names = [event.type for event in events]
+    assert names.count("response.output_item.added") == 4
+    assert names.count("response.output_item.done") == 4
+    assert names.count("response.function_call_arguments.done") == 2
+    deltas = [e for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(e.delta for e in deltas if e.output_index == 1) == '{"city": "Ulm"}'
+    assert (len(deltas) > 2) is strict  # what cannot break is told at once
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (gateway.submitted[0].params.constraint is not None) is strict
+
+
+def test_what_is_no_call_is_text_and_what_is_cut_is_incomplete(connect):
+    tools = [{**WEATHER, "strict": False}]
+    bad = CALL.replace('"Ulm"', "Ulm")
+    asked = {"model": "tiny", "input": "Hello?"}
+    for script, fields, types in (
+        (bad, {"tools": tools}, ["message"]),
+        (CALL, {"tools": tools, "tool_choice": "none"}, ["message"]),
+        (CALL[:-20], {"tools": tools, "tool_choice": "required"}, ["function_call"]),
+    ):
+        with connect(script, settings={"template_text": TEMPLATE}) as (client, _):
+            whole = client.responses.create(**asked, **fields)
+            with client.responses.stream(**asked, **fields) as stream:
+                final = stream.get_final_response()
+        assert [item.type for item in whole.output] == types
+        assert plain(final) == plain(whole)
+        if types == ["message"]:
+            assert whole.output_text == script
+        else:
+            assert whole.output[0].status == "incomplete"
+
+
+def test_calls_and_their_results_go_back(connect, tokenizer):
+    with connect("It is sunny.", settings={"template_text": TEMPLATE}) as (client, gateway):
+        client.responses.create(
+            model="tiny",
+            tools=[WEATHER],
+            tool_choice={"type": "function", "name": "weather"},
+            parallel_tool_calls=False,
+            input=[
+                {"role": "user", "content": "Well?"},
+                {"role": "assistant", "content": "I look."},
+                {
+                    "type": "function_call",
+                    "call_id": "c1",
+                    "name": "weather",
+                    "arguments": '{"city": "Ulm"}',
+                },
+                {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+            ],
+        )
+    text = tokenizer.decode(gateway.submitted[0].prompt_token_ids, skip_special_tokens=False)
+    assert text.startswith("user:Well?\nassistant:I look.[weather Ulm]\ntool:sunny\n")
+    assert text.endswith("(weather)")
+    assert '\\"weather\\"' in gateway.submitted[0].params.constraint.text
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("body", "param"),
@@ -97,6 +209,12 @@ def test_a_stream_that_breaks_off(connect):
         ({"input": "x", "previous_response_id": "resp-1"}, "previous_response_id"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": "x", "tools": [{"type": "function"}]}, "tools"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "x", "tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool_choice"),
+        ({"input": "x", "tools": [WEATHER]}, "tools"),  # the template knows of none
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": ""}]}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input"),
         ({"input": "x", "truncation": "auto"}, "truncation"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "max_output_tokens": 10**6}, "input"),

@@ -146,6 +146,9 @@ async def test_forced_calls_are_held_to_a_grammar_of_them(
     assert required.kind is of_one.kind is ConstraintKind.GRAMMAR
     assert '\\"now\\"' in required.text
     assert '\\"now\\"' not in of_one.text
+    strict = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    await choice_of(app, tools=strict)
+    assert "opened[lazy]: " in gateway.submitted[-1].params.constraint.text
     either = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
     await choice_of(app, response_format=either)
     assert "answer: %json" in gateway.submitted[-1].params.constraint.text
@@ -198,6 +201,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         },
         "tools",
         "strang",
+    ),
+    (
+        {
+            "tools": [
+                {"function": {"name": "f", "parameters": {"not": {}}, "strict": True}},
+                {"function": {"name": "g"}},
+            ]
+        },
+        "tools",
+        "not",
     ),
     (
         {

@@ -12,7 +12,7 @@ from pdserve.core.request import Constraint
 from pdserve.text.structured.grammar import grammar_of
 from pdserve.text.structured.vocabulary import make_vocabulary
 from pdserve.text.tokenizer import Tokenizer
-from pdserve.text.tools.forced import Tool, forced_calls
+from pdserve.text.tools.forced import Tool, forced_calls, free_calls
 from pdserve.text.tools.registry import HERMES, LLAMA3
 from pdserve.text.tools.stream import CallStream, whole_calls
 from pdserve.text.tools.syntax import ToolSyntax
@@ -32,12 +32,13 @@ TOOLS = [
 ]
 
 
-def drawn(tokenizer: Tokenizer, constraint: Constraint, seed: int) -> str:
-    """An answer in which every allowed token is as likely."""
+def drawn(tokenizer: Tokenizer, constraint: Constraint, seed: int, begun: str = "") -> str:
+    """An answer in which every allowed token is as likely, after what is ``begun``."""
     vocabulary = make_vocabulary(tokenizer, tokenizer.vocab_size, (EOS,))
     matcher = LLMatcher(vocabulary, grammar_of(constraint), log_level=0)
     rng = np.random.default_rng(seed)
-    output: list[int] = []
+    output = tokenizer.encode(begun, add_special_tokens=False)
+    assert matcher.consume_tokens(output)
     while True:
         assert not matcher.is_error(), matcher.get_error()
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
@@ -105,3 +106,50 @@ def test_an_answer_may_be_calls_or_json(tiny_tokenizer: Tokenizer) -> None:
     texts = {drawn(tiny_tokenizer, constraint, seed) for seed in range(12)}
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert texts == {'"fine"', call}
+
+
+MARKED = ToolSyntax(
+    name="special", opener="<|im_start|>", before="<|im_start|>", between="", after="",
+    arguments_key="arguments",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("syntax", "begun"),
+    [
+        (HERMES, "Well </tool_call> <tool_c\n<tool_call>"),
+        (HERMES, "<tool_call>\n{"),
+        (LLAMA3, ' \n{"name'),
+        (LLAMA3, "One {moment} <|python_tag|>"),
+        (MARKED, "Well <|im_start|>"),
+    ],
+)
+def test_what_begins_as_a_call_goes_on_as_one(
+    tiny_tokenizer: Tokenizer, syntax: ToolSyntax, begun: str
+) -> None:
+    constraint = free_calls(TOOLS, syntax, only_one=True, is_special=tiny_tokenizer.is_special)
+    for seed in range(3):
+        text = drawn(tiny_tokenizer, constraint, seed, begun)
+        stream = CallStream(syntax, [tool.name for tool in TOOLS], only_one=True)
+        news, last = stream.feed(text), stream.finish()
+        [call] = whole_calls(news.parts + last.parts)
+        assert news.content + last.content == begun.partition(syntax.opener)[0].strip(' \n{name"')
+        assert call.name == "now" or len(json.loads(call.arguments)["word"]) <= 5
+
+
+@pytest.mark.parametrize("syntax", [HERMES, LLAMA3, MARKED])
+def test_text_without_calls_is_free_and_so_is_their_number(
+    tiny_tokenizer: Tokenizer, syntax: ToolSyntax
+) -> None:
+    constraint = free_calls(TOOLS, syntax, only_one=False, is_special=tiny_tokenizer.is_special)
+    vocabulary = make_vocabulary(tiny_tokenizer, tiny_tokenizer.vocab_size, (EOS,))
+    matcher = LLMatcher(vocabulary, grammar_of(constraint), log_level=0)
+    now = f'{{"name": "now", "{syntax.arguments_key}": {{}}}}'
+    around = f"{syntax.before}{now}{syntax.after}"
+    after = [] if syntax.bare else ["and", around, "\n\U0001f600 } {"]
+    calls = [around, syntax.between, around] if syntax.bare else [around]
+    for texts in (["caf\u00e9, <tool ca\n", *after], calls, [*calls, *after]):
+        ids = tiny_tokenizer.encode("".join(texts), add_special_tokens=False)
+        assert matcher.try_consume_tokens(ids) == len(ids), texts
+        assert matcher.is_accepting()
+        matcher.reset()

@@ -159,6 +159,7 @@ def test_arguments_come_as_they_are_written() -> None:
     parts = [part for parts in told for part in parts]
     assert parts[0] == CallPart(0, "id 0", "get_weather", "{")
     assert all(part.name is None and part.call_id is None for part in parts[1:])
+    assert parts.pop() == CallPart(0, is_complete=True)
     assert len(parts) == len(W[1])
     # The name and the first arguments in one piece are one part.
     assert stream_of(HERMES).feed(f"<tool_call>{WEATHER}").parts == [CallPart(0, "id 0", *W)]

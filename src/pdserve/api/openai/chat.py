@@ -125,7 +125,7 @@ class ChatShape:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         content: dict[str, Any] = {"content": piece.text} if piece.text else {}
-        calls = [_call_delta(part) for part in piece.calls if not part.is_broken]
+        calls = [_call_delta(part) for part in piece.calls if part.call_id or part.arguments]
         return self._choice(piece, "delta", content | ({"tool_calls": calls} if calls else {}))
 
     def whole(self, piece: Piece) -> dict[str, Any]:

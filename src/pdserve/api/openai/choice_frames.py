@@ -49,10 +49,12 @@ class ChoiceFrames(Frames):
             "model": model,
         }
 
-    def document(self, pieces: Mapping[int, Piece], generation: Generation) -> dict[str, Any]:
+    def document(
+        self, pieces: Mapping[int, Sequence[Piece]], generation: Generation
+    ) -> dict[str, Any]:
         return {
             **self._head,
-            "choices": [self._shape.whole(piece) for piece in pieces.values()],
+            "choices": [self._shape.whole(Piece.joined(all_of)) for all_of in pieces.values()],
             "usage": generation.usage(),
             **self._shape.document_extras(),
         }

@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 class Frames(Protocol):
     """What differs between the endpoints: how news are put into JSON. One per HTTP request."""
 
-    def document(self, pieces: Mapping[int, Piece], generation: Generation) -> dict[str, Any]:
-        """The whole answer; ``pieces`` by choice."""
+    def document(
+        self, pieces: Mapping[int, Sequence[Piece]], generation: Generation
+    ) -> dict[str, Any]:
+        """The whole answer; all ``pieces`` by choice, in order."""
         ...
 
     def opening(self, generation: Generation) -> list[bytes]:
@@ -88,8 +90,7 @@ class GenerationReply(Response):
                 if generation.is_complete:
                     break
         self._check_complete()
-        joined = {index: Piece.joined(pieces[index]) for index in sorted(pieces)}
-        document = self._frames.document(joined, generation)
+        document = self._frames.document(dict(sorted(pieces.items())), generation)
         body = msgspec.json.encode(document)
         self.headers["Content-Length"] = str(len(body))
         await self._send_head(send)

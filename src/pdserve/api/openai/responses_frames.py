@@ -1,13 +1,12 @@
-"""Answers of ``/v1/responses``: one message with one text, and the events by which it grows.
+"""Answers of ``/v1/responses``: the response around its items, and the events by which it grows.
 
-The events and their order are those of OpenAI's reference ("Streaming events" of Responses), as far
-as a text needs them. Each has its name, and a number that counts up from 0.
+Each event has its name, and a number that counts up from 0.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdserve.api.openai.choice import Piece
@@ -17,24 +16,26 @@ from pdserve.api.openai.logprobs import LogprobWriter
 from pdserve.api.openai.reply import Frames
 from pdserve.api.openai.requests import Order
 from pdserve.api.openai.responses_body import ResponsesBody
+from pdserve.api.openai.responses_items import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, Items
 from pdserve.core.request import FinishReason
 
 
 class ResponseFrames(Frames):
-    """State of one response: the text so far, and why it ended."""
+    """State of one response: its items so far, and why it ended."""
 
     def __init__(
         self, order: Order, body: ResponsesBody, model: str, writer: LogprobWriter
     ) -> None:
-        self._body = body
-        self._writer = writer
-        self._has_logprobs = order.options.num_top_logprobs is not None
-        self._item_id = order.response_id.replace("resp", "msg", 1)
-        self._text = ""
-        self._logprobs: list[dict[str, Any]] = []
+        [request] = order.requests
+        options = order.options
+        self._items = Items(
+            order.response_id,
+            None if options.num_top_logprobs is None else writer,
+            may_call=options.tools is not None,
+            calls_are_certain=request.params.constraint is not None,
+        )
         self._finish_reason: str | None = None
         self._number = 0
-        [request] = order.requests
         self._head = {
             "id": order.response_id,
             "object": "response",
@@ -43,54 +44,43 @@ class ResponseFrames(Frames):
             "instructions": body.instructions,
             "max_output_tokens": request.params.max_tokens,
             "metadata": body.metadata,
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature,
             "text": body.text or {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": body.told_tool_choice(),
+            "tools": body.told_tools(),
             "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": body.truncation,
         }
 
-    def document(self, pieces: Mapping[int, Piece], generation: Generation) -> dict[str, Any]:
-        self._take(pieces[0])
-        return self._ended(generation)
+    def document(
+        self, pieces: Mapping[int, Sequence[Piece]], generation: Generation
+    ) -> dict[str, Any]:
+        self._items.begin()
+        for piece in pieces[0]:
+            self._take(piece)
+        self._items.end(self._status)
+        return self._response(self._status, generation)
 
     def opening(self, generation: Generation) -> list[bytes]:
-        begun = {
-            **self._head,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            "output": [],
-            "usage": None,
-        }
+        begun = self._response(IN_PROGRESS, None)
         return [
             self._event("response.created", response=begun),
             self._event("response.in_progress", response=begun),
-            self._event("response.output_item.added", output_index=0, item=self._item(None)),
-            self._text_event("response.content_part.added", part=self._part()),
+            *self._events(self._items.begin()),
         ]
 
     def news(self, piece: Piece, generation: Generation) -> list[bytes]:
-        logprobs = self._take(piece)
-        if not piece.text and not logprobs:
-            return []
-        name = "response.output_text.delta"
-        return [self._text_event(name, delta=piece.text, logprobs=logprobs)]
+        return self._events(self._take(piece))
 
     def closing(self, generation: Generation) -> list[bytes]:
-        response = self._ended(generation)
-        [item] = response["output"]
-        text, logprobs = self._text, self._logprobs
+        status = self._status
         return [
-            self._text_event("response.output_text.done", text=text, logprobs=logprobs),
-            self._text_event("response.content_part.done", part=self._part()),
-            self._event("response.output_item.done", output_index=0, item=item),
-            self._event(f"response.{response['status']}", response=response),
+            *self._events(self._items.end(status)),
+            self._event(f"response.{status}", response=self._response(status, generation)),
         ]
 
     def failure(self, document: dict[str, Any]) -> list[bytes]:
@@ -100,45 +90,32 @@ class ResponseFrames(Frames):
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _take(self, piece: Piece) -> list[dict[str, Any]]:
-        """Log-probabilities of the piece's tokens."""
-        self._text += piece.text
+    def _take(self, piece: Piece) -> list[Event]:
         self._finish_reason = piece.finish_reason
-        if not self._has_logprobs:
-            return []
-        logprobs: list[dict[str, Any]] = self._writer.chat(piece.logged)["content"]
-        self._logprobs += logprobs
-        return logprobs
+        return self._items.take(piece)
 
-    def _ended(self, generation: Generation) -> dict[str, Any]:
+    @property
+    def _status(self) -> str:
+        """Of an answer that is over."""
         is_cut = self._finish_reason == FinishReason.LENGTH.value
-        status = "incomplete" if is_cut else "completed"
+        return INCOMPLETE if is_cut else COMPLETED
+
+    def _response(self, status: str, generation: Generation | None) -> dict[str, Any]:
+        """The whole response; without ``generation`` there is no usage yet."""
+        cut = {"reason": "max_output_tokens"} if status == INCOMPLETE else None
         return {
             **self._head,
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self._item(status)],
-            "usage": _usage(generation.usage()),
+            "incomplete_details": cut,
+            "output": self._items.output(),
+            "usage": None if generation is None else _usage(generation.usage()),
         }
 
-    def _item(self, status: str | None) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status or "in_progress",
-            "content": [] if status is None else [self._part()],
-        }
+    def _events(self, events: Sequence[Event]) -> list[bytes]:
+        return [self._event(name, **fields) for name, fields in events]
 
-    def _part(self) -> dict[str, Any]:
-        part: dict[str, Any] = {"type": "output_text", "text": self._text, "annotations": []}
-        return {**part, "logprobs": list(self._logprobs)} if self._has_logprobs else part
-
-    def _text_event(self, name: str, **fields: Any) -> bytes:
-        return self._event(name, item_id=self._item_id, output_index=0, content_index=0, **fields)
-
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return event({"type": name, "sequence_number": number, **fields}, name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from pdserve.api.body import read_body
@@ -33,6 +33,15 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
+class OutputCall(BaseModel):
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str = Field(description="A JSON object.")
+    status: Literal["completed", "incomplete"]
+
+
 class ResponseUsage(BaseModel):
     input_tokens: int
     output_tokens: int
@@ -47,7 +56,7 @@ class ResponseDocument(BaseModel):
     created_at: int
     model: str
     status: Literal["completed", "incomplete"]
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     usage: ResponseUsage
 
 

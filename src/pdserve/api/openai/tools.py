@@ -1,7 +1,8 @@
 """Tools in a chat: what a client offers and asks for, and what that means for its answer.
 
 Who lets the model choose (``auto``) gets what the model writes, in the syntax that its chat
-template asks for. Who requires a call, or names its tool, gets an answer that can be nothing else:
+template asks for; with a ``strict`` tool, what it begins as a call goes on as a valid one. Who
+requires a call, or names its tool, gets an answer that can be nothing else:
 it is held to a grammar of calls, whether or not the model knows of tools.
 """
 
@@ -19,7 +20,7 @@ from pdserve.api.openai.body_model import Body, Items
 from pdserve.api.openai.formats import FormatFields
 from pdserve.core.errors import RequestError
 from pdserve.core.request import Constraint, ConstraintKind
-from pdserve.text.tools.forced import Tool, forced_calls
+from pdserve.text.tools.forced import Tool, forced_calls, free_calls
 from pdserve.text.tools.registry import HERMES, SYNTAXES, syntax_named, syntax_of_template
 from pdserve.text.tools.stream import CallStream
 from pdserve.text.tools.syntax import ToolSyntax
@@ -34,7 +35,9 @@ class FunctionTool(Body):
         default_factory=dict, description="JSON schema of the arguments."
     )
     strict: bool = Field(
-        False, description="Refuse a schema that cannot be enforced, where calls are forced."
+        False,
+        description="Hold calls to the schema also where the model chooses, and refuse a schema "
+        "that cannot be enforced.",
     )
 
 
@@ -102,10 +105,15 @@ async def tool_use(edge: Edge, body: ToolBody) -> tuple[ToolUse | None, Constrai
     if choice == "none" or (choice == "auto" and not body.tools):
         return None, await edge.constraint_of(body)
     wanted = _wanted(body, choice)
-    form = body.asked_form()
+    form, constraint = body.asked_form(), None
     if choice == "auto":
         syntax = _syntax_of_model(edge)
-        constraint = None if form is None else _calls_or(edge, body, syntax, *form)
+        if form is not None:
+            constraint = _calls_or(edge, body, syntax, *form)
+        elif any(tool.strict for tool in wanted):
+            constraint = free_calls(
+                wanted, syntax, only_one=_only_one(body), is_special=edge.tokenizer.is_special
+            )
     else:
         if form is not None and form[1] != "response_format":
             raise RequestError(f"{form[1]} and tool_choice exclude each other", form[1])

@@ -55,7 +55,6 @@ _RESPONSES: dict[str, tuple[_Harmless, str]] = {
     "conversation": (_is_empty, _STATELESS),
     "background": (_is_empty, "the server answers while the client waits"),
     "prompt": (_is_empty, "send the text itself as input"),
-    "tools": (_is_empty, "use /v1/chat/completions for tools"),
 }
 
 
@@ -65,8 +64,16 @@ def refuse_unserved(document: Mapping[str, Any], *, is_chat: bool) -> None:
 
 
 def refuse_unserved_of_responses(document: Mapping[str, Any]) -> None:
-    """The same of what ``/v1/responses`` takes beyond a chat."""
+    """The same of what ``/v1/responses`` takes beyond a chat; tools of the server's own too."""
     _refuse(document, _RESPONSES)
+    for field in ("tools", "tool_choice"):
+        asked = document.get(field)
+        for tool in asked if isinstance(asked, list) else [asked]:
+            kind = tool.get("type") if isinstance(tool, Mapping) else None
+            if isinstance(kind, str) and kind != "function":
+                raise RequestError(
+                    f"{field}: {kind!r} is not served: functions of the client's are", field
+                )
 
 
 def _refuse(document: Mapping[str, Any], fields: Mapping[str, tuple[_Harmless, str]]) -> None:

@@ -194,7 +194,9 @@ def keep_threshold(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
 def _nucleus_threshold(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Value of the last token of the smallest set of best tokens that has ``top_p`` of the mass."""
     lowest = torch.full_like(scaled[:, 0], float("-inf"))
-    needed = weights_above_(scaled.clone(), lowest).cumsum(dim=-1, dtype=torch.float64)[:, -1] * top_p  # [row]
+    needed = (
+        weights_above_(scaled.clone(), lowest).cumsum(dim=-1, dtype=torch.float64)[:, -1] * top_p
+    )  # [row]
     size = min(TOP_P_CANDIDATES, scaled.shape[1])
     values = scaled.topk(size, dim=-1).values
     threshold, reached = _where_reached(values, needed)

@@ -50,7 +50,8 @@ class Masks:
     @property
     def allowed(self) -> NDArray[np.bool_]:
         """The same as ``[constrained row, vocab]`` of true and false."""
-        return self.bias == 0
+        allowed: NDArray[np.bool_] = self.bias == 0
+        return allowed
 
 
 @dataclass(slots=True)

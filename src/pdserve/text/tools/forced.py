@@ -1,4 +1,7 @@
-"""A grammar in which nothing can be written but calls of given tools.
+"""Grammars in which calls of tools are held to the tools' schemas.
+
+`forced_calls`: nothing can be written but calls. `free_calls`: text, or calls, or both; what looks
+like the beginning of a call to the reader (``stream``) goes on as one.
 
 The calls are written as the model has learned to write them, with JSON spaced as chat templates
 space it. The arguments fit the tool's schema; of a schema that is not ``strict``, keywords that
@@ -9,6 +12,7 @@ allows them in so many words: a small model would go on inventing them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +21,7 @@ from pdserve.core.request import Constraint, ConstraintKind
 from pdserve.text.tools.syntax import NAME_KEY, ToolSyntax
 
 MAX_FORCED_CALLS = 16
+_SPACE = r" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +43,70 @@ def forced_calls(
 ) -> Constraint:
     """Calls of ``tools``, at least one. ``is_special`` says whether a text is a special token of
     the model. ``or_json``: a JSON schema that the whole answer may fit instead."""
-    more = "" if only_one else f" ({_literal(syntax.between)} one){{0,{MAX_FORCED_CALLS - 1}}}"
     around = [_marked(text, syntax, is_special) for text in (syntax.before, syntax.after)]
     rules = [
         "start: calls" if or_json is None else "start: calls | answer",
-        f"calls: one{more}",
+        _several("calls", "one", syntax, only_one=only_one),
         f"one: {around[0]} call {around[1]}",
-        "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
+        *_call_rules(tools, syntax),
     ]
+    if or_json is not None:
+        rules.append(f"answer: %json {or_json}")
+    return _grammar(rules)
+
+
+def free_calls(
+    tools: Sequence[Tool],
+    syntax: ToolSyntax,
+    *,
+    only_one: bool,
+    is_special: Callable[[str], bool],
+) -> Constraint:
+    """Text with calls of ``tools`` in it, or without; the rest as in `forced_calls`.
+
+    The text never has an opener that no call follows. In a bare syntax it does not begin with a
+    brace, and nothing follows calls but calls.
+    """
+    opener = re.escape(syntax.opener).replace("/", r"\/")
+    text = rf"[{_SPACE}]*([^{_SPACE}{{](.|\n)*)?" if syntax.bare else r"(.|\n)*"
+    rules = [f"TEXT: /{text}/ & ~/(.|\\n)*{opener}(.|\\n)*/"]
+    if is_special(syntax.opener):
+        rules.append(f"opened: TEXT {syntax.opener}")
+    else:
+        rules.append(f"opened[lazy]: /{text}{opener}/")
+    inside = syntax.before.partition(syntax.opener)[2]
+    block = f"{_literal(inside)} call {_marked(syntax.after, syntax, is_special)}"
+    if syntax.bare:
+        rules += [
+            "start: TEXT | opened calls | calls",
+            _several("calls", "spaced", syntax, only_one=only_one),
+            f"spaced: SPACE {block}",
+            f"SPACE: /[{_SPACE}]*/",
+        ]
+    else:
+        rules += [
+            f"start: {'TEXT | opened block' if only_one else '(opened block)* TEXT'}",
+            f"block: {block}",
+        ]
+    return _grammar([*rules, *_call_rules(tools, syntax)])
+
+
+def _several(name: str, one: str, syntax: ToolSyntax, *, only_one: bool) -> str:
+    more = f" ({_literal(syntax.between)} {one}){{0,{MAX_FORCED_CALLS - 1}}}"
+    return f"{name}: {one}{'' if only_one else more}"
+
+
+def _call_rules(tools: Sequence[Tool], syntax: ToolSyntax) -> list[str]:
+    """Of the rule ``call``: one call, without what stands around it."""
+    rules = ["call: " + " | ".join(f"call_{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
         head = f'{{"{NAME_KEY}": {_json(tool.name)}, "{syntax.arguments_key}": '
         rules.append(f'call_{number}: {_literal(head)} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {_json(_schema(tool))}")
-    if or_json is not None:
-        rules.append(f"answer: %json {or_json}")
+    return rules
+
+
+def _grammar(rules: Sequence[str]) -> Constraint:
     return Constraint(ConstraintKind.GRAMMAR, "\n".join(rules) + "\n")
 
 

@@ -25,13 +25,15 @@ _SPACE = " \t\r\n"
 class CallPart:
     """News of call ``index`` of an answer. ``call_id`` and ``name`` come with the first part.
 
-    ``is_broken``: what was told of this call is to be forgotten.
+    ``is_complete``: this was the last of it. ``is_broken``: what was told of this call is to be
+    forgotten.
     """
 
     index: int
     call_id: str | None = None
     name: str | None = None
     arguments: str = ""
+    is_complete: bool = False
     is_broken: bool = False
 
 
@@ -53,6 +55,7 @@ def whole_calls(parts: Sequence[CallPart]) -> list[CallPart]:
             calls[part.index] = replace(part)
         else:
             calls[part.index].arguments += part.arguments
+            calls[part.index].is_complete = part.is_complete
     return list(calls.values())
 
 
@@ -120,6 +123,7 @@ class CallStream:
             self._take(character, news)
         elif call.is_complete:
             self._tell_arguments(news)
+            self._tell_complete(news)
             self._call, self._lead = None, ""
             self._follows_call, self._is_closed = True, not self._syntax.closer
             self.num_complete += 1
@@ -199,6 +203,11 @@ class CallStream:
             news.parts[-1].arguments += arguments
         else:
             news.parts.append(CallPart(self._num_told - 1, arguments=arguments))
+
+    def _tell_complete(self, news: News) -> None:
+        if not (news.parts and news.parts[-1].index == self._num_told - 1):
+            news.parts.append(CallPart(self._num_told - 1))
+        news.parts[-1].is_complete = True
 
     def _break(self, news: News) -> None:
         """It was no call: all its text is content."""
