@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from pdserve.api.constraint_check import ConstraintCheck
 from pdserve.api.fake import FakeGateway
 from pdserve.api.gateway import ModelCard
+from pdserve.api.openai.closed_schema import closed
 from pdserve.core.errors import RequestError
 from pdserve.core.request import Constraint, ConstraintKind
 from pdserve.text.tokenizer import Tokenizer
@@ -22,7 +23,8 @@ from pdserve.text.tokenizer import Tokenizer
 pytestmark = pytest.mark.anyio
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-JSON = Constraint(ConstraintKind.JSON, json.dumps(SCHEMA, separators=(",", ":")))
+CLOSED = {**SCHEMA, "additionalProperties": False}
+JSON = Constraint(ConstraintKind.JSON, json.dumps(CLOSED, separators=(",", ":")))
 ANY_OBJECT = Constraint(ConstraintKind.JSON, '{"type":"object"}')
 
 
@@ -66,6 +68,7 @@ CASES = [
         Constraint(ConstraintKind.GRAMMAR, 'root ::= "a"'),
     ),
     ({"guided_json": SCHEMA}, JSON),
+    ({"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}}, JSON),
     ({"guided_regex": "a+"}, Constraint(ConstraintKind.REGEX, "a+")),
     ({"guided_choice": ["a"]}, Constraint(ConstraintKind.CHOICE, '["a"]')),
     (
@@ -84,6 +87,34 @@ async def test_every_way_to_ask_for_a_form_reaches_the_workers(
             answer = await post(app, **prompt, **fields)
             assert answer.status_code == 200, answer.text
             assert gateway.submitted[-1].params.constraint == expected
+
+
+def test_what_a_schema_does_not_list_is_not_made_up() -> None:
+    nested = {
+        "$defs": {"x": SCHEMA},
+        "properties": {
+            "properties": {"type": "array", "items": SCHEMA},
+            "open": {"properties": {}, "additionalProperties": True},
+            "any": {"type": "object"},
+            "either": {"anyOf": [{"$ref": "#/$defs/x"}, {"type": "null"}]},
+            "one": {"allOf": [{"$ref": "#/$defs/x"}], "default": {"properties": {}}},
+        },
+    }
+    done = closed(nested)
+    assert done["$defs"]["x"] == CLOSED
+    assert done["additionalProperties"] is False
+    assert done["properties"]["properties"]["items"] == CLOSED
+    for name in ("open", "any", "either", "one"):
+        assert done["properties"][name] == nested["properties"][name]
+    assert "additionalProperties" not in SCHEMA  # the client's is left as it is
+    for composed in (
+        {"allOf": [SCHEMA, {"properties": {"b": {}}}]},
+        {**SCHEMA, "anyOf": [{"properties": {"b": {}}}]},
+        {**SCHEMA, "required": ["a", "b"]},
+        {**SCHEMA, "patternProperties": {"^x": {}}},
+        {"items": {**SCHEMA, "$ref": "#"}},
+    ):
+        assert closed(composed) == composed
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

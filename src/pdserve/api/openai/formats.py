@@ -6,12 +6,14 @@ had before that. One request can have one of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from pdserve.api.openai.body_model import Body, Items
+from pdserve.api.openai.closed_schema import closed
 from pdserve.core.errors import RequestError
 from pdserve.core.request import Constraint, ConstraintKind
 
@@ -49,7 +51,9 @@ class StructuredOutputs(Body):
     whitespace_pattern: str | None = Field(
         None, description="A regular expression for the white space in JSON."
     )
-    disable_additional_properties: bool = False
+    disable_additional_properties: bool = Field(
+        False, description="So it is anyway, where a schema lists properties and says no other."
+    )
     structural_tag: Any = None
 
 
@@ -103,12 +107,12 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Constraint | None
     if asked is None:
         return None
     field = "structured_outputs"
-    for name in ("structural_tag", "disable_additional_properties"):
-        if getattr(asked, name):
-            raise RequestError(
-                f"{field}.{name} is not served: send json, json_object, regex, choice or grammar",
-                field,
-            )
+    if asked.structural_tag:
+        raise RequestError(
+            f"{field}.structural_tag is not served: send json, json_object, regex, choice or "
+            "grammar",
+            field,
+        )
     kinds = [
         constraint
         for constraint in (
@@ -150,7 +154,12 @@ def _any_object() -> Constraint:
 def _json(schema: Schema | str | None, field: str) -> Constraint | None:
     if schema is None:
         return None
-    text = json.dumps(_parsed(schema, field), ensure_ascii=False, separators=(",", ":"))
+    parsed = _parsed(schema, field)
+    if isinstance(parsed, dict):
+        # What is no schema is told to be none when it is tried.
+        with contextlib.suppress(TypeError, AttributeError, RecursionError):
+            parsed = closed(parsed)
+    text = json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
     return Constraint(ConstraintKind.JSON, text)
 
 

@@ -138,6 +138,14 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, document: Any) -> Any:
+        kind = document.get("type") if isinstance(document, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise RequestError(f"messages: {kind!r} is not served: only text is", "messages")
+        return document
+
 
 class ChatMessage(Body):
     """One message. Other fields (``name``, ``tool_calls``, ...) are the template's business."""

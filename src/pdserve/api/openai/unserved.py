@@ -33,6 +33,7 @@ _BOTH: dict[str, tuple[_Harmless, str]] = {
     "allowed_token_ids": (_is_empty, _VOCABULARY),
     "bad_words": (_is_empty, _VOCABULARY),
     "logprob_token_ids": (_is_empty, "logprobs of chosen tokens are not served"),
+    "lora_request": (_is_empty, "the server has one model and no adapters"),
     "truncate_prompt_tokens": (lambda value: value is None, "send a prompt that fits the model"),
 }
 _COMPLETIONS: dict[str, tuple[_Harmless, str]] = {
