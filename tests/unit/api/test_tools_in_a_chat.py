@@ -176,6 +176,19 @@ async def test_templates_read_tools_calls_and_their_results(
     assert text == lines + json.dumps([TOOLS[0] | {"type": "function"}])
 
 
+async def test_templates_are_told_what_the_client_adds(
+    app_of: Callable[..., FastAPI], card: ModelCard, tokenizer: Tokenizer
+) -> None:
+    gateway = FakeGateway(card)
+    template = "{{ messages[0].content }} {{ 'thinks' if enable_thinking else 'does' }}"
+    app = app_of(gateway, template)
+    kwargs = {"enable_thinking": True, "messages": []}
+    for fields in ({}, {"chat_template_kwargs": kwargs}):
+        await post(app, tools=[], max_tokens=1, **fields)
+    does, thinks = (tokenizer.decode(request.prompt_token_ids) for request in gateway.submitted)
+    assert (does, thinks) == ("hi does", "hi thinks")
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [], "tool_choice": "required"}, "tool_choice", "send tools"),
     (

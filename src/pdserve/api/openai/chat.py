@@ -60,6 +60,7 @@ async def encode_chat(edge: Edge, body: ChatFields, *, add_special_tokens: bool)
         add_generation_prompt=body.opens_answer,
         continue_final_message=body.continue_final_message,
         tools=body.tools_for_template(),
+        template_arguments=body.chat_template_kwargs,
     )
     [ids] = await edge.encode([text], "messages", add_special_tokens=add_special_tokens)
     if not ids:

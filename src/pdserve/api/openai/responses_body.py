@@ -21,7 +21,7 @@ from pdserve.core.errors import RequestError
 _FIELDS_OF_CHAT = (
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stream", "cache_salt", "user"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos"),
-    *("stop", "stop_token_ids", "request_id", "parallel_tool_calls"),
+    *("stop", "stop_token_ids", "request_id", "parallel_tool_calls", "chat_template_kwargs"),
 )
 _NAMES_OF_CHAT = {
     "messages": "input",

@@ -138,14 +138,6 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, document: Any) -> Any:
-        kind = document.get("type") if isinstance(document, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise RequestError(f"messages: {kind!r} is not served: only text is", "messages")
-        return document
-
 
 class ChatMessage(Body):
     """One message. Other fields (``name``, ``tool_calls``, ...) are the template's business."""
@@ -181,6 +173,10 @@ class ChatFields(OfferFields):
     )
     continue_final_message: bool = Field(
         False, description="Leave the last message open, for the model to write on."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What the chat template is told besides, as enable_thinking.",
     )
 
     @model_validator(mode="after")

@@ -49,7 +49,6 @@ _CHAT: dict[str, tuple[_Harmless, str]] = {
     "echo": (_is_empty, "only /v1/completions can echo"),
     "documents": (_is_empty, "put the documents into the messages"),
     "chat_template": (_is_empty, "the model's own chat template is used"),
-    "chat_template_kwargs": (_is_empty, "the model's own chat template is used"),
 }
 _RESPONSES: dict[str, tuple[_Harmless, str]] = {
     "previous_response_id": (_is_empty, _STATELESS),
