@@ -184,7 +184,7 @@ async def test_a_model_without_an_end_cannot_follow_forms(
 async def test_a_form_that_takes_forever_to_compile_costs_its_budget_and_nothing_else(
     tokenizer: Tokenizer, card: ModelCard
 ) -> None:
-    """This one takes more than a minute and two gigabytes."""
+    """This one takes half a minute and more than two gigabytes."""
     hostile = {
         "allOf": [
             {
