@@ -39,11 +39,12 @@ def _is_composed(part: dict[str, Any]) -> bool:
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:
-    if not isinstance(schema, dict):
-        return
-    yield schema
-    for _, _, part in _inner(schema):
-        yield from _parts(part)
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += (inner for _, _, inner in _inner(part))
 
 
 def _inner(schema: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

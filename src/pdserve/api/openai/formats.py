@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from pdserve.api.constraint_check import MAX_CHARS
 from pdserve.api.openai.body_model import Body, Items
 from pdserve.api.openai.closed_schema import closed
 from pdserve.core.errors import RequestError
@@ -155,12 +156,16 @@ def _json(schema: Schema | str | None, field: str) -> Constraint | None:
     if schema is None:
         return None
     parsed = _parsed(schema, field)
-    if isinstance(parsed, dict):
+    text = _compact(parsed)
+    if isinstance(parsed, dict) and len(text) <= MAX_CHARS:
         # What is no schema is told to be none when it is tried.
         with contextlib.suppress(TypeError, AttributeError, RecursionError):
-            parsed = closed(parsed)
-    text = json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
+            text = _compact(closed(parsed))
     return Constraint(ConstraintKind.JSON, text)
+
+
+def _compact(schema: Schema) -> str:
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
 
 def _parsed(schema: Schema | str, field: str) -> Schema:
