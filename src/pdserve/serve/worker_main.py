@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 
-from pdserve.core.errors import PdserveError
+from pdserve.core.errors import PdserveError, ProtocolError
 from pdserve.obs import logs
 from pdserve.serve.launcher import USER_ERROR_STATUS
 from pdserve.serve.runners import load_backend
@@ -52,6 +52,9 @@ def main() -> int:
         # Read by the OpenMP runtime when torch is imported, which has not happened yet.
         os.environ["OMP_NUM_THREADS"] = str(start.threads)
         status, joined = asyncio.run(_run(start))
+    except ProtocolError as error:  # the gateway was busy, or is gone: another start may find it
+        sys.stderr.write(f"{error}\n")
+        return _CRASH_STATUS
     except PdserveError as error:
         sys.stderr.write(f"{error}\n")
         return USER_ERROR_STATUS
