@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,36 @@ NUM_BLOCKS = 96
 
 
 @pytest.fixture(scope="session")
-def make_cluster(tiny_model_path: Path) -> Callable[..., InprocCluster]:
+def start_template(tiny_model_path: Path) -> WorkerStart:
+    """All of a small worker that does not depend on which one it is."""
+    return WorkerStart(
+        worker=WorkerId(""),
+        epoch=Epoch(0),
+        role=Role.MIXED,
+        secret=b"",
+        gateway_address="",
+        address="",
+        launcher_pid=0,
+        model_path=str(tiny_model_path),
+        engine="torch",
+        device="cpu",
+        dtype="fp32",
+        numerics="exact",
+        threads=1,
+        transport="inproc",
+        block_size=16,
+        num_blocks=NUM_BLOCKS,
+        max_model_tokens=1024,
+        max_step_tokens=2048,
+        record=None,
+        log_format="text",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_cluster(
+    tiny_model_path: Path, start_template: WorkerStart
+) -> Callable[..., InprocCluster]:
     """``make_cluster(workers, engine=..., model=..., record=..., router=..., policy=...)``, not
     entered yet. It splits what can be split, whatever that is predicted to cost."""
 
@@ -31,28 +61,7 @@ def make_cluster(tiny_model_path: Path) -> Callable[..., InprocCluster]:
         router: RouterSettings | None = None,
         policy: str = "shortest_queue",
     ) -> InprocCluster:
-        template = WorkerStart(
-            worker=WorkerId(""),
-            epoch=Epoch(0),
-            role=Role.MIXED,
-            secret=b"",
-            gateway_address="",
-            address="",
-            launcher_pid=0,
-            model_path=str(model),
-            engine=engine,
-            device="cpu",
-            dtype="fp32",
-            numerics="exact",
-            threads=1,
-            transport="inproc",
-            block_size=16,
-            num_blocks=NUM_BLOCKS,
-            max_model_tokens=1024,
-            max_step_tokens=2048,
-            record=None,
-            log_format="text",
-        )
+        template = replace(start_template, model_path=str(model), engine=engine)
         card = ModelCard(
             name="tiny", max_model_tokens=1024, vocab_size=384, eos_token_ids=(2,), created=0
         )

@@ -5,38 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
-from pdserve.core.ids import Epoch, WorkerId
-from pdserve.core.request import Role
+from pdserve.core.ids import WorkerId
 from pdserve.serve.launcher import USER_ERROR_STATUS
 from pdserve.serve.start import WorkerStart
 from pdserve.transport.addresses import listen_unix, new_name, unix_address
 
 
-def test_a_gateway_that_says_nothing_is_no_mistake_of_the_users() -> None:
+def test_a_gateway_that_says_nothing_is_no_mistake_of_the_users(
+    start_template: WorkerStart,
+) -> None:
     """A busy gateway may answer the next process; a mistake would end the whole server."""
     name = new_name()
-    start = WorkerStart(
+    start = replace(
+        start_template,
         worker=WorkerId("decode-0"),
-        epoch=Epoch(1),
-        role=Role.DECODE,
-        secret=b"secret",
         gateway_address=unix_address(name),
         address=unix_address(new_name()),
         launcher_pid=os.getpid(),
-        model_path="never read",
-        engine="fake",
-        device="cpu",
-        dtype="fp32",
-        numerics="exact",
-        threads=1,
         transport="shm",
-        block_size=16,
-        num_blocks=16,
-        max_model_tokens=256,
-        max_step_tokens=256,
-        record=None,
-        log_format="text",
     )
     with listen_unix(name) as gateway:
         gateway.settimeout(60.0)
