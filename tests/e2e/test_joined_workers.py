@@ -233,7 +233,7 @@ def test_a_joined_worker_of_the_real_model_decodes_over_tls(
     server = start_server(*small, *cluster_flags, "--prefill", "1", "--decode", "0")
     host = start_host(*join, *small)
     until(server, is_ready("far"))
-    assert "far is ready" in host.log
+    until(server, lambda _: "far is ready" in host.log)  # the router heard first
     answers = {}
     with server.client() as client:
         for route in ("split", "local"):
