@@ -6,6 +6,8 @@
 #   make test-gpu        the tests that need a CUDA device
 #   make test-netns      the tests of two hosts, which are network namespaces: as root
 #   make test-clients    other projects' clients against the server, each in a venv of its own
+#   make compiled        the machines and the simulator, compiled: takes minutes and a C compiler
+#   make test-compiled   the tests of these, in a venv of its own
 #   make lint            ruff, mypy, import contracts
 #
 # PYTHON names the interpreter (3.11 or newer). TORCH names the torch to install; a machine that has
@@ -31,10 +33,14 @@ INSTALL := $(PIP) install --constraint $(VENV)/constraints.txt
 COMPILED := src/pdserve/engine/native src/pdserve/transport/native
 KERNELS := $(wildcard src/pdserve/CMakeLists.txt \
   $(foreach folder,$(COMPILED),$(folder)/*.[ch]* $(folder)/CMakeLists.txt))
+COMPILED_TESTS := tests/compiled tests/node tests/sim $(addprefix tests/unit/,kv policy cost sim) \
+  tests/e2e/test_replay_of_changes.py tests/e2e/test_parity.py
+COMPILED_MARK := not interpreted and not slow and not gpu
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: help serve test test-slow test-gpu test-netns test-clients lint pull clean
+.PHONY: help serve test test-slow test-gpu test-netns test-clients test-compiled compiled lint pull \
+  clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
@@ -61,6 +67,14 @@ test-netns: $(TEST_READY)
 
 test-clients: $(TEST_READY)
 	$(if $(VLLM),VLLM="$(VLLM)") $(BIN)/python -m pytest -m clients $(if $(VLLM),,-k "not vllm")
+
+# What was edited since is not seen until it is made again; `make clean serve` goes back to the files.
+compiled: $(READY)
+	PDSERVE_COMPILE=1 $(INSTALL) --no-deps --force-reinstall .
+
+test-compiled:
+	$(MAKE) VENV=$(VENV)-compiled pull $(VENV)-compiled/.test-ready compiled
+	$(VENV)-compiled/bin/python -m pytest -m '$(COMPILED_MARK)' $(COMPILED_TESTS)
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
@@ -91,4 +105,4 @@ $(TEST_READY): pyproject.toml constraints.txt | $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-compiled .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

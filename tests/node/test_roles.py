@@ -134,6 +134,7 @@ class Drawing(ShortestQueue):
         return Route(decode, decode, "drawn", draws=(decode,))
 
 
+@pytest.mark.interpreted
 def test_a_drawn_worker_goes_home_when_the_other_pools_work_is_done() -> None:
     cluster = cluster_of(1, 1, 0)
     cluster.router.dispatch._policy = Drawing()

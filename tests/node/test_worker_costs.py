@@ -104,6 +104,7 @@ def test_of_too_many_steps_the_latest_are_reported_once() -> None:
         assert [sample.shape.context_tokens for sample in message.steps] == list(expected)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("held", ["step", "deliver"])
 def test_waiting_for_room_is_not_the_links_doing(
     held: str, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,7 @@ from pdserve.sim.spec import parse_cluster
 from pdserve.sim.transfers import Transfers
 from pdserve.workload.request import TraceRequest, own_segment
 
+pytestmark = pytest.mark.interpreted  # its network remembers
 NUM_LAYERS = 4
 ATTEMPT = AttemptId(RequestId("r"), Epoch(1))
 TO = WorkerId("decode-0")

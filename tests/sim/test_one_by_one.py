@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +55,7 @@ def loads(draw: st.DrawFn) -> list[TraceRequest]:
     return requests
 
 
+@pytest.mark.interpreted
 @settings(
     max_examples=40,
     derandomize=True,

@@ -15,6 +15,7 @@ from pdserve.sim.scenario import ScenarioPlayer
 from pdserve.sim.simulation import Simulation
 from pdserve.workload.scenario import EVERYBODY_ELSE, Event, Kind, Scenario
 
+pytestmark = pytest.mark.interpreted  # it listens at the machines
 SPLIT = "1xm:prefill,2xm:decode"
 W = WorkerId
 MESSAGE_S = 0.001

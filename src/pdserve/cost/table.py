@@ -183,8 +183,8 @@ class TableTimer:
             decode_s = self._batch.at(batch) + self._per_context_s * more
         if not tokens:
             return decode_s
-        more = shape.prompt_pairs - tokens * min(tokens, self._short)
-        prompt_s = self._prompt.at(tokens) + self._per_pair_s * max(0, more)
+        pairs = shape.prompt_pairs - tokens * min(tokens, self._short)
+        prompt_s = self._prompt.at(tokens) + self._per_pair_s * max(0, pairs)
         return prompt_s + max(0.0, decode_s - self._base_s if batch else 0.0)
 
 

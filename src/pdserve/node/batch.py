@@ -55,8 +55,7 @@ class BatchMachine:
         self._last_ride: Ride | None = None
         self._idle_at: tuple[int, Role] | None = None
         """Changes and role when there was last nothing to compute: there is nothing yet."""
-        self.reserves = policy.reserves
-        """See `BatchPolicy.reserves`."""
+        self.reserves = policy.reserves  # see `BatchPolicy.reserves`
         self._policy = policy
         self._lookout = Lookout(settings, policy, self.queues, self.tables)
         self._ends = StepEnds(settings, self.queues, self.tables)
@@ -143,10 +142,14 @@ class BatchMachine:
 
     # --- steps --------------------------------------------------------------------------------
 
+    @property
+    def is_riding(self) -> bool:
+        return self.ride is not None
+
     def plan(self) -> Planned:
         """The next step, if none is under way and there is something to compute."""
         planned, idle = Planned(), self._idle_at
-        if self.ride is not None or (idle and idle == (self.changes, self.standing.role)):
+        if self.is_riding or (idle and idle == (self.changes, self.standing.role)):
             return planned
         if self.queues.growing:
             self._make_room(planned)
@@ -211,7 +214,7 @@ class BatchMachine:
                 remaining = sequence.num_tokens - sequence.num_computed
                 chunk = min(remaining, self.settings.max_step_tokens)
                 self._ride_out([], [(sequence, chunk)], settled=False)
-        return self.ride is not None
+        return self.is_riding
 
     def _choose(self, planned: Planned) -> None:
         """Every running sequence's next token, and the prompt chunks that the policy grants."""
@@ -320,16 +323,15 @@ class BatchMachine:
     @property
     def num_left_out(self) -> int:
         """Sequences that wait, or have no part in the running step though they decode."""
-        num_riding = 0 if self.ride is None else self.ride.num_decodes
-        return max(0, self.num_waiting + len(self.queues.decoding) - num_riding)
+        riding = self.ride.num_decodes if self.ride else 0
+        return max(0, self.num_waiting + len(self.queues.decoding) - riding)
 
     @property
     def growth_headroom(self) -> int:
         """Blocks that can be given away while each running sequence can still grow by one."""
-        free = self.tables.pool.num_free
         if self.reserves:
-            return free
-        headroom = free - len(self.queues.decoding)
+            return self.tables.pool.num_free
+        headroom = self.tables.pool.num_free - len(self.queues.decoding)
         return headroom if headroom > 0 else 0
 
     @property
@@ -347,7 +349,7 @@ class BatchMachine:
 
     @property
     def is_empty(self) -> bool:
-        return self.ride is None and self.queues.are_empty
+        return not self.is_riding and self.queues.are_empty
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence in a queue, each once."""
@@ -355,15 +357,13 @@ class BatchMachine:
 
     def untold(self) -> list[TokenDelta]:
         """The tokens of which nobody has been told; from now on they count as told."""
-        deltas = map(untold, self.sequences())
-        return [delta for delta in deltas if delta is not None]
+        return [delta for delta in map(untold, self.sequences()) if delta is not None]
 
     # --- inside -------------------------------------------------------------------------------
 
     def _is_settled(self, ride: Ride) -> bool:
         """True if the step after this one has the same riders, unless one of them ends."""
-        settled = ride.settled
-        return settled is not None and settled == (self.changes, self.standing.role)
+        return ride.settled is not None and ride.settled == (self.changes, self.standing.role)
 
     def _make_room(self, planned: Planned) -> None:
         """A slot for the next token of each running sequence, oldest first."""
@@ -386,9 +386,9 @@ class BatchMachine:
         self.tables.release(sequence)
         if self.standing.role is Role.DECODE:
             planned.handed_back.append(sequence)
-        else:
-            planned.preempted.append(sequence)
-            set_back(sequence, self.queues, self.settings)
+            return
+        planned.preempted.append(sequence)
+        set_back(sequence, self.queues, self.settings)
 
 
 def _any_shared(prompts: list[Sequence]) -> bool:

@@ -194,7 +194,7 @@ class WorkerNode(WorkerMachine):
         batch = self.batch
         if self.inbound.num_queued:
             self.inbound.grant_waiting(out)
-        if batch.ride is None:
+        if not batch.is_riding:
             planned = batch.plan()
             ride = batch.ride
             if ride is not None or planned.handed_back or planned.preempted:

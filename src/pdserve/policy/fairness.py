@@ -15,7 +15,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from pdserve.core.request import ServiceClass
@@ -105,14 +104,14 @@ class FairShare:
                 del self._ends[flow]
 
 
-@dataclass(slots=True)
 class _Class(Generic[ItemT]):
     """What waits of one class, by tenant; (tokens) of each in order of arrival."""
 
-    weight: float
-    turns: FairShare = field(default_factory=FairShare)
-    tenants: dict[str, OrderedDict[ItemT, float]] = field(default_factory=dict)
-    tokens: float = 0.0
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.turns = FairShare()
+        self.tenants: dict[str, OrderedDict[ItemT, float]] = {}
+        self.tokens = 0.0
 
 
 class FairQueue(Generic[ItemT]):

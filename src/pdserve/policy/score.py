@@ -179,8 +179,8 @@ class Scorer:
         """For workers without a model: that of the first worker that has one, or else the neutral
         one."""
         if self._default_steps is None:
-            known = (w.steps for w in self.view.workers if w.steps is not None)
-            self._default_steps = next(known, NEUTRAL_STEPS)
+            known = [w.steps for w in self.view.workers if w.steps is not None]
+            self._default_steps = known[0] if known else NEUTRAL_STEPS
         return self._default_steps
 
     def prefill_side(self, worker: WorkerView, holder: WorkerView | None = None) -> PrefillSide:
