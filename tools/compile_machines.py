@@ -54,7 +54,7 @@ def sources() -> list[str]:
     """What is compiled, as paths from `SOURCE`."""
     package = SOURCE / "pdserve"
     found = {path for pattern in COMPILED for path in package.glob(pattern)}
-    left = {package / name for name in LEFT_AS_THEY_ARE}
+    left = {package / name for name in LEFT_AS_THEY_ARE} | set(package.glob("*/__init__.py"))
     return sorted(str(path.relative_to(SOURCE)) for path in found - left)
 
 

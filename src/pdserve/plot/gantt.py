@@ -9,8 +9,8 @@ the file small.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from itertools import groupby
-from xml.sax.saxutils import escape
 
 from pdserve.plot.axis import tight_axis
 from pdserve.plot.chart import BOTTOM, COLOURS, LEFT, RIGHT, TOP, WIDTH, frame, legend, x_axis
