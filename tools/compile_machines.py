@@ -61,8 +61,8 @@ def sources() -> list[str]:
 def compile_into(folder: Path) -> None:
     """``folder`` gets ``pdserve/...`` with the modules, and the library that they share."""
     os.chdir(SOURCE)
-    options = ["--strict", "--ignore-missing-imports", "--config-file="]
     with tempfile.TemporaryDirectory() as build:
+        options = ["--strict", "--ignore-missing-imports", "--config-file=", f"--cache-dir={build}"]
         extensions = mypycify(
             [*options, *sources()],
             group_name="pdserve",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pdserve import __version__
 from pdserve.command_parser import CommandParser
+from pdserve.compiled import are_machines_compiled
 from pdserve.config import OPTIONS, Resolved, resolve
 from pdserve.core.errors import PdserveError
 from pdserve.options import flag_of
@@ -64,7 +65,8 @@ def _parser(typed: Sequence[str]) -> argparse.ArgumentParser:
         prog="pdserve",
         description="Serve large language models with prefill and decode on different workers.",
     )
-    parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
+    compiled = ", machines compiled" if are_machines_compiled() else ""
+    parser.add_argument("--version", action="version", version=f"pdserve {__version__}{compiled}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_worker(commands, typed)

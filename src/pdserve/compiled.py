@@ -1,4 +1,4 @@
-"""Finds a compiled library that lies beside the Python that calls it.
+"""What of pdserve is compiled: finds a library that lies beside the Python that calls it.
 
 It is put there by an installation, or by a build in the source tree; of two, the newer one counts.
 It may be missing, because installing pdserve does not demand a compiler, or be of another version
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -31,3 +32,9 @@ def find(
     if getattr(library, version)() != abi:
         return None, f"compiled {what} {path} are of another version: install pdserve again"
     return library, ""
+
+
+def are_machines_compiled() -> bool:
+    """True if pdserve was installed with ``PDSERVE_COMPILE=1`` (``tools/compile_machines.py``)."""
+    machine = find_spec("pdserve.node.machine")
+    return machine is not None and not str(machine.origin).endswith(".py")

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from pdserve.compiled import are_machines_compiled
+
 pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = ("--model", "llama-3-8b", "-n", "1000", "--input", "exp:1500")
@@ -75,6 +77,7 @@ def test_all_that_are_to_be_compiled_are(tool: ModuleType) -> None:
         file = importlib.import_module(name).__file__
         assert file is not None
         assert not file.endswith(".py"), f"{name} is not compiled"
+    assert are_machines_compiled()
 
 
 def simulated(folder: Path, flags: tuple[str, ...], source: Path | None) -> tuple[Any, bytes]:
