@@ -24,6 +24,8 @@ VENV_ARGS ?=
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 MODEL ?= smollm2-135m
 ARGS ?=
+# A server is several processes: where Python keeps no bytecode, each compiles all of pdserve anew.
+export PYTHONDONTWRITEBYTECODE :=
 # The first that reads dependency groups is 25.1.
 PIP_VERSION := pip==26.3
 
