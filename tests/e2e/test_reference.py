@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,45 @@ CASES: list[dict[str, Any]] = json.loads(
 )
 
 
+class Reference:
+    """transformers' model in fp32. A prompt is read once, whatever answers follow it.
+
+    On one thread: two would wait for each other in a loop where a server is at work beside them.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._read: dict[tuple[int, ...], tuple[torch.Tensor, Any]] = {}
+
+    def logits(self, prompt_ids: list[int], output_ids: list[int]) -> torch.Tensor:
+        """``[output token, vocab]``: from which each output token is chosen, teacher-forced."""
+        with torch.inference_mode():
+            first, cache = self.read(prompt_ids)
+            if len(output_ids) == 1:
+                return first
+            later = torch.tensor([output_ids[:-1]])
+            made = self._model(later, past_key_values=cache, use_cache=True)
+            cache.crop(1 - len(output_ids))  # back to the prompt
+            return torch.cat((first, made.logits[0]))
+
+    def read(self, prompt_ids: list[int]) -> tuple[torch.Tensor, Any]:
+        """Logits after the prompt, ``[1, vocab]``, and transformers' KV of it."""
+        key = tuple(prompt_ids)
+        if key not in self._read:
+            with torch.inference_mode():
+                made = self._model(torch.tensor([prompt_ids]), logits_to_keep=1, use_cache=True)
+            self._read[key] = (made.logits[0], made.past_key_values)
+        return self._read[key]
+
+
 @pytest.fixture(scope="module")
-def reference(smollm_path: Path) -> Iterator[Any]:
-    """transformers' model in fp32."""
+def reference(smollm_path: Path) -> Iterator[Reference]:
     from transformers import AutoModelForCausalLM
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32).eval()
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32)
+    yield Reference(model.eval())
     torch.set_num_threads(threads)
 
 
@@ -73,24 +105,20 @@ def case_ids(tokenizer: Any, case: dict[str, Any]) -> list[int]:
     return tokenizer(case["prompt"] * case.get("repeat", 1))["input_ids"]
 
 
-def reference_logits(reference: Any, prompt_ids: list[int], output_ids: list[int]) -> torch.Tensor:
-    """``[output token, vocab]``: logits from which each output token is chosen, teacher-forced."""
-    tokens = torch.tensor([prompt_ids + output_ids])
-    with torch.inference_mode():
-        kept = reference(tokens, logits_to_keep=len(output_ids) + 1).logits
-    return kept[0, :-1]
-
-
 def test_greedy_in_fp32_equals_transformers(
-    start_server: Any, smollm_path: Path, reference: Any, reference_tokenizer: Any
+    start_server: Any, reference: Reference, reference_tokenizer: Any
 ) -> None:
     """Each token is the best one given those before it, hence the whole answer is the same."""
     server = start_server("--dtype", "fp32", "--prefill", "1", "--decode", "1", "--threads", "1")
+    with ThreadPoolExecutor(1) as beside:
+        answers = beside.submit(served, server, "smollm2-135m")
+        for case in CASES:
+            reference.read(case_ids(reference_tokenizer, case))
     lengths = []
-    for case, (prompt_ids, output_ids) in zip(CASES, served(server, "smollm2-135m"), strict=True):
+    for case, (prompt_ids, output_ids) in zip(CASES, answers.result(), strict=True):
         assert prompt_ids == case_ids(reference_tokenizer, case)
         lengths.append(len(prompt_ids))
-        expected = reference_logits(reference, prompt_ids, output_ids).argmax(dim=1).tolist()
+        expected = reference.logits(prompt_ids, output_ids).argmax(dim=1).tolist()
         assert output_ids == expected, case
         assert len(output_ids) == MAX_TOKENS or output_ids[-1] == reference_tokenizer.eos_token_id
     assert len(CASES) >= 40
@@ -98,11 +126,11 @@ def test_greedy_in_fp32_equals_transformers(
     assert max(lengths) > 2000
 
 
-def test_bf16_stays_close_to_fp32(start_server: Any, smollm_path: Path, reference: Any) -> None:
+def test_bf16_stays_close_to_fp32(start_server: Any, reference: Reference) -> None:
     server = start_server("--dtype", "bf16", "--prefill", "1", "--decode", "1", "--threads", "1")
     worst = 0.0
     for prompt_ids, output_ids in served(server, "smollm2-135m"):
-        logits = reference_logits(reference, prompt_ids, output_ids)
+        logits = reference.logits(prompt_ids, output_ids)
         chosen = logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]
         worst = max(worst, float((logits.amax(dim=1) - chosen).max()))
     assert worst <= MAX_LOGIT_GAP
