@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -36,10 +37,10 @@ class ServerProcess:
         try:
             line = self.process.stdout.readline()  # empty if the process ends before it is ready
         except BaseException:
-            self.close()
+            self.kill()
             raise
         if not line:
-            self.close()
+            self.kill()
             pytest.fail(f"the server did not get ready:\n{self.log}")
         self.url: str = json.loads(line)["url"]
 
@@ -75,14 +76,18 @@ class ServerProcess:
         return self.process.wait(timeout_s)
 
     def close(self) -> None:
-        """End it whatever it does."""
+        """End it in good order."""
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End it whatever it does; its workers die with it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -92,7 +97,8 @@ StartServer = Callable[..., ServerProcess]
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
-    """``start_server("--prefill", "1", ...)``; whatever was started is ended after the test."""
+    """``start_server("--prefill", "1", ...)``; whatever was started is killed after the test: what
+    an end in good order leaves behind, tests ask of servers that they end themselves."""
     started: list[ServerProcess] = []
 
     def start(*arguments: str) -> ServerProcess:
@@ -102,7 +108,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
 
     yield start
     for server in started:
-        server.close()
+        server.kill()
 
 
 @pytest.fixture
