@@ -9,15 +9,14 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 from bitwise import Ask, Heard, Lab, Reference, Shape, ask_of
 
 from pdserve.core.events import LifeName
 from pdserve.engine.torch.runner import TorchRunner
-from pdserve.serve.runners import build_runner
 from pdserve.text.tokenizer import Tokenizer
+from pdserve.weights.folder import ModelFolder
 
 pytestmark = pytest.mark.model
 
@@ -49,6 +48,9 @@ class RealModel:
     def __init__(self, model: Path, dtype: str) -> None:
         self.dtype = dtype
         self._model = model
+        folder = ModelFolder.open(model)
+        self._config, self._digest = folder.config, folder.weights_digest()
+        self._tensors = folder.load_tensors(dtype=dtype)
         self.reference = Reference(self._load())
         words = Tokenizer.from_folder(model).encode(TEXT * 2)
         made = (ask_of(kind, tuple(words[:length]), self.reference) for length, kind in CELLS)
@@ -64,7 +66,17 @@ class RealModel:
 
     def _load(self) -> TorchRunner:
         """A runner of its own for each worker: one may be used from one thread only."""
-        return cast(TorchRunner, build_runner(SPLIT.start(self._model, self.dtype)))
+        start = SPLIT.start(self._model, self.dtype)
+        return TorchRunner(
+            self._config,
+            self._tensors,
+            weights_digest=self._digest,
+            device=start.device,
+            dtype=start.dtype,
+            block_size=start.block_size,
+            num_threads=start.threads,
+            numerics=start.numerics,
+        )
 
     def _shortened(self, ask: Ask) -> Ask:
         num_tokens = min(ask.params.max_tokens, NUM_TOKENS)

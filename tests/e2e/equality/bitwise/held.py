@@ -11,7 +11,7 @@ from pdserve.core.step import StepPlan, StepResult
 from pdserve.engine.base import LayerSink, ModelRunner
 
 Thing = TypeVar("Thing")
-HOLD_TIMEOUT_S = 60.0
+HOLD_TIMEOUT_S = 120.0
 
 
 class Gate(Generic[Thing]):

@@ -34,7 +34,7 @@ from pdserve.serve.runners import build_runner
 from pdserve.serve.start import WorkerStart
 
 Answer = TypeVar("Answer")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 PATIENT = RouterSettings(queue_timeout_s=TIMEOUT_S, report_timeout_s=TIMEOUT_S)
 
 
