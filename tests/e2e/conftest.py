@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ import openai
 import pytest
 
 from pdserve.weights.random_model import write_random_model
+
+PAUSE = threading.Event()
 
 
 class ServerProcess:
@@ -63,6 +67,15 @@ class ServerProcess:
         """``/cluster``'s workers by id."""
         return {worker["id"]: worker for worker in self.get("/cluster")["workers"]}
 
+    def until(self, holds: Callable[[dict[str, dict[str, Any]]], bool]) -> dict[str, Any]:
+        """Look at the workers now and then until it holds; what they are then."""
+        give_up_s = time.monotonic() + 60
+        while not holds(workers := self.workers()):
+            if time.monotonic() > give_up_s:
+                pytest.fail(f"it did not happen:\n{workers}\n{self.log[-3000:]}")
+            PAUSE.wait(0.05)
+        return workers
+
     def pids(self) -> list[int]:
         """The server's and its workers' processes."""
         pids = [worker["pid"] for worker in self.workers().values()]
@@ -93,6 +106,16 @@ class ServerProcess:
 
 
 StartServer = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="session")
+def paced() -> tuple[str, ...]:
+    """Flags of workers that keep a pace: their tokens prove the KV that they come from, and they
+    start in a third of the time of those that compute."""
+    return (
+        *("--engine", "modelled", "--kv-blocks", "512"),
+        *("--step-times", "start=2ms,prompt=20us,decode=5ms,sequence=100us,transfer=5us"),
+    )
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 
 import openai
 
-FLAGS = ("--dtype", "fp32", "--kv-blocks", "512", "--threads", "1")
 NUM_REQUESTS = 24
 CONCURRENCY = 8
 SETTLE_S = 180.0
@@ -121,10 +120,11 @@ def wait_until_settled(server: Any) -> None:
 
 
 def test_kills_and_stops_cost_time_and_nothing_else(
-    start_server: Callable[..., Any], tiny_model_path: Path
+    start_server: Callable[..., Any], tiny_model_path: Path, paced: tuple[str, ...]
 ) -> None:
     server = start_server(
-        "--model", str(tiny_model_path), *FLAGS, "--prefill", "1", "--decode", "2", "--mixed", "1"
+        *("--model", str(tiny_model_path), *paced),
+        *("--prefill", "1", "--decode", "2", "--mixed", "1"),
     )
     model = tiny_model_path.name
     faults = Faults(server, seed=1)
@@ -143,12 +143,11 @@ def test_kills_and_stops_cost_time_and_nothing_else(
 
 
 def test_overload_is_refused_before_the_first_token_and_never_after_it(
-    start_server: Callable[..., Any], tiny_model_path: Path
+    start_server: Callable[..., Any], tiny_model_path: Path, paced: tuple[str, ...]
 ) -> None:
     server = start_server(
-        "--model", str(tiny_model_path), "--dtype", "fp32", "--threads", "1",
-        "--kv-blocks", "40", "--max-model-len", "512", "--queue-timeout", "0.5",
-        "--prefill", "1", "--decode", "1",
+        "--model", str(tiny_model_path), *paced, "--kv-blocks", "40",
+        "--max-model-len", "512", "--queue-timeout", "0.5", "--prefill", "1", "--decode", "1",
     )  # fmt: skip
     request = {**asked(0, tiny_model_path.name), "prompt": "x" * 200, "max_tokens": 300, "n": 1}
 

@@ -43,9 +43,10 @@ def test_an_idle_worker_uses_no_cpu(
 def test_a_second_signal_ends_the_server_at_once(
     start_server: Callable[..., Any],
     tiny_model_path: Path,
+    paced: tuple[str, ...],
     wait_for_exit: Callable[[list[int]], None],
 ) -> None:
-    server = start_server("--model", str(tiny_model_path), *FLAGS)
+    server = start_server("--model", str(tiny_model_path), *paced, "--mixed", "1")
     pids = server.pids()
     with server.client() as client:
         stream = client.completions.create(

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 SECRET = "0123456789abcdef0123456789abcdef"
-FLAGS = ("--dtype", "fp32", "--kv-blocks", "256", "--threads", "1", "--policy", "shortest_queue")
-MODELLED = ("--engine", "modelled")
+FLAGS = ("--policy", "shortest_queue")
 ASKED: dict[str, Any] = {
     "prompt": "the cat sat on the mat " * 20,
     "max_tokens": 40,
@@ -91,17 +90,6 @@ def cluster_flags(tmp_path: Path, free_port: int) -> tuple[str, ...]:
     )
 
 
-def until(server: Any, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Look at the workers now and then until it holds."""
-    give_up_s = time.monotonic() + 60
-    while time.monotonic() < give_up_s:
-        workers: dict[str, Any] = server.workers()
-        if holds(workers):
-            return workers
-        PAUSE.wait(0.1)
-    pytest.fail(f"it did not happen:\n{workers}\n{server.log[-3000:]}")
-
-
 def is_ready(worker: str, epoch: int = 1) -> Callable[[dict[str, Any]], bool]:
     return lambda workers: (
         worker in workers
@@ -120,11 +108,12 @@ def test_a_joined_worker_decodes_the_same_tokens_and_comes_back_with_a_newer_epo
     cluster_flags: tuple[str, ...],
     free_port: int,
     tiny_model_path: Path,
+    paced: tuple[str, ...],
     wait_for_exit: Callable[[list[int]], None],
 ) -> None:
     model = str(tiny_model_path)
     server = start_server(
-        "--model", model, *FLAGS, *cluster_flags, "--prefill", "1", "--decode", "0"
+        "--model", model, *paced, *FLAGS, *cluster_flags, "--prefill", "1", "--decode", "0"
     )
     asked = {"model": tiny_model_path.name, **ASKED}
     joining = (
@@ -134,7 +123,7 @@ def test_a_joined_worker_decodes_the_same_tokens_and_comes_back_with_a_newer_epo
     with server.client() as client:
         expected = client.completions.create(**asked).choices[0].text
         host = start_host("--model", model, *joining)
-        far = until(server, is_ready("far"))["far"]
+        far = server.until(is_ready("far"))["far"]
         assert (far["role"], far["host"], far["pid"]) != (None, None, None)
         answer = client.completions.create(**asked)
         assert answer.choices[0].text == expected
@@ -148,7 +137,7 @@ def test_a_joined_worker_decodes_the_same_tokens_and_comes_back_with_a_newer_epo
             if number == 5:
                 os.kill(far["pid"], signal.SIGKILL)
         assert text == expected
-        far = until(server, is_ready("far", 2))["far"]
+        far = server.until(is_ready("far", 2))["far"]
         answer = client.completions.create(**asked)
         assert answer.choices[0].text == expected
         assert last_attempt(server, answer.id)["decode_worker"] == "far"
@@ -156,10 +145,10 @@ def test_a_joined_worker_decodes_the_same_tokens_and_comes_back_with_a_newer_epo
         # The whole host dies and comes back under the same id.
         host.process.kill()
         wait_for_exit([far["pid"]])
-        until(server, lambda workers: workers["far"]["state"] == "down")
+        server.until(lambda workers: workers["far"]["state"] == "down")
         assert client.completions.create(**asked).choices[0].text == expected
         host = start_host("--model", model, *joining)
-        until(server, is_ready("far", 3))
+        server.until(is_ready("far", 3))
         assert client.completions.create(**asked).choices[0].text == expected
 
         # It leaves: the worker holds nothing, the slot is gone, nobody was disturbed.
@@ -175,10 +164,11 @@ def test_who_may_not_join_is_told_why(
     cluster_flags: tuple[str, ...],
     free_port: int,
     tiny_model_path: Path,
+    paced: tuple[str, ...],
     other_tiny_model_path: Path,
 ) -> None:
     model, join = str(tiny_model_path), ("--join", f"127.0.0.1:{free_port}")
-    server = start_server("--model", model, *FLAGS, *MODELLED, *cluster_flags, "--mixed", "1")
+    server = start_server("--model", model, *paced, *FLAGS, *cluster_flags, "--mixed", "1")
     refused = {
         "other weights: ": start_host(*join, "--model", str(other_tiny_model_path), "--id", "a"),
         "choose another --id": start_host(*join, "--model", model, "--id", "mixed-0"),
@@ -205,19 +195,20 @@ def test_a_host_joins_again_over_tls_when_the_gateway_is_back(
     cluster_flags: tuple[str, ...],
     free_port: int,
     tiny_model_path: Path,
+    paced: tuple[str, ...],
 ) -> None:
     model = str(tiny_model_path)
-    flags = ("--model", model, *FLAGS, *MODELLED, *cluster_flags, *tls_flags(), "--mixed", "1")
+    flags = ("--model", model, *paced, *FLAGS, *cluster_flags, *tls_flags(), "--mixed", "1")
     server = start_server(*flags)
     start_host(
         *("--join", f"127.0.0.1:{free_port}", "--model", model, "--id", "far"),
         *("--kv-blocks", "64", "--threads", "1", *tls_flags()),
     )
-    until(server, is_ready("far"))
+    server.until(is_ready("far"))
     server.signal(signal.SIGKILL)
     server.wait()
     again = start_server(*flags)
-    until(again, is_ready("far"))
+    again.until(is_ready("far"))
 
 
 @pytest.mark.model
@@ -232,8 +223,8 @@ def test_a_joined_worker_of_the_real_model_decodes_over_tls(
     join = ("--join", f"127.0.0.1:{free_port}", "--id", "far", "--role", "decode")
     server = start_server(*small, *cluster_flags, "--prefill", "1", "--decode", "0")
     host = start_host(*join, *small)
-    until(server, is_ready("far"))
-    until(server, lambda _: "far is ready" in host.log)  # the router heard first
+    server.until(is_ready("far"))
+    server.until(lambda _: "far is ready" in host.log)  # the router heard first
     answers = {}
     with server.client() as client:
         for route in ("split", "local"):

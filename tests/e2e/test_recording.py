@@ -13,12 +13,15 @@ from typing import Any
 
 
 def test_a_recorded_server_replays_the_same(
-    start_server: Callable[..., Any], tiny_model_path: Path, tmp_path: Path
+    start_server: Callable[..., Any],
+    tiny_model_path: Path,
+    paced: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "recording"
     server = start_server(
-        *("--model", str(tiny_model_path), "--dtype", "fp32", "--kv-blocks", "256"),
-        *("--threads", "1", "--prefill", "1", "--decode", "1", "--record", str(folder)),
+        *("--model", str(tiny_model_path), *paced),
+        *("--prefill", "1", "--decode", "1", "--record", str(folder)),
     )
     asked: dict[str, Any] = {
         "model": tiny_model_path.name,

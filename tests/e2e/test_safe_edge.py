@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 TLS = Path(__file__).parents[1] / "unit" / "serve" / "tls"
-FLAGS = ("--dtype", "fp32", "--kv-blocks", "64", "--threads", "1", "--mixed", "1")
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789ab"
 
 
 def test_keys_and_certificate_of_a_running_server(
-    start_server: Callable[..., Any], tiny_model_path: Path, tmp_path: Path
+    start_server: Callable[..., Any],
+    tiny_model_path: Path,
+    paced: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"alice {ALICE}\n")
     keys.chmod(0o600)
     server = start_server(
-        *("--model", str(tiny_model_path), *FLAGS, "--api-keys-file", str(keys)),
+        *("--model", str(tiny_model_path), *paced, "--mixed", "1"),
+        *("--api-keys-file", str(keys)),
         *("--ssl-certfile", str(TLS / "server.pem"), "--request-timeout", "300"),
     )
     assert server.url.startswith("https://127.0.0.1:")

@@ -103,9 +103,9 @@ def test_a_pool_of_int8_moves_fewer_bytes_and_split_answers_like_local(
 
 @pytest.mark.parametrize("counts", [("--mixed", "1"), ("--prefill", "1"), ("--decode", "1")])
 def test_any_single_worker_can_serve(
-    start_server: Callable[..., Any], tiny_model_path: Path, counts: Flags
+    start_server: Callable[..., Any], tiny_model_path: Path, paced: Flags, counts: Flags
 ) -> None:
-    server = start_server("--model", str(tiny_model_path), *FLAGS, *counts)
+    server = start_server("--model", str(tiny_model_path), *paced, *counts)
     with server.client() as client:
         answer = client.completions.create(
             model=tiny_model_path.name, prompt="hello", max_tokens=5, temperature=0
