@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ class Study:
 # --- the paper's questions --------------------------------------------------------------------
 
 
+MOST_TIMES = 5
+"""How often the machines of equal power are tried at most, for a throughput."""
+
+
 def throughputs(
     study: Study, way: str, loads: Sequence[str], names: Sequence[str]
 ) -> dict[tuple[str, str, str], int]:
@@ -190,9 +195,12 @@ def robustness(
     }
 
 
-def equal_throughput(study: Study, way: str, name: str, rate: int) -> tuple[int, ...] | None:
-    """The smallest cluster, of the proportions that it has at equal power, that bears this rate of
-    conversation."""
+def equal_throughput(
+    study: Study, way: str, name: str, rate: int, of: dict[str, float]
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Clusters that bear this rate of conversation: the smallest of the proportions that the design
+    has at equal power, and the one that takes least (``of``: cost or power) on the way from there.
+    """
     full = COUNTS["equal power", "conversation"][name]
     total = sum(full)
 
@@ -200,12 +208,37 @@ def equal_throughput(study: Study, way: str, name: str, rate: int) -> tuple[int,
         prompt = max(1, min(machines - 1, round(machines * full[0] / total)))
         return prompt, machines - prompt
 
-    found = lowest(
-        lambda n: n > 1 and study.bears(way, "conversation", name, counts_of(n), rate),
-        round(total * 0.8),
-        2 * total,
-    )
-    return None if found is None else counts_of(found)
+    def bears(counts: tuple[int, ...]) -> bool:
+        return study.bears(way, "conversation", name, counts, rate)
+
+    found = lowest(lambda n: n > 1 and bears(counts_of(n)), round(total * 0.8), MOST_TIMES * total)
+    if found is None:
+        return None, None
+    same = counts_of(found)
+    return same, slimmer(bears, same, DESIGNS[name], of)
+
+
+def slimmer(
+    bears: Callable[[tuple[int, ...]], bool],
+    counts: tuple[int, ...],
+    design: Design,
+    of: dict[str, float],
+) -> tuple[int, ...]:
+    """From a division that bears the load to one that does so with less: prompt machines by ever
+    smaller steps up or down, as many token machines as it then takes, as long as that saves."""
+    step = max(1, counts[0] // 4)
+    while step:
+        for prompt in (counts[0], counts[0] - step, counts[0] + step):
+            left = design.total(counts, of) - prompt * of[design.prompt]
+            token = math.ceil(left / of[design.token] - 1e-9) - 1
+            if prompt < 1 or token < 1 or not bears((prompt, token)):
+                continue
+            fewest = lowest(lambda n, p=prompt: bears((p, n)), token, token)  # type: ignore[misc]
+            counts = prompt, fewest or token
+            break
+        else:
+            step //= 2
+    return counts
 
 
 def redivided(
@@ -231,38 +264,33 @@ def redivided(
 
 
 SAVERS = (
-    ("HHcap", "Baseline-H100", 1.0, "equal cost, 25 % less power"),
-    ("AA", "Baseline-H100", 1.0, "25 % less cost"),
-    ("AA", "Baseline-H100", 1.4, "20 % less cost (abstract, no design named)"),
+    ("HHcap", "Baseline-H100", 1.0, POWER, "equal cost, 25 % less power"),
+    ("AA", "Baseline-H100", 1.0, COST, "25 % less cost"),
+    ("AA", "Baseline-H100", 1.4, COST, "20 % less cost (abstract, no design named)"),
 )
-"""(design, against, how often its throughput, the paper's saving)."""
+"""(design, against, how often its throughput, what is to be saved, the paper's saving)."""
 
 
 def savings(study: Study, way: str, rates: dict[tuple[str, str, str], int]) -> list[list[Cell]]:
     rows: list[list[Cell]] = []
-    for name, against, times, paper in SAVERS:
+    for name, against, times, of, paper in SAVERS:
         rate = times * rates.get(("equal power", "conversation", against), 0)
         rate = study.grid * round(rate / study.grid)
-        counts = equal_throughput(study, way, name, rate) if rate else None
-        if counts is None:
+        if not rate or ("equal power", "conversation", name) not in rates:
             continue
         base = COUNTS["equal power", "conversation"][against]
         one, other = DESIGNS[name], DESIGNS[against]
-        changes = [
-            f"{100 * (one.total(counts, of) / other.total(base, of) - 1):+.0f} %"
-            for of in (COST, POWER)
-        ]
-        rows.append(
-            [
-                way,
-                name,
-                f"{times:g} x {against}",
-                rate,
-                " + ".join(map(str, counts)),
-                *changes,
-                paper,
+        row: list[Cell] = [way, name, f"{times:g} x {against}", rate, paper]
+        for counts in equal_throughput(study, way, name, rate, of):
+            if counts is None:
+                row += [f"more than {MOST_TIMES} times as many", None, None]
+                continue
+            changes = [
+                f"{100 * (one.total(counts, each) / other.total(base, each) - 1):+.0f} %"
+                for each in (COST, POWER)
             ]
-        )
+            row += [" + ".join(map(str, counts)), *changes]
+        rows.append(row)
     return rows
 
 

@@ -45,7 +45,8 @@ def report(
     if any(robust.values()):
         parts.append(_robustness(robust))
     if any(equal.values()):
-        head = ["way", "design", "rate of", "rps", "machines", "cost", "power", "paper"]
+        head = ["way", "design", "rate of", "rps", "paper", "same proportions", "cost", "power"]
+        head += ["divided anew", "cost", "power"]
         rows = [row for found in equal.values() for row in found]
         parts.append(f"### The same throughput with less\n\n{table(head, rows)}")
     return "\n".join(parts)

@@ -195,6 +195,24 @@ def test_divisions_spend_the_budget(study):
             assert 40 * 44.0 - 24.8 - 0.5 * 44 < taken <= 40 * 44.0
 
 
+def test_a_cluster_is_slimmed_as_far_as_it_bears_the_load(study):
+    splitwise = study("splitwise")
+    design, of = splitwise.DESIGNS["HHcap"], splitwise.POWER
+
+    def least(bears):
+        sizes = itertools.product(range(1, 80), repeat=2)
+        return min(design.total(counts, of) for counts in sizes if bears(counts))
+
+    for bears in (
+        lambda counts: counts[0] >= 17 and counts[1] >= 22,
+        lambda counts: counts[0] * counts[1] >= 600,
+        lambda counts: min(2 * counts[0], counts[1]) >= 30,
+    ):
+        found = splitwise.slimmer(bears, (40, 45), design, of)
+        assert bears(found)
+        assert design.total(found, of) <= 1.02 * least(bears)
+
+
 # --- the scripts ------------------------------------------------------------------------------
 
 
@@ -204,23 +222,27 @@ def test_splitwise(study, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(splitwise, "COUNTS", dict.fromkeys(splitwise.COUNTS, small))
     for setting, (of, hardware, _) in splitwise.BUDGETS.items():
         monkeypatch.setitem(splitwise.BUDGETS, setting, (of, hardware, 2))
+    saver = ("AA", "Baseline-A100", 1.0, splitwise.COST, "nothing stated")
+    monkeypatch.setattr(splitwise, "SAVERS", [saver])
     guesses = (4,) * len(splitwise.DESIGNS)
     monkeypatch.setattr(splitwise, "GUESSES", dict.fromkeys(splitwise.GUESSES, guesses))
     out = tmp_path / "out"
     flags = ["--data", str(data), "--out", str(out), "--duration", "6"]
-    flags += ["--designs", "Baseline-A100", "AA", "--grid", "2"]
+    designs = ["Baseline-A100", "AA"]
+    flags += ["--designs", *designs, "--grid", "2"]
     splitwise.main([*flags, "--loads", "conversation"])
     document = json.loads((out / "splitwise.json").read_text())
     assert document["rates"].keys() == {"pdserve", "splitwisesim"}
     rates = document["rates"]["pdserve"]
     assert set(rates) == {
         f"{setting} | conversation | {name}"
-        for setting, name in itertools.product(
-            ("equal power", "equal cost"), ("Baseline-A100", "AA")
-        )
+        for setting, name in itertools.product(("equal power", "equal cost"), designs)
     }
     assert all(rate >= 2 and rate % 2 == 0 for rate in rates.values())
     assert document["robustness"]["pdserve"].keys() == {"AA"}
+    for way in ("pdserve", "splitwisesim"):
+        saved = document["equal_throughput"][way]
+        assert [row[:3] for row in saved] == [[way, "AA", "1 x Baseline-A100"]]
     [divided] = document["divided_anew"]
     assert divided[0] == "AA"
     assert divided[4] >= divided[2] == rates["equal power | conversation | AA"]
