@@ -37,7 +37,7 @@ from splitwise_clusters import (
     division,
 )
 from splitwise_slowdowns import Measure, Slowdowns, measured, measured_as_there
-from splitwise_tables import ROBUST, report
+from splitwise_tables import BASELINES, ROBUST, report
 
 from pdserve.cost.links import LINKS
 from pdserve.cost.machine import MachineModel
@@ -298,14 +298,15 @@ def divisions(
     study: Study, way: str, rates: dict[tuple[str, str, str], int], names: Sequence[str]
 ) -> list[list[Cell]]:
     setting, load = "equal power", "conversation"
-    base = rates.get((setting, load, "Baseline-A100"))
     rows: list[list[Cell]] = []
     for name in (name for name in ROBUST if name in names):
         paper = rates[setting, load, name]
         counts, rate = redivided(study, way, name, paper)
         before = " + ".join(map(str, COUNTS[setting, load][name]))
         after = " + ".join(map(str, counts))
-        rows.append([name, before, paper, after, rate, rate / base if base else None])
+        bases = [rates.get((setting, load, against)) for against in BASELINES]
+        shares = [rate / base if base else None for base in bases]
+        rows.append([name, before, paper, after, rate, *shares])
     return rows
 
 

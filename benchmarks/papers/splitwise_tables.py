@@ -39,7 +39,8 @@ def report(
 ) -> str:
     parts = [f"{said}\n", *map("\n".join, _rates(ways)), _claims(ways), _pairs(ways)]
     if divided:
-        head = ["design", "paper's machines", "rps", "best found", "rps", "over Baseline-A100"]
+        head = ["design", "paper's machines", "rps", "best found", "rps"]
+        head += [f"over {against}" for against in BASELINES]
         title = "### Divided anew: pdserve, equal power, conversation"
         parts.append(f"{title}\n\n{table(head, divided)}")
     if any(robust.values()):
@@ -118,13 +119,14 @@ def _pairs(ways: Mapping[str, Rates]) -> str:
 def _robustness(robust: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
     rows: list[list[Cell]] = []
     for name in ROBUST:
-        row: list[Cell] = [name, f"{100 * PAPER_CHANGE[name]:+.0f} %"]
+        machines = " + ".join(map(str, COUNTS["equal power", "code"][name]))
+        row: list[Cell] = [name, machines, f"{100 * PAPER_CHANGE[name]:+.0f} %"]
         for found in robust.values():
             own, sized = found.get(name, (None, None))
             row += [own, sized, f"{100 * (sized / own - 1):+.0f} %" if own and sized else None]
-        if any(cell is not None for cell in row[2:]):
+        if any(cell is not None for cell in row[3:]):
             rows.append(row)
-    head = ["design", "paper"]
+    head = ["design", "machines", "paper"]
     head += [f"{way}: {part}" for way in robust for part in ("own", "code's", "change")]
     return f"### Conversation on the cluster that is sized for code\n\n{table(head, rows)}"
 
