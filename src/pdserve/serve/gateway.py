@@ -56,7 +56,9 @@ from pdserve.serve.traffic import traffic_document
 log = logging.getLogger(__name__)
 
 UNLINKED_GRACE_S = 1.0
-"""How long a worker without a link to the gateway may take to end by itself."""
+"""How long a worker without a link to the gateway may take to end by itself ..."""
+NEVER_UP_GRACE_S = 10.0
+"""... and one that was never up: it has no requests, and its exit status says what is wrong."""
 
 
 class Supervisor(Protocol):
@@ -304,8 +306,10 @@ class LiveGateway:
     def _unlinked(self, worker: WorkerId, epoch: Epoch, reason: str) -> None:
         log.warning("link to %s (process %d) closed: %s", worker, epoch, reason)
         # Most often it is ending, and its exit status says why; a kill would hide that.
-        loop = asyncio.get_running_loop()
-        loop.call_later(UNLINKED_GRACE_S, self._supervisor.kill, worker, epoch)
+        known = self._workers.get(worker)
+        was_up = known is not None and known.up.epoch == epoch
+        grace_s = UNLINKED_GRACE_S if was_up else NEVER_UP_GRACE_S
+        asyncio.get_running_loop().call_later(grace_s, self._supervisor.kill, worker, epoch)
 
     # --- effects ------------------------------------------------------------------------------
 
