@@ -83,9 +83,9 @@ def test_routes_are_the_same_with_a_model_that_computes(
         "--prefill", "1", "--decode", "1", "--record", str(folder),
     )  # fmt: skip
     load = make_load(
-        LoadOptions(input_tokens="20:500", output_tokens="4:40", rate=10.0, num_requests=40)
+        LoadOptions(input_tokens="20:500", output_tokens="4:40", rate=12.0, num_requests=120)
     )
     run = recorded(server, load, folder, vocab_size=384)
     parity = compare(run, goes_on_as_live=False)
-    assert parity.num_routes == 40
+    assert parity.num_routes == 120
     assert parity.same >= 0.99, parity.differences

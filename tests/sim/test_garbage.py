@@ -12,7 +12,7 @@ from pdserve.sim import garbage
 
 
 def num_workers() -> int:
-    return sum(isinstance(found, WorkerNode) for found in gc.get_objects())
+    return sum(type(found) is WorkerNode for found in gc.get_objects())
 
 
 def test_many_simulations_keep_no_more_than_a_few(
