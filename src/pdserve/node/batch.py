@@ -144,7 +144,7 @@ class BatchMachine:
 
     @property
     def is_riding(self) -> bool:
-        return self.ride is not None
+        return self.ride is not None  # a check in sight would hold for mypyc when it is over
 
     def plan(self) -> Planned:
         """The next step, if none is under way and there is something to compute."""

@@ -52,12 +52,10 @@ def main() -> int:
         # Read by the OpenMP runtime when torch is imported, which has not happened yet.
         os.environ["OMP_NUM_THREADS"] = str(start.threads)
         status, joined = asyncio.run(_run(start))
-    except ProtocolError as error:  # the gateway was busy, or is gone: another start may find it
-        sys.stderr.write(f"{error}\n")
-        return _CRASH_STATUS
     except PdserveError as error:
         sys.stderr.write(f"{error}\n")
-        return USER_ERROR_STATUS
+        # A gateway that was busy, or is gone: another start may find it.
+        return _CRASH_STATUS if isinstance(error, ProtocolError) else USER_ERROR_STATUS
     if not joined:
         # A step still runs on its thread, and nobody waits for it.
         sys.stderr.flush()

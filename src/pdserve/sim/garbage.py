@@ -3,7 +3,7 @@
 What a simulation makes by the million is freed as soon as nothing refers to it: no objects of it
 refer to each other in circles. Python looks for circles all the same, through everything there is,
 again and again: a third of the time of a run. It is told to look seldom, and not at what was there
-before. Only the machines themselves, with all that they hold, are such a circle: what an earlier
+before. Only the machines themselves, with all that they hold, are such a circle: what earlier
 simulations left is looked for before the next one begins, or a plan would keep every cluster that
 it tries.
 """
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 MADE_BETWEEN_LOOKS = 200_000
 """Objects more than there were at the last look: a few dozen megabytes."""
-
 
 LOOKED_AFTER_S = 1.0
 """What earlier simulations left is looked for when this process has worked so long since the last
